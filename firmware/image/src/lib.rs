@@ -1,0 +1,1 @@
+//! The IGVM image tool

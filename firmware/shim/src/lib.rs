@@ -1,0 +1,1 @@
+//! The measured shim: what runs first in every guest

@@ -1,0 +1,284 @@
+//! What requests and replies say.
+//!
+//! Owns: the message types. Does not own: their transport, or the OCI types, which travel as JSON values so that this
+//! crate need not depend on them and unknown fields are kept.
+
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use serde_json::Value;
+
+use crate::FrameError;
+
+/// First frame of a connection.
+#[derive(Clone, Debug, Serialize, Deserialize, PartialEq)]
+#[serde(tag = "request", rename_all = "kebab-case")]
+pub enum Request {
+    /// Sets the pod up: once, before any container.
+    Sandbox(Sandbox),
+    /// Applies interfaces, addresses and routes, again at each start because they may arrive late.
+    Network(Network),
+    /// Makes a container up to, not including, its first instruction. The connection becomes its process's.
+    Create(Box<CreateContainer>),
+    /// Lets a created container run.
+    Start {
+        /// Container.
+        id: String,
+    },
+    /// Runs one more process in a container. The connection becomes its.
+    Exec(Box<Exec>),
+    /// Sends a signal.
+    Signal {
+        /// To whom.
+        target: SignalTarget,
+        /// Linux signal number.
+        signal: u32,
+    },
+    /// Stops every process of a container where it stands (cgroup freezer), or lets them go on.
+    Freeze {
+        /// Container.
+        id: String,
+        /// True to stop, false to go on.
+        frozen: bool,
+    },
+    /// Changes the container's cgroup limits: OCI `LinuxResources`.
+    Update {
+        /// Container.
+        id: String,
+        /// OCI `LinuxResources` as JSON.
+        resources: Value,
+    },
+    /// Lists the guest's process ids of a container.
+    Processes {
+        /// Container.
+        id: String,
+    },
+    /// Forgets a container that has ended.
+    Delete {
+        /// Container.
+        id: String,
+    },
+    /// Ends the pod: everything is killed, file systems are synced, the machine powers off.
+    Shutdown,
+}
+
+/// The pod.
+#[derive(Clone, Debug, Serialize, Deserialize, PartialEq)]
+pub struct Sandbox {
+    /// [`crate::VERSION`] of the host.
+    pub version: u32,
+    /// Host name of the pod, when the pod has one.
+    pub hostname: Option<String>,
+    /// Host's wall clock, nanoseconds since 1970.
+    pub unix_time_ns: u64,
+    /// Network, as far as it is known yet.
+    pub network: Network,
+}
+
+/// All interfaces of the pod.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, PartialEq)]
+pub struct Network {
+    /// In the order of the VMM's net devices.
+    pub interfaces: Vec<Interface>,
+    /// Routes, in the order to apply.
+    pub routes: Vec<Route>,
+}
+
+/// One interface.
+#[derive(Clone, Debug, Serialize, Deserialize, PartialEq)]
+pub struct Interface {
+    /// Name to give it, such as `eth0`.
+    pub name: String,
+    /// MAC address `xx:xx:xx:xx:xx:xx` by which the guest finds the device.
+    pub mac: String,
+    /// Bytes.
+    pub mtu: u32,
+    /// `address/prefix`, IPv4 and IPv6.
+    pub addresses: Vec<String>,
+}
+
+/// One route.
+#[derive(Clone, Debug, Serialize, Deserialize, PartialEq)]
+pub struct Route {
+    /// Interface name.
+    pub interface: String,
+    /// `address/prefix`, or `None` for the default route.
+    pub destination: Option<String>,
+    /// Gateway address, or `None` for what is on the link.
+    pub gateway: Option<String>,
+    /// Preferred source address.
+    pub source: Option<String>,
+    /// Metric.
+    pub metric: Option<u32>,
+    /// True when this is a route of the IPv6 table although neither address says so.
+    pub ipv6: bool,
+}
+
+/// A container to make.
+#[derive(Clone, Debug, Serialize, Deserialize, PartialEq)]
+pub struct CreateContainer {
+    /// Container id, checked against the runtime's rules by the host and again by init.
+    pub id: String,
+    /// OCI configuration, rewritten into guest terms: `root.path` and sources of bind mounts are guest paths, host
+    /// namespaces, cgroup path and host hooks are gone.
+    pub spec: Value,
+    /// Window size to start with, for a terminal.
+    pub window: Option<WindowSize>,
+    /// Which mounts of `spec` are files or directories of the share.
+    pub binds: Vec<BindSource>,
+}
+
+/// A bind mount's source as the host sees it: init must know whether to make a file or a directory to mount on.
+#[derive(Clone, Debug, Serialize, Deserialize, PartialEq)]
+pub struct BindSource {
+    /// Index in the spec's `mounts`.
+    pub mount: usize,
+    /// True for a directory.
+    pub directory: bool,
+}
+
+/// A process to add to a container.
+#[derive(Clone, Debug, Serialize, Deserialize, PartialEq)]
+pub struct Exec {
+    /// Container.
+    pub id: String,
+    /// Names the process within the container.
+    pub exec_id: String,
+    /// OCI `process` as JSON.
+    pub process: Value,
+    /// Window size to start with, for a terminal.
+    pub window: Option<WindowSize>,
+}
+
+/// Whom a signal is for.
+#[derive(Clone, Debug, Serialize, Deserialize, PartialEq)]
+#[serde(rename_all = "kebab-case")]
+pub enum SignalTarget {
+    /// The container's first process.
+    Init(String),
+    /// Every process of the container.
+    All(String),
+}
+
+/// Size of a terminal, in cells.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize, PartialEq, Eq)]
+pub struct WindowSize {
+    /// Lines.
+    pub rows: u16,
+    /// Characters in a line.
+    pub columns: u16,
+}
+
+/// Answer to a [`Request`].
+#[derive(Clone, Debug, Serialize, Deserialize, PartialEq)]
+#[serde(tag = "reply", rename_all = "kebab-case")]
+pub enum Reply {
+    /// Done; for create and exec: the process exists.
+    Done,
+    /// Process ids in the guest.
+    Processes {
+        /// Guest process ids.
+        pids: Vec<u32>,
+    },
+    /// Not done.
+    Failed {
+        /// What kind of failure, for the caller's exit code.
+        kind: ErrorKind,
+        /// One line: stage, object, remedy.
+        message: String,
+    },
+}
+
+/// Kinds of failure that callers tell apart.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize, PartialEq, Eq)]
+#[serde(rename_all = "kebab-case")]
+pub enum ErrorKind {
+    /// The program is not there: exit code 127 from podman.
+    NotFound,
+    /// The program cannot be executed: exit code 126 from podman.
+    NotExecutable,
+    /// No such container in this guest.
+    NoContainer,
+    /// The container's state does not allow it.
+    WrongState,
+    /// The request itself is wrong.
+    Invalid,
+    /// Something failed in the guest.
+    Guest,
+}
+
+/// How a process ended.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize, PartialEq, Eq)]
+#[serde(rename_all = "kebab-case")]
+pub enum Ended {
+    /// It exited with this code.
+    Exited(u8),
+    /// This signal killed it.
+    Signalled(u8),
+    /// The kernel killed it for want of memory.
+    OutOfMemory,
+}
+
+impl Ended {
+    /// The code that runc and a shell give: the exit code, or 128 and the signal.
+    #[must_use]
+    pub fn exit_code(self) -> u8 {
+        match self {
+            Self::Exited(code) => code,
+            Self::Signalled(signal) => 128u8.wrapping_add(signal),
+            Self::OutOfMemory => 137,
+        }
+    }
+}
+
+macro_rules! json_payload {
+    ($($type:ty),*) => {$(
+        impl $type {
+            /// JSON for a frame's payload.
+            #[must_use]
+            pub fn to_payload(&self) -> Vec<u8> {
+                serde_json::to_vec(self).expect("plain data always serialises")
+            }
+
+            /// Reads a frame's payload.
+            ///
+            /// # Errors
+            /// [`FrameError::Payload`] when it is not this message.
+            pub fn from_payload(payload: &[u8]) -> Result<Self, FrameError> {
+                read(payload)
+            }
+        }
+    )*};
+}
+
+json_payload!(Request, Reply, WindowSize, Ended);
+
+fn read<T: DeserializeOwned>(payload: &[u8]) -> Result<T, FrameError> {
+    serde_json::from_slice(payload).map_err(|e| FrameError::Payload(e.to_string()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn a_request_reads_back_as_itself() {
+        let request = Request::Signal { target: SignalTarget::All("a".into()), signal: 9 };
+        assert_eq!(Request::from_payload(&request.to_payload()), Ok(request));
+    }
+
+    #[test]
+    fn exit_codes_are_a_shells() {
+        assert_eq!(Ended::Exited(42).exit_code(), 42);
+        assert_eq!(Ended::Signalled(15).exit_code(), 143);
+        assert_eq!(Ended::OutOfMemory.exit_code(), 137);
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_a_message_or_an_error(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
+            let _ = Request::from_payload(&bytes);
+            let _ = Reply::from_payload(&bytes);
+            let _ = Ended::from_payload(&bytes);
+        }
+    }
+}

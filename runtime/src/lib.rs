@@ -1,0 +1,1 @@
+//! The OCI command line and the stub
