@@ -1,0 +1,3 @@
+//! Everything that the guest can talk to.
+
+pub mod virtio;
