@@ -2,6 +2,11 @@
 //!
 //! Owns: the contract between a device and its transport. Does not own: the register window (`mmio`), what a device does.
 
+pub mod fs;
+mod ring;
+#[cfg(test)]
+mod test_driver;
+
 use std::sync::{
     Arc,
     atomic::{AtomicU32, Ordering},
