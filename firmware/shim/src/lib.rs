@@ -1,1 +1,9 @@
-//! The measured shim: what runs first in every guest
+//! What runs first in every guest: reads the measured handoff page and the VMM's parameters, builds what Linux expects.
+//!
+//! Owns: the decisions, as functions that run on the host too. Does not own: the entry, ports, memory (`main.rs`).
+#![cfg_attr(not(test), no_std)]
+#![forbid(unsafe_code)]
+
+pub mod boot_params;
+pub mod mp_table;
+pub mod plan;
