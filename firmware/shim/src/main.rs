@@ -50,9 +50,14 @@ extern "C" fn shim_main() -> ! {
 fn prepare() -> Result<u64, Refusal> {
     // SAFETY: the image puts the handoff page there; nothing else refers to it.
     let handoff = unsafe { ptr::read_volatile(HANDOFF as *const Handoff) };
-    // Copied once: the host could write to it under a TEE that leaves it shared.
-    // SAFETY: the image reserves the page there.
-    let parameters = unsafe { ptr::read_volatile(PARAMETERS as *const [u8; PAGE as usize]) };
+    // Copied once: the host could write to it under a TEE that leaves it shared. Word by word, because a volatile read of
+    // an array is unrolled into a hundred kilobytes of code.
+    let mut parameters = [0; PAGE as usize];
+    for (index, word) in parameters.chunks_exact_mut(8).enumerate() {
+        // SAFETY: the image reserves the page there, and `index` stays within it.
+        let value = unsafe { ptr::read_volatile((PARAMETERS as *const u64).add(index)) };
+        word.copy_from_slice(&value.to_le_bytes());
+    }
     let plan = plan::plan(&handoff, &parameters)?;
     // SAFETY: this page is the shim's, lies in RAM and has no other reference.
     let page = unsafe { &mut *(BOOT_PARAMS as *mut [u8; PAGE as usize]) };
@@ -61,8 +66,10 @@ fn prepare() -> Result<u64, Refusal> {
     // SAFETY: likewise.
     let table = unsafe { &mut *(MP_TABLE as *mut [u8; MP_TABLE_MAX as usize]) };
     mp_table::write(plan.processors, table);
-    // SAFETY: 16 bytes of RAM that the memory map keeps from Linux.
-    unsafe { ptr::write_volatile(MP_POINTER as *mut [u8; 16], mp_table::pointer()) };
+    for (index, byte) in mp_table::pointer().into_iter().enumerate() {
+        // SAFETY: 16 bytes of RAM that the memory map keeps from Linux.
+        unsafe { ptr::write_volatile((MP_POINTER as *mut u8).add(index), byte) };
+    }
     Ok(handoff.kernel_entry)
 }
 
