@@ -3,6 +3,7 @@
 //! Owns: the contract between a device and its transport. Does not own: the register window (`mmio`), what a device does.
 
 pub mod fs;
+pub mod net;
 mod ring;
 #[cfg(test)]
 mod test_driver;
