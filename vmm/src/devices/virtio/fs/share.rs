@@ -4,17 +4,18 @@
 //! (`fuse-backend-rs`, whose inodes are O_PATH descriptors: nothing is looked up by a path of more than one component, no
 //! symbolic link is followed, and only regular files and directories are opened).
 //!
-//! Caching: the guest trusts names and attributes for one second and drops a file's pages when it is opened anew or its time
-//! or size changed, so what the host writes (`podman cp`, a new /etc/hosts, a new container) is seen within a second, or at the
-//! next open. Writes go to the host at once. OPEN is not skipped (`no_open`), as that needs pages that outlive the close.
+//! Caching: the guest trusts names and attributes for one second and drops a file's pages when its time or size changed, so
+//! what the host writes (`podman cp`, a new /etc/hosts, a new container) is seen within a second, or at the next open if that
+//! is earlier. Writes go to the host at once. OPEN is not skipped (`no_open`): it is where changes are noticed.
 //!
 //! Locks are not offered to the host: flock and fcntl locks hold among the guest's processes.
 
 use std::{
+    collections::HashMap,
     ffi::CStr,
     io,
-    sync::{Mutex, PoisonError},
-    time::Duration,
+    sync::{Mutex, MutexGuard, PoisonError},
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use fuse_backend_rs::{
@@ -47,6 +48,20 @@ pub(super) struct Share {
     inner: PassthroughFs<()>,
     /// Held from the look at a file's size to the end of an append.
     append: Mutex<()>,
+    /// The files whose pages the guest may still hold, as they were when it opened them last.
+    opened: Mutex<HashMap<Inode, Version>>,
+}
+
+/// What changes with a file's content.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Version {
+    changed: (i64, i64),
+    size: i64,
+}
+
+/// A panic aborts the process, so no lock is ever poisoned; this spares an `unwrap`.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Share {
@@ -67,7 +82,19 @@ impl Share {
             allow_direct_io: false,
             ..Config::default()
         };
-        Ok(Self { inner: PassthroughFs::new(config)?, append: Mutex::new(()) })
+        Ok(Self { inner: PassthroughFs::new(config)?, append: Mutex::new(()), opened: Mutex::default() })
+    }
+
+    /// Whether the pages that the guest has of a file, if any, are those on the host. A file that changed just now is not
+    /// remembered: a second change within the clock's tick would leave no trace.
+    fn unchanged(&self, inode: Inode, stat: &stat64) -> bool {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let settled =
+            u64::try_from(stat.st_ctime).is_ok_and(|at| now.as_secs() > at.saturating_add(TRUST.as_secs()));
+        let version = Version { changed: (stat.st_ctime, stat.st_ctime_nsec), size: stat.st_size };
+        let mut opened = lock(&self.opened);
+        let before = if settled { opened.insert(inode, version) } else { opened.remove(&inode) };
+        before == Some(version)
     }
 
     fn device_of(&self, ctx: &Context, directory: Inode) -> io::Result<libc::dev_t> {
@@ -124,6 +151,7 @@ impl FileSystem for Share {
     }
 
     fn destroy(&self) {
+        lock(&self.opened).clear();
         self.inner.destroy();
     }
 
@@ -132,16 +160,28 @@ impl FileSystem for Share {
         validate_path_component(name)?;
         let mut entry = self.inner.lookup(ctx, parent, name)?;
         if entry.attr.st_mode & libc::S_IFMT == libc::S_IFDIR {
-            mark_submount(&mut entry, self.device_of(ctx, parent)?);
+            match self.device_of(ctx, parent) {
+                Ok(device) => mark_submount(&mut entry, device),
+                Err(error) => {
+                    self.inner.forget(ctx, entry.inode, 1);
+                    return Err(error);
+                }
+            }
         }
         Ok(entry)
     }
 
     fn forget(&self, ctx: &Context, inode: Inode, count: u64) {
+        lock(&self.opened).remove(&inode);
         self.inner.forget(ctx, inode, count);
     }
 
     fn batch_forget(&self, ctx: &Context, requests: Vec<(Inode, u64)>) {
+        let mut opened = lock(&self.opened);
+        for (inode, _) in &requests {
+            opened.remove(inode);
+        }
+        drop(opened);
         self.inner.batch_forget(ctx, requests);
     }
 
@@ -224,7 +264,11 @@ impl FileSystem for Share {
         requested: u32,
         fuse_flags: u32,
     ) -> io::Result<(Option<Handle>, OpenOptions, Option<u32>)> {
-        self.inner.open(ctx, inode, flags(requested, OPEN_FLAGS & !libc::O_EXCL)?, fuse_flags)
+        let allowed = flags(requested, OPEN_FLAGS & !libc::O_EXCL)?;
+        let (handle, mut options, passthrough) = self.inner.open(ctx, inode, allowed, fuse_flags)?;
+        let now = self.inner.getattr(ctx, inode, handle);
+        options.set(OpenOptions::KEEP_CACHE, now.is_ok_and(|(stat, _)| self.unchanged(inode, &stat)));
+        Ok((handle, options, passthrough))
     }
 
     fn create(
@@ -269,7 +313,7 @@ impl FileSystem for Share {
     ) -> io::Result<usize> {
         let passed = flags(file_flags, FILE_FLAGS)?;
         let appends = file_flags.cast_signed() & libc::O_APPEND != 0 && !delayed;
-        let _one_at_a_time = appends.then(|| self.append.lock().unwrap_or_else(PoisonError::into_inner));
+        let _one_at_a_time = appends.then(|| lock(&self.append));
         let offset = if appends {
             let (stat, _) = self.inner.getattr(ctx, inode, Some(handle))?;
             offset.max(stat.st_size.cast_unsigned())

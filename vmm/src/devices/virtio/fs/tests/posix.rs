@@ -295,3 +295,23 @@ fn a_mount_that_appears_later_is_seen_and_marked_as_a_file_system_of_its_own() {
     assert_ne!(mount.nodeid, plain.nodeid);
     assert!(inside.is_ok());
 }
+
+#[test]
+fn pages_are_kept_over_an_open_only_if_nobody_changed_the_file() {
+    let mut client = Client::new();
+    write_host(&client.host("f"), "x");
+    let node = client.lookup(ROOT, "f").unwrap().nodeid;
+    let path = client.host("f");
+    let mut keeps = || {
+        let open = OpenIn { flags: RDWR as u32, fuse_flags: 0 };
+        let out: OpenOut = object(&client.call(Opcode::Open, node, open.as_slice()).unwrap());
+        out.open_flags & 2 != 0
+    };
+    assert!(!keeps());
+    assert!(!keeps(), "it changed this very second");
+    std::thread::sleep(std::time::Duration::from_millis(2100));
+    assert!(!keeps());
+    assert!(keeps());
+    write_host(&path, "y");
+    assert!(!keeps());
+}
