@@ -2,4 +2,14 @@
 //!
 //! Owns: KVM, guest memory, launch, devices. Does not know what an OCI bundle is.
 
+pub mod args;
+pub mod cpuid;
 pub mod devices;
+pub mod end;
+pub mod igvm;
+pub mod launch;
+pub mod log;
+pub mod machine;
+pub mod memory;
+pub mod trace;
+pub mod vcpu;

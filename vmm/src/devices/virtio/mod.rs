@@ -3,10 +3,13 @@
 //! Owns: the contract between a device and its transport. Does not own: the register window (`mmio`), what a device does.
 
 pub mod fs;
+pub mod mmio;
 pub mod net;
 mod ring;
+pub mod rng;
 #[cfg(test)]
 mod test_driver;
+pub mod vsock;
 
 use std::sync::{
     Arc,

@@ -1,0 +1,229 @@
+//! The command line of `coffer-vmm`.
+//!
+//! Owns: flags and their checks. Does not own: files, which are opened later.
+
+use std::{os::fd::RawFd, path::PathBuf};
+
+use coffer_layout::slot;
+use thiserror::Error;
+
+/// Shown by `--help`.
+pub const USAGE: &str = "\
+coffer-vmm: boots an IGVM image in a microVM
+
+  --image FILE           IGVM file made by coffer-image build
+  --memory-mib N         RAM of the guest
+  --vcpus N              processors, 1 to 64 (more than 1 needs an smp image)
+  --vsock PATH           unix socket to make: `CONNECT PORT` on it reaches the guest
+  --fs DIR               directory that the guest sees as virtio-fs `coffer`
+  --net fd=N,mac=MAC     tap device, open already; up to 3 times
+  --console FILE         serial console of a debug image; - is standard error
+  --trace FILE           boot stages with their times, one JSON object a line
+  --log FILE             messages go there too
+  --log-format FORMAT    text or json
+  --lifeline-fd N        the VM ends when this pipe's other end is closed
+  --exit-report FILE     how the VM ended, as one JSON object
+  --tee none             no TEE: the only kind so far
+  --version, --help";
+
+/// What is wrong with a command line. One line, exit code 64.
+#[derive(Debug, Error, PartialEq, Eq)]
+pub enum ArgsError {
+    /// No such flag.
+    #[error("unknown flag `{0}`: see coffer-vmm --help")]
+    Unknown(String),
+    /// The flag is last.
+    #[error("{0} wants a value: see coffer-vmm --help")]
+    NoValue(String),
+    /// The value means nothing.
+    #[error("{flag} {value}: {wanted}")]
+    Value {
+        /// Which flag.
+        flag: String,
+        /// What was given.
+        value: String,
+        /// What it wants.
+        wanted: &'static str,
+    },
+    /// A flag that must be there.
+    #[error("{0} is missing: see coffer-vmm --help")]
+    Missing(&'static str),
+}
+
+/// One network device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NetArgs {
+    /// Inherited descriptor of a tap.
+    pub fd: RawFd,
+    /// Its MAC address in the guest.
+    pub mac: [u8; 6],
+}
+
+/// A checked command line.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[expect(missing_docs, reason = "each is its flag")]
+pub struct Args {
+    pub image: PathBuf,
+    pub memory_mib: u64,
+    pub vcpus: u32,
+    pub vsock: Option<PathBuf>,
+    pub fs: Option<PathBuf>,
+    pub nets: Vec<NetArgs>,
+    pub console: Option<PathBuf>,
+    pub trace: Option<PathBuf>,
+    pub log: Option<PathBuf>,
+    pub log_json: bool,
+    pub lifeline: Option<RawFd>,
+    pub exit_report: Option<PathBuf>,
+}
+
+/// What to do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Command {
+    /// Run a VM.
+    Run(Box<Args>),
+    /// Print [`USAGE`].
+    Help,
+    /// Print the version.
+    Version,
+}
+
+/// Reads the words after the program's name.
+///
+/// # Errors
+/// [`ArgsError`], naming the flag.
+pub fn parse(words: impl IntoIterator<Item = String>) -> Result<Command, ArgsError> {
+    let mut words = words.into_iter();
+    let mut args = Args { vcpus: 1, ..Args::default() };
+    while let Some(word) = words.next() {
+        let (flag, inline) = match word.split_once('=') {
+            Some((flag, value)) if flag.starts_with("--") => (flag.to_owned(), Some(value.to_owned())),
+            _ => (word, None),
+        };
+        if matches!(flag.as_str(), "--help" | "-h") {
+            return Ok(Command::Help);
+        }
+        if flag == "--version" {
+            return Ok(Command::Version);
+        }
+        let known = [
+            "--image",
+            "--memory-mib",
+            "--vcpus",
+            "--vsock",
+            "--fs",
+            "--net",
+            "--console",
+            "--trace",
+            "--log",
+            "--log-format",
+            "--lifeline-fd",
+            "--exit-report",
+            "--tee",
+        ];
+        if !known.contains(&flag.as_str()) {
+            return Err(ArgsError::Unknown(flag));
+        }
+        let value = inline.or_else(|| words.next()).ok_or_else(|| ArgsError::NoValue(flag.clone()))?;
+        args.set(&flag, &value)?;
+    }
+    if args.image.as_os_str().is_empty() {
+        return Err(ArgsError::Missing("--image"));
+    }
+    if args.memory_mib == 0 {
+        return Err(ArgsError::Missing("--memory-mib"));
+    }
+    Ok(Command::Run(Box::new(args)))
+}
+
+impl Args {
+    fn set(&mut self, flag: &str, value: &str) -> Result<(), ArgsError> {
+        let wrong = |wanted| ArgsError::Value { flag: flag.to_owned(), value: value.to_owned(), wanted };
+        match flag {
+            "--image" => self.image = value.into(),
+            "--memory-mib" => self.memory_mib = value.parse().map_err(|_| wrong("a number of MiB"))?,
+            "--vcpus" => {
+                let wanted = "a number from 1 to 64";
+                self.vcpus = value.parse().map_err(|_| wrong(wanted))?;
+                if !(1..=64).contains(&self.vcpus) {
+                    return Err(wrong(wanted));
+                }
+            }
+            "--vsock" => self.vsock = Some(value.into()),
+            "--fs" => self.fs = Some(value.into()),
+            "--net" => {
+                if self.nets.len() == slot::NETS {
+                    return Err(wrong("at most 3 network devices"));
+                }
+                self.nets.push(net(value).ok_or_else(|| wrong("fd=N,mac=xx:xx:xx:xx:xx:xx"))?);
+            }
+            "--console" => self.console = Some(value.into()),
+            "--trace" => self.trace = Some(value.into()),
+            "--log" => self.log = Some(value.into()),
+            "--log-format" => match value {
+                "text" => self.log_json = false,
+                "json" => self.log_json = true,
+                _ => return Err(wrong("text or json")),
+            },
+            "--lifeline-fd" => {
+                self.lifeline = Some(descriptor(value).ok_or_else(|| wrong("a descriptor over 2"))?)
+            }
+            "--exit-report" => self.exit_report = Some(value.into()),
+            _ if value == "none" => {}
+            _ => return Err(wrong("only `none` can be started so far")),
+        }
+        Ok(())
+    }
+}
+
+fn descriptor(text: &str) -> Option<RawFd> {
+    text.parse().ok().filter(|fd| *fd > 2)
+}
+
+fn net(text: &str) -> Option<NetArgs> {
+    let (fd, mac) = text.strip_prefix("fd=")?.split_once(",mac=")?;
+    let mut bytes = [0; 6];
+    let mut parts = mac.split(':');
+    for byte in &mut bytes {
+        let part = parts.next().filter(|p| p.len() == 2)?;
+        *byte = u8::from_str_radix(part, 16).ok()?;
+    }
+    parts.next().is_none().then_some(())?;
+    Some(NetArgs { fd: descriptor(fd)?, mac: bytes })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn run(line: &str) -> Result<Command, ArgsError> {
+        parse(line.split_whitespace().map(str::to_owned))
+    }
+
+    #[test]
+    fn both_forms_of_a_flag_are_read() {
+        let Ok(Command::Run(args)) = run("--image=a --memory-mib 64 --net fd=5,mac=02:00:00:00:00:0a") else {
+            panic!("refused")
+        };
+        assert_eq!((args.memory_mib, args.vcpus), (64, 1));
+        assert_eq!(args.nets, [NetArgs { fd: 5, mac: [2, 0, 0, 0, 0, 10] }]);
+    }
+
+    #[test]
+    fn wrong_flags_are_named() {
+        assert_eq!(
+            run("--imagee a").unwrap_err().to_string(),
+            "unknown flag `--imagee`: see coffer-vmm --help"
+        );
+        assert_eq!(run("--image").unwrap_err().to_string(), "--image wants a value: see coffer-vmm --help");
+        assert_eq!(
+            run("--image a").unwrap_err().to_string(),
+            "--memory-mib is missing: see coffer-vmm --help"
+        );
+        for line in
+            ["--vcpus 0", "--vcpus 65", "--net fd=1,mac=00:00:00:00:00:00", "--net fd=4,mac=0:0", "--tee snp"]
+        {
+            assert!(matches!(run(line), Err(ArgsError::Value { .. })), "{line}");
+        }
+    }
+}

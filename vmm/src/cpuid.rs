@@ -1,0 +1,91 @@
+//! What CPUID tells the guest: what KVM supports, with this machine's topology.
+//!
+//! Owns: the leaves that differ from KVM's. Never adds a feature that KVM does not report.
+
+use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES};
+use kvm_ioctls::{Cap, Kvm};
+
+const HYPERVISOR: u32 = 1 << 31;
+const TSC_DEADLINE: u32 = 1 << 24;
+const HYPER_THREADING: u32 = 1 << 28;
+const X2APIC_LEVEL_CORE: u32 = 2;
+const X2APIC_LEVEL_THREAD: u32 = 1;
+
+/// KVM's own answer.
+///
+/// # Errors
+/// KVM's.
+pub fn supported(kvm: &Kvm) -> Result<CpuId, kvm_ioctls::Error> {
+    let mut cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)?;
+    let deadline = kvm.check_extension(Cap::TscDeadlineTimer);
+    for entry in cpuid.as_mut_slice() {
+        if entry.function == 1 {
+            entry.ecx |= HYPERVISOR;
+            // KVM emulates it in the kernel's local APIC and reports it as a capability only.
+            if deadline {
+                entry.ecx |= TSC_DEADLINE;
+            }
+        }
+    }
+    Ok(cpuid)
+}
+
+/// The answer for one processor: one socket, one thread a core.
+#[must_use]
+pub fn for_vcpu(base: &CpuId, id: u32, count: u32) -> CpuId {
+    let mut cpuid = base.clone();
+    let bits = count.next_power_of_two().trailing_zeros();
+    for entry in cpuid.as_mut_slice() {
+        match entry.function {
+            0x1 => {
+                entry.ebx = (entry.ebx & 0xffff) | (count & 0xff) << 16 | id << 24;
+                if count > 1 {
+                    entry.edx |= HYPER_THREADING;
+                } else {
+                    entry.edx &= !HYPER_THREADING;
+                }
+            }
+            // Cores that share a cache, and cores in the package; one thread each.
+            0x4 => entry.eax = (entry.eax & 0x3fff) | (count - 1).min(63) << 26,
+            0xb | 0x1f => {
+                let (shift, number, level) = match entry.index {
+                    0 => (0, 1, X2APIC_LEVEL_THREAD),
+                    1 => (bits, count, X2APIC_LEVEL_CORE),
+                    _ => (0, 0, 0),
+                };
+                (entry.eax, entry.ebx, entry.ecx, entry.edx) =
+                    (shift, number, level << 8 | entry.index & 0xff, id);
+            }
+            0x8000_0008 => entry.ecx = bits << 12 | (count - 1) & 0xff,
+            0x8000_001e => (entry.eax, entry.ebx) = (id, id & 0xff),
+            _ => {}
+        }
+    }
+    cpuid
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use kvm_bindings::kvm_cpuid_entry2;
+
+    fn base() -> CpuId {
+        let leaf = |function, index| kvm_cpuid_entry2 { function, index, ecx: 0x1234, ..Default::default() };
+        CpuId::from_entries(&[leaf(1, 0), leaf(7, 0), leaf(0xb, 0), leaf(0xb, 1), leaf(0x8000_0008, 0)])
+            .unwrap()
+    }
+
+    #[test]
+    fn topology_is_one_socket_of_single_threaded_cores() {
+        let cpuid = for_vcpu(&base(), 2, 4);
+        let leaves = cpuid.as_slice();
+        assert_eq!(leaves[0].ebx, 2 << 24 | 4 << 16);
+        assert_eq!((leaves[2].ebx, leaves[3].eax, leaves[3].ebx, leaves[3].edx), (1, 2, 4, 2));
+        assert_eq!(leaves[4].ecx, 2 << 12 | 3);
+    }
+
+    #[test]
+    fn feature_leaves_are_left_as_kvm_gives_them() {
+        assert_eq!(for_vcpu(&base(), 0, 1).as_slice()[1], base().as_slice()[1]);
+    }
+}

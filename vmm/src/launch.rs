@@ -1,0 +1,236 @@
+//! From directives to a plan, and the plan's execution on a plain VM (`--tee none`).
+//!
+//! Owns: that everything is in RAM, nothing overlaps, every parameter fits. The plan is pure: it is made before any
+//! system call, and executing it only copies.
+
+use coffer_layout::{PAGE, boot::MapEntry};
+use thiserror::Error;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+
+use crate::{
+    igvm::{Directive, Image, ParameterKind, Registers},
+    memory,
+};
+
+/// Why an image cannot be launched in this guest.
+#[derive(Debug, Error, PartialEq, Eq)]
+pub enum LaunchError {
+    /// Something lies outside RAM.
+    #[error("image loads {what} at {gpa:#x}, {size:#x} bytes, which is not RAM: raise --memory-mib")]
+    NotRam {
+        /// What.
+        what: &'static str,
+        /// Where.
+        gpa: u64,
+        /// Bytes.
+        size: u64,
+    },
+    /// Two things at one place.
+    #[error("image loads {gpa:#x} twice")]
+    Overlap {
+        /// Where.
+        gpa: u64,
+    },
+    /// A parameter does not fit its area.
+    #[error("image leaves {room} bytes for {what}, {needed} are needed")]
+    Parameter {
+        /// Which.
+        what: &'static str,
+        /// Bytes to write.
+        needed: usize,
+        /// Bytes there.
+        room: usize,
+    },
+    /// No registers to start with.
+    #[error("image has no native VP context: nothing says where to start")]
+    NoContext,
+    /// Guest memory refused a write that the plan had checked.
+    #[error("load {gpa:#x}: {reason}")]
+    Write {
+        /// Where.
+        gpa: u64,
+        /// Why.
+        reason: String,
+    },
+}
+
+/// Bytes from the file into RAM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Copy {
+    /// Guest physical address.
+    pub gpa: u64,
+    /// Offset in the file.
+    pub offset: u64,
+    /// Bytes.
+    pub size: u64,
+}
+
+/// Everything that a launch does.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Plan {
+    /// Runs of pages, neighbours joined.
+    pub copies: Vec<Copy>,
+    /// Parameter areas as they will be.
+    pub areas: Vec<(u64, Vec<u8>)>,
+    /// The first processor's state.
+    pub registers: Registers,
+}
+
+/// Checks and plans.
+///
+/// # Errors
+/// [`LaunchError`], naming the address.
+pub fn plan(image: &Image, ram: &[(u64, u64)], vcpus: u32, file: &[u8]) -> Result<Plan, LaunchError> {
+    let in_ram = |what, gpa: u64, size: u64| {
+        let holds = |(start, length): &(u64, u64)| gpa >= *start && gpa + size <= start + length;
+        if ram.iter().any(holds) { Ok(()) } else { Err(LaunchError::NotRam { what, gpa, size }) }
+    };
+    let (mut copies, mut used, mut areas) = (Vec::<Copy>::new(), Vec::new(), Vec::new());
+    let mut buffers: Vec<(u32, Vec<u8>)> = Vec::new();
+    for directive in &image.directives {
+        match *directive {
+            Directive::Page(page) => {
+                in_ram("a page", page.gpa, PAGE)?;
+                used.push((page.gpa, PAGE));
+                match (page.offset, copies.last_mut()) {
+                    (Some(offset), Some(last))
+                        if last.gpa + last.size == page.gpa && last.offset + last.size == offset =>
+                    {
+                        last.size += PAGE;
+                    }
+                    (Some(offset), _) => copies.push(Copy { gpa: page.gpa, offset, size: PAGE }),
+                    // RAM of a plain VM is zero.
+                    (None, _) => {}
+                }
+            }
+            Directive::Area { index, size, initial } => {
+                let mut buffer = vec![0; size as usize];
+                if let Some(bytes) = initial.and_then(|at| file.get(at as usize..at as usize + size as usize))
+                {
+                    buffer.copy_from_slice(bytes);
+                }
+                buffers.push((index, buffer));
+            }
+            Directive::Parameter { kind, area, offset } => {
+                let (what, bytes) = match kind {
+                    ParameterKind::VpCount => ("the number of processors", vcpus.to_le_bytes().to_vec()),
+                    ParameterKind::MemoryMap => ("the memory map", memory_map(ram)),
+                };
+                let Some((_, buffer)) = buffers.iter_mut().find(|(index, _)| *index == area) else {
+                    continue;
+                };
+                let room = &mut buffer[offset as usize..];
+                let length = room.len();
+                room.get_mut(..bytes.len())
+                    .ok_or(LaunchError::Parameter { what, needed: bytes.len(), room: length })?
+                    .copy_from_slice(&bytes);
+            }
+            Directive::Insert { gpa, area } => {
+                let Some(at) = buffers.iter().position(|(index, _)| *index == area) else { continue };
+                let (_, buffer) = buffers.swap_remove(at);
+                in_ram("a parameter area", gpa, buffer.len() as u64)?;
+                used.push((gpa, buffer.len() as u64));
+                areas.push((gpa, buffer));
+            }
+            Directive::Required { gpa, size } => in_ram("required memory", gpa, size)?,
+        }
+    }
+    used.sort_unstable();
+    if let Some(pair) = used.windows(2).find(|w| w[0].0 + w[0].1 > w[1].0) {
+        return Err(LaunchError::Overlap { gpa: pair[1].0 });
+    }
+    Ok(Plan { copies, areas, registers: image.registers.ok_or(LaunchError::NoContext)? })
+}
+
+fn memory_map(ram: &[(u64, u64)]) -> Vec<u8> {
+    let entry = |(start, size): &(u64, u64)| {
+        let mut bytes = [0; size_of::<MapEntry>()];
+        bytes[..8].copy_from_slice(&memory::pages(*start).to_le_bytes());
+        bytes[8..16].copy_from_slice(&memory::pages(*size).to_le_bytes());
+        bytes[16..18].copy_from_slice(&MapEntry::MEMORY.to_le_bytes());
+        bytes
+    };
+    // One entry of no pages ends it.
+    ram.iter().map(entry).chain([[0; size_of::<MapEntry>()]]).flatten().collect()
+}
+
+/// Copies everything into RAM.
+///
+/// # Errors
+/// [`LaunchError::Write`].
+pub fn load(plan: &Plan, file: &[u8], memory: &GuestMemoryMmap<()>) -> Result<(), LaunchError> {
+    let write = |gpa: u64, bytes: &[u8]| {
+        memory
+            .write_slice(bytes, GuestAddress(gpa))
+            .map_err(|e| LaunchError::Write { gpa, reason: e.to_string() })
+    };
+    for copy in &plan.copies {
+        let bytes = file.get(copy.offset as usize..(copy.offset + copy.size) as usize).ok_or_else(|| {
+            LaunchError::Write { gpa: copy.gpa, reason: "the file became shorter".to_owned() }
+        })?;
+        write(copy.gpa, bytes)?;
+    }
+    plan.areas.iter().try_for_each(|(gpa, bytes)| write(*gpa, bytes))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::igvm::Page;
+
+    const RAM: [(u64, u64); 1] = [(0, 64 << 20)];
+
+    fn page(gpa: u64, offset: u64) -> Directive {
+        Directive::Page(Page { gpa, offset: Some(offset), shared: false })
+    }
+
+    fn image(directives: &[Directive]) -> Image {
+        Image { directives: directives.to_vec(), registers: Some(Registers::default()) }
+    }
+
+    #[test]
+    fn neighbours_become_one_copy() {
+        let plan =
+            plan(&image(&[page(0x1000, 0x400), page(0x2000, 0x1400), page(0x4000, 0x2400)]), &RAM, 1, &[])
+                .unwrap();
+        assert_eq!(
+            plan.copies,
+            [
+                Copy { gpa: 0x1000, offset: 0x400, size: 0x2000 },
+                Copy { gpa: 0x4000, offset: 0x2400, size: 0x1000 }
+            ]
+        );
+    }
+
+    #[test]
+    fn pages_outside_ram_or_twice_are_refused() {
+        let refused = |directives: &[Directive]| plan(&image(directives), &RAM, 1, &[]).unwrap_err();
+        assert!(matches!(refused(&[page(64 << 20, 0x400)]), LaunchError::NotRam { .. }));
+        assert_eq!(
+            refused(&[page(0x1000, 0x400), page(0x1000, 0x1400)]),
+            LaunchError::Overlap { gpa: 0x1000 }
+        );
+        let headless = Image { registers: None, ..image(&[page(0x1000, 0x400)]) };
+        assert_eq!(plan(&headless, &RAM, 1, &[]), Err(LaunchError::NoContext));
+    }
+
+    #[test]
+    fn parameters_are_filled_and_too_little_room_is_refused() {
+        let directives = |offset| {
+            image(&[
+                Directive::Area { index: 3, size: PAGE, initial: None },
+                Directive::Parameter { kind: ParameterKind::VpCount, area: 3, offset: 0 },
+                Directive::Parameter { kind: ParameterKind::MemoryMap, area: 3, offset },
+                Directive::Insert { gpa: 0x3000, area: 3 },
+            ])
+        };
+        let good = plan(&directives(64), &RAM, 4, &[]).unwrap();
+        let (gpa, bytes) = &good.areas[0];
+        assert_eq!((*gpa, &bytes[..4]), (0x3000, &[4, 0, 0, 0][..]));
+        assert_eq!(&bytes[64..82], &[0, 0, 0, 0, 0, 0, 0, 0, 0, 0x40, 0, 0, 0, 0, 0, 0, 0, 0]);
+        assert!(matches!(
+            plan(&directives(4090), &RAM, 4, &[]),
+            Err(LaunchError::Parameter { needed: 48, room: 6, .. })
+        ));
+    }
+}

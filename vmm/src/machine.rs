@@ -1,0 +1,264 @@
+//! The machine: made from checked arguments and a checked image, run until it ends.
+//!
+//! Owns: the order of making things. Nothing of KVM is touched before the whole image was checked.
+
+use std::{
+    fs::File,
+    io,
+    os::fd::{AsRawFd, FromRawFd, OwnedFd},
+    sync::{Arc, Mutex, atomic::Ordering, mpsc},
+    thread,
+};
+
+use coffer_layout::{MMIO_IRQS, SERIAL_IRQ, mmio_address, slot};
+use kvm_bindings::{KVM_API_VERSION, kvm_userspace_memory_region};
+use kvm_ioctls::{IoEventAddress, Kvm, VcpuFd, VmFd};
+use thiserror::Error;
+use vm_memory::{GuestMemory, GuestMemoryMmap, GuestMemoryRegion};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::{
+    args::Args,
+    cpuid,
+    devices::{
+        board::Board,
+        serial,
+        virtio::{
+            DeviceError, VirtioDevice,
+            fs::{Fs, FsError},
+            mmio::{QUEUE_NOTIFY, Window},
+            net::{Net, NetError},
+            rng::Rng,
+            vsock::{Vsock, VsockError},
+        },
+    },
+    end::End,
+    igvm::{self, ImageError},
+    launch::{self, LaunchError},
+    log::Log,
+    memory::{self, MemoryError},
+    trace::Trace,
+    vcpu::{self, Exits, VcpuError},
+};
+
+/// Context id of every guest; the socket's path tells pods apart.
+const GUEST_CID: u64 = 3;
+/// Three pages below 4 GiB that Intel's KVM needs for itself.
+const TSS_ADDRESS: usize = 0xfffb_d000;
+
+/// Why no VM runs. Each kind has an exit code of its own.
+#[derive(Debug, Error)]
+#[expect(missing_docs, reason = "each says what it is")]
+pub enum MachineError {
+    #[error("open image {path}: {source}")]
+    Open { path: String, source: io::Error },
+    #[error("{path}: {source}")]
+    Image { path: String, source: ImageError },
+    #[error("{path}: {source}")]
+    Launch { path: String, source: LaunchError },
+    #[error("no usable KVM: {0}")]
+    Kvm(String),
+    #[error(transparent)]
+    Vcpu(#[from] VcpuError),
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    #[error("device {0}")]
+    Device(#[from] DeviceError),
+    #[error("device vsock: {0}")]
+    Vsock(#[from] VsockError),
+    #[error("device fs: {0}")]
+    Fs(#[from] FsError),
+    #[error("device net: {0}")]
+    Net(#[from] NetError),
+    #[error("{what}: {source}")]
+    Host { what: &'static str, source: io::Error },
+}
+
+impl MachineError {
+    /// Exit code of the process.
+    #[must_use]
+    pub fn code(&self) -> u8 {
+        match self {
+            Self::Open { .. } | Self::Image { .. } | Self::Launch { .. } => 65,
+            Self::Kvm(_) | Self::Vcpu(_) => 69,
+            Self::Memory(_) => 73,
+            Self::Device(_) | Self::Vsock(_) | Self::Fs(_) | Self::Net(_) | Self::Host { .. } => 74,
+        }
+    }
+}
+
+fn kvm_error(command: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> MachineError {
+    move |e| MachineError::Kvm(format!("{command}: {e}"))
+}
+
+/// A machine whose processors have not run yet.
+pub struct Machine {
+    vcpus: Vec<VcpuFd>,
+    board: Arc<Board>,
+    lifeline: Option<OwnedFd>,
+    // Dropped last: the processors refer to it.
+    _vm: VmFd,
+    _memory: Arc<GuestMemoryMmap<()>>,
+}
+
+impl Machine {
+    /// Checks the image, then makes the VM.
+    ///
+    /// # Errors
+    /// [`MachineError`]; nothing is left behind.
+    pub fn new(args: &Args, trace: Trace, log: Log) -> Result<Self, MachineError> {
+        let path = args.image.display().to_string();
+        let file =
+            File::open(&args.image).map_err(|source| MachineError::Open { path: path.clone(), source })?;
+        // SAFETY: the file is the host's own and not written while it is an image; if it shrinks, this process ends.
+        let image = unsafe { memmap2::Mmap::map(&file) };
+        let image = image.map_err(|source| MachineError::Open { path: path.clone(), source })?;
+        let contents =
+            igvm::read(&image).map_err(|source| MachineError::Image { path: path.clone(), source })?;
+        let plan = launch::plan(&contents, &memory::layout(args.memory_mib << 20), args.vcpus, &image)
+            .map_err(|source| MachineError::Launch { path: path.clone(), source })?;
+        trace.stage("image-checked");
+
+        let kvm = Kvm::new().map_err(|e| {
+            MachineError::Kvm(format!(
+                "open /dev/kvm: {e}; load kvm_amd or kvm_intel, or use the rig (tests/rig)"
+            ))
+        })?;
+        if kvm.get_api_version() != KVM_API_VERSION as i32 {
+            return Err(MachineError::Kvm(format!("KVM API version {}", kvm.get_api_version())));
+        }
+        let vm = kvm.create_vm().map_err(kvm_error("KVM_CREATE_VM"))?;
+        vm.set_tss_address(TSS_ADDRESS).map_err(kvm_error("KVM_SET_TSS_ADDR"))?;
+        vm.create_irq_chip().map_err(kvm_error("KVM_CREATE_IRQCHIP"))?;
+        trace.stage("vm-created");
+
+        let ram = memory::reserve(args.memory_mib)?;
+        for (slot, region) in ram.iter().enumerate() {
+            let address = region.get_host_address(vm_memory::MemoryRegionAddress(0));
+            let address = address.map_err(|e| MachineError::Kvm(e.to_string()))?;
+            let region = kvm_userspace_memory_region {
+                slot: slot as u32,
+                guest_phys_addr: region.start_addr().0,
+                memory_size: region.len(),
+                userspace_addr: address as u64,
+                flags: 0,
+            };
+            // SAFETY: the range is a mapping that lives as long as the machine, and no two overlap.
+            unsafe { vm.set_user_memory_region(region) }.map_err(kvm_error("KVM_SET_USER_MEMORY_REGION"))?;
+        }
+        launch::load(&plan, &image, &ram)
+            .map_err(|source| MachineError::Launch { path: path.clone(), source })?;
+        trace.stage("memory-loaded");
+
+        let base = cpuid::supported(&kvm).map_err(kvm_error("KVM_GET_SUPPORTED_CPUID"))?;
+        let mut vcpus = Vec::new();
+        for id in 0..args.vcpus {
+            let vcpu = vm.create_vcpu(u64::from(id)).map_err(kvm_error("KVM_CREATE_VCPU"))?;
+            vcpu::prepare(&vcpu, id, &cpuid::for_vcpu(&base, id, args.vcpus))?;
+            vcpus.push(vcpu);
+        }
+        vcpu::enter(&vcpus[0], &plan.registers)?;
+        trace.stage("vcpus-set");
+
+        let memory = Arc::new(ram);
+        let windows = windows(args, &vm, &memory)?;
+        let console = args.console.as_deref().map(|path| -> Result<_, MachineError> {
+            let line = irq_line(&vm, SERIAL_IRQ)?;
+            let failed = |source| MachineError::Host { what: "open the console", source };
+            Ok(Mutex::new(serial::open(path, line).map_err(failed)?))
+        });
+        let console = console.transpose()?;
+        trace.stage("devices-made");
+        let board = Arc::new(Board::new(windows, console, trace, log));
+        // SAFETY: the caller inherited this descriptor for this purpose and nobody else here uses it.
+        let lifeline = args.lifeline.map(|fd| unsafe { OwnedFd::from_raw_fd(fd) });
+        Ok(Self { vcpus, board, lifeline, _vm: vm, _memory: memory })
+    }
+
+    /// Runs until the VM ends, for whatever reason.
+    ///
+    /// # Errors
+    /// When the host has no threads left.
+    pub fn run(self) -> Result<End, MachineError> {
+        let failed = |source| MachineError::Host { what: "start a processor's thread", source };
+        let (sender, ends) = mpsc::channel();
+        let exits = Arc::new(Exits::default());
+        if let Some(lifeline) = self.lifeline {
+            let sender = sender.clone();
+            let watch = move || {
+                wait_for_hangup(&lifeline);
+                let _ = sender.send(End::Abandoned);
+            };
+            thread::Builder::new().name("lifeline".into()).spawn(watch).map_err(failed)?;
+        }
+        self.board.trace.stage("first-run");
+        for (id, mut vcpu) in self.vcpus.into_iter().enumerate() {
+            let (sender, board, exits) = (sender.clone(), Arc::clone(&self.board), Arc::clone(&exits));
+            let body = move || {
+                // When nobody listens any more another processor ended the VM.
+                let _ = sender.send(vcpu::run(&mut vcpu, id as u32, &board, &exits));
+            };
+            thread::Builder::new().name(format!("vcpu{id}")).spawn(body).map_err(failed)?;
+        }
+        drop(sender);
+        let end = ends.recv().unwrap_or(End::Abandoned);
+        self.board.trace.stage("ended");
+        self.board.trace.counts(&[
+            ("port-exits", exits.port.load(Ordering::Relaxed)),
+            ("mmio-exits", exits.mmio.load(Ordering::Relaxed)),
+            ("interrupted", exits.interrupted.load(Ordering::Relaxed)),
+            ("unknown-accesses", self.board.unknown.load(Ordering::Relaxed)),
+        ]);
+        Ok(end)
+    }
+}
+
+/// Returns when the other end of the pipe is closed. Nothing is ever written to it.
+fn wait_for_hangup(pipe: &OwnedFd) {
+    let mut wait = libc::pollfd { fd: pipe.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+    loop {
+        // SAFETY: one valid entry.
+        let ready = unsafe { libc::poll(&raw mut wait, 1, -1) };
+        if ready > 0 || ready < 0 && io::Error::last_os_error().kind() != io::ErrorKind::Interrupted {
+            return;
+        }
+    }
+}
+
+fn irq_line(vm: &VmFd, irq: u32) -> Result<EventFd, MachineError> {
+    let line = EventFd::new(libc::EFD_NONBLOCK)
+        .map_err(|source| MachineError::Host { what: "make an eventfd", source })?;
+    vm.register_irqfd(&line, irq).map_err(kvm_error("KVM_IRQFD"))?;
+    Ok(line)
+}
+
+/// All slots with their devices.
+fn windows(
+    args: &Args,
+    vm: &VmFd,
+    memory: &Arc<GuestMemoryMmap<()>>,
+) -> Result<[Option<Mutex<Window>>; MMIO_IRQS.len()], MachineError> {
+    let mut devices: Vec<(usize, Box<dyn VirtioDevice>)> = vec![(slot::RNG, Box::new(Rng::default()))];
+    if let Some(path) = &args.vsock {
+        devices.push((slot::VSOCK, Box::new(Vsock::new(path, GUEST_CID)?)));
+    }
+    if let Some(dir) = &args.fs {
+        devices.push((slot::FS, Box::new(Fs::new("coffer", dir)?)));
+    }
+    for (index, net) in args.nets.iter().enumerate() {
+        // SAFETY: the caller inherited this descriptor for this purpose and nobody else here uses it.
+        let tap = unsafe { OwnedFd::from_raw_fd(net.fd) };
+        devices.push((slot::NET + index, Box::new(Net::new(tap, net.mac)?)));
+    }
+    let mut windows = std::array::from_fn(|_| None);
+    for (slot, device) in devices {
+        let line = Arc::new(irq_line(vm, MMIO_IRQS[slot])?);
+        let window = Window::new(device, Arc::clone(memory), line)?;
+        let notify = IoEventAddress::Mmio(mmio_address(slot) + QUEUE_NOTIFY);
+        for (queue, kick) in window.kicks().iter().enumerate() {
+            vm.register_ioevent(kick, &notify, queue as u32).map_err(kvm_error("KVM_IOEVENTFD"))?;
+        }
+        windows[slot] = Some(Mutex::new(window));
+    }
+    Ok(windows)
+}

@@ -1,0 +1,70 @@
+//! `coffer-vmm`: one process, one VM.
+
+use std::{fs, process::ExitCode};
+
+use coffer_vmm::{
+    args::{self, Args, Command},
+    log::{Level, Log},
+    machine::{Machine, MachineError},
+    trace::{self, Trace},
+};
+
+const USAGE_ERROR: u8 = 64;
+
+fn main() -> ExitCode {
+    let began = trace::now_ns();
+    match args::parse(std::env::args().skip(1)) {
+        Ok(Command::Help) => {
+            println!("{}", args::USAGE);
+            ExitCode::SUCCESS
+        }
+        Ok(Command::Version) => {
+            println!("coffer-vmm version {}", env!("CARGO_PKG_VERSION"));
+            ExitCode::SUCCESS
+        }
+        Ok(Command::Run(args)) => run(&args, began),
+        Err(error) => {
+            eprintln!("coffer-vmm: {error}");
+            ExitCode::from(USAGE_ERROR)
+        }
+    }
+}
+
+fn run(args: &Args, began: u64) -> ExitCode {
+    let log = Log::open(args.log.as_deref(), args.log_json);
+    let (log, second) = match (log, Log::open(args.log.as_deref(), args.log_json)) {
+        (Ok(log), Ok(second)) => (log, second),
+        (Err(e), _) | (_, Err(e)) => {
+            eprintln!("coffer-vmm: open --log: {e}");
+            return ExitCode::from(USAGE_ERROR);
+        }
+    };
+    let (code, report) = match start(args, began, second) {
+        Ok(end) => {
+            if end.code() != 0 {
+                log.write(Level::Error, &end.message());
+            }
+            (end.code(), end.report())
+        }
+        Err(error) => {
+            log.write(Level::Error, &error.to_string());
+            let report = serde_json::json!({ "reason": "not-started", "code": error.code(), "message": error.to_string() });
+            (error.code(), report.to_string() + "\n")
+        }
+    };
+    if let Some(path) = &args.exit_report
+        && let Err(error) = fs::write(path, report)
+    {
+        log.write(Level::Error, &format!("write --exit-report {}: {error}", path.display()));
+    }
+    // The kernel takes VM, memory and threads back faster than this process could let go of them one by one.
+    // SAFETY: nothing is buffered, and no other thread's work matters any more.
+    unsafe { libc::_exit(i32::from(code)) }
+}
+
+fn start(args: &Args, began: u64, log: Log) -> Result<coffer_vmm::end::End, MachineError> {
+    let failed = |source| MachineError::Host { what: "open --trace", source };
+    let trace = Trace::open(args.trace.as_deref()).map_err(failed)?;
+    trace.stage_at("process-entry", began);
+    Machine::new(args, trace, log)?.run()
+}
