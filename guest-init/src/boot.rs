@@ -1,0 +1,132 @@
+//! From the first instruction of PID 1 to a machine that containers can run in, and its end.
+//!
+//! Owns: marks, mounts, the vsock listener, the orderly end. Does not own: what comes over vsock.
+
+use std::{
+    fs, io,
+    os::fd::OwnedFd,
+    path::Path,
+    sync::atomic::{AtomicBool, Ordering},
+};
+
+use coffer_layout::{MARK_PORT, mark};
+use coffer_protocol::{CONTROL_PORT, READY_PORT, SHARE_DIR, SHARE_TAG};
+use nix::{
+    mount::{MsFlags, mount},
+    sys::{
+        reboot::{RebootMode, reboot},
+        socket::{AddressFamily, Backlog, SockFlag, SockType, VsockAddr, bind, connect, listen, socket},
+    },
+};
+use thiserror::Error;
+
+/// The machine cannot be made ready.
+#[derive(Debug, Error)]
+#[error("{stage}: {source}")]
+pub struct BootError {
+    stage: String,
+    source: io::Error,
+}
+
+fn at(stage: impl Into<String>) -> impl FnOnce(nix::Error) -> BootError {
+    move |e| BootError { stage: stage.into(), source: e.into() }
+}
+
+/// Asks for the right to write to the mark port. Without it marks are lost, nothing else.
+pub fn allow_marks() {
+    // SAFETY: changes only which ports this process may use.
+    let allowed = unsafe { libc::ioperm(u64::from(MARK_PORT), 1, 1) } == 0;
+    MARKS.store(allowed, Ordering::Relaxed);
+}
+
+static MARKS: AtomicBool = AtomicBool::new(false);
+
+/// Tells the VMM that a stage is reached. Does nothing unless [`allow_marks`] got the right to.
+pub fn tell(byte: u8) {
+    if !MARKS.load(Ordering::Relaxed) {
+        return;
+    }
+    // SAFETY: `ioperm` allowed this port, and writing to it has no effect on memory.
+    unsafe {
+        std::arch::asm!("out dx, al", in("dx") MARK_PORT, in("al") byte, options(nomem, nostack, preserves_flags));
+    }
+}
+
+/// Mounts what every process expects. Directories exist in the initramfs.
+///
+/// # Errors
+/// [`BootError`], naming the mount.
+pub fn mount_all() -> Result<(), BootError> {
+    let safe = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+    let quiet = MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC;
+    for (kind, target, flags, data) in [
+        ("proc", "/proc", safe, ""),
+        ("sysfs", "/sys", safe, ""),
+        ("devtmpfs", "/dev", MsFlags::MS_NOSUID, "mode=755"),
+        ("tmpfs", "/run", safe, "mode=755"),
+        ("tmpfs", "/tmp", MsFlags::MS_NOSUID | MsFlags::MS_NODEV, "mode=1777"),
+        ("devpts", "/dev/pts", quiet, "newinstance,ptmxmode=0666,mode=0620,gid=5"),
+        ("tmpfs", "/dev/shm", MsFlags::MS_NOSUID | MsFlags::MS_NODEV, "mode=1777"),
+        ("cgroup2", "/sys/fs/cgroup", safe, "nsdelegate"),
+    ] {
+        if !Path::new(target).exists() {
+            let failed = |source| BootError { stage: format!("make {target}"), source };
+            fs::create_dir(target).map_err(failed)?;
+        }
+        mount(Some(kind), target, Some(kind), flags, Some(data)).map_err(at(format!("mount {target}")))?;
+    }
+    let failed = |source| BootError { stage: format!("make {SHARE_DIR}"), source };
+    fs::create_dir_all(SHARE_DIR).map_err(failed)?;
+    delegate_controllers("/sys/fs/cgroup");
+    // PID 1's root is the initramfs, which pivot_root cannot leave: containers pivot from below this private copy.
+    mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>)
+        .map_err(at("make / private"))
+}
+
+/// Turns every controller on for the children of a cgroup.
+pub fn delegate_controllers(directory: &str) {
+    let Ok(names) = fs::read_to_string(format!("{directory}/cgroup.controllers")) else { return };
+    for name in names.split_whitespace() {
+        // One that cannot be delegated is missing in the container; limits that need it fail then.
+        let _ = fs::write(format!("{directory}/cgroup.subtree_control"), format!("+{name}"));
+    }
+}
+
+/// Mounts the host's share, when there is one.
+///
+/// # Errors
+/// [`BootError`]: a pod without it can still answer, so the caller decides.
+pub fn mount_share() -> Result<(), BootError> {
+    mount(Some(SHARE_TAG), SHARE_DIR, Some("virtiofs"), MsFlags::MS_NOATIME, None::<&str>)
+        .map_err(at("mount the host's share"))
+}
+
+/// Listens for the host, and tells the VMM so by a connection to its ready port.
+///
+/// # Errors
+/// [`BootError`]: without it nobody can reach this guest.
+pub fn listen_to_host() -> Result<OwnedFd, BootError> {
+    let stream = || socket(AddressFamily::Vsock, SockType::Stream, SockFlag::SOCK_CLOEXEC, None);
+    let listener = stream().map_err(at("make a vsock socket"))?;
+    bind(std::os::fd::AsRawFd::as_raw_fd(&listener), &VsockAddr::new(libc::VMADDR_CID_ANY, CONTROL_PORT))
+        .map_err(at("bind to vsock"))?;
+    listen(&listener, Backlog::new(128).unwrap_or(Backlog::MAXCONN)).map_err(at("listen on vsock"))?;
+    let ready = stream().map_err(at("make a vsock socket"))?;
+    connect(std::os::fd::AsRawFd::as_raw_fd(&ready), &VsockAddr::new(libc::VMADDR_CID_HOST, READY_PORT))
+        .map_err(at("tell the VMM over vsock"))?;
+    Ok(listener)
+}
+
+/// Ends the machine in good order.
+pub fn end() -> ! {
+    nix::unistd::sync();
+    tell(mark::ORDERLY_END);
+    reset()
+}
+
+/// Ends the machine without the word for it: the VMM reports a failure.
+pub fn reset() -> ! {
+    // The command line has reboot=k: a port write that the VMM sees. It does not return; if it did, panic is the way out.
+    let _ = reboot(RebootMode::RB_AUTOBOOT);
+    std::process::exit(1)
+}

@@ -1,0 +1,271 @@
+//! What a new process does before it is the container's program.
+//!
+//! Owns: the order: namespaces, mounts, terminal, limits, identity, filter, program. Never returns.
+
+use std::{
+    convert::Infallible,
+    ffi::CString,
+    fs,
+    io::IoSlice,
+    os::fd::{AsRawFd, OwnedFd, RawFd},
+    path::{Path, PathBuf},
+};
+
+use coffer_protocol::{ErrorKind, WindowSize};
+use nix::{
+    sched::{CloneFlags, setns},
+    sys::socket::{ControlMessage, MsgFlags, UnixAddr, recv, sendmsg},
+};
+use oci_spec::runtime::{Process, Spec};
+
+use super::{
+    ContainerError, mounts,
+    process::{fork, message},
+    security,
+};
+
+/// The container's first process.
+pub(super) fn first(
+    spec: &Spec,
+    process: &Process,
+    stdio: &[OwnedFd],
+    window: Option<WindowSize>,
+    sync: &OwnedFd,
+) -> ! {
+    let result = (|| {
+        mounts::set_up(spec)?;
+        if let Some(name) = spec.hostname() {
+            nix::unistd::sethostname(name).map_err(|e| ContainerError::guest("set the host name", e))?;
+        }
+        for (key, value) in spec.linux().iter().flat_map(|l| l.sysctl().iter().flatten()) {
+            let file = Path::new("/proc/sys").join(key.replace('.', "/"));
+            fs::write(&file, value).map_err(|e| ContainerError::guest(&format!("set sysctl {key}"), e))?;
+        }
+        become_program(process, spec, stdio, window, sync)
+    })();
+    give_up(sync, result)
+}
+
+/// One more process: joins the namespaces of `target`, whose child it cannot be, so that a child of its own must run.
+pub(super) fn further(
+    process: &Process,
+    spec: &Spec,
+    target: i32,
+    stdio: &[OwnedFd],
+    window: Option<WindowSize>,
+    sync: &OwnedFd,
+) -> ! {
+    let result = (|| {
+        let namespaces = [
+            ("ipc", CloneFlags::CLONE_NEWIPC),
+            ("uts", CloneFlags::CLONE_NEWUTS),
+            ("pid", CloneFlags::CLONE_NEWPID),
+            ("cgroup", CloneFlags::CLONE_NEWCGROUP),
+            ("mnt", CloneFlags::CLONE_NEWNS),
+        ];
+        let open = |(name, flag): &(&str, CloneFlags)| {
+            let file = fs::File::open(format!("/proc/{target}/ns/{name}"));
+            file.map(|f| (f, *flag))
+                .map_err(|e| ContainerError::guest(&format!("open the container's {name} namespace"), e))
+        };
+        let files = namespaces.iter().map(open).collect::<Result<Vec<_>, _>>()?;
+        for (file, flag) in files {
+            setns(file, flag).map_err(|e| ContainerError::guest("join the container", e))?;
+        }
+        // The child of PID 1 by CLONE_PARENT, so that PID 1 reaps it; its number is PID 1's, because this process's
+        // own namespace is still that one.
+        match fork(libc::CLONE_PARENT, None, 0).map_err(|e| ContainerError::guest("fork", e))? {
+            Some(pid) => {
+                say(sync, message::PID, &pid.to_string(), None);
+                std::process::exit(0)
+            }
+            None => become_program(process, spec, stdio, window, sync),
+        }
+    })();
+    give_up(sync, result)
+}
+
+fn give_up(sync: &OwnedFd, result: Result<Infallible, ContainerError>) -> ! {
+    let Err(error) = result;
+    let kind = match error.kind {
+        ErrorKind::NotFound => message::NOT_FOUND,
+        ErrorKind::NotExecutable => message::NOT_EXECUTABLE,
+        _ => message::FAILED,
+    };
+    say(sync, kind, &error.message, None);
+    std::process::exit(1)
+}
+
+/// Sends one message; when PID 1 does not listen there is nobody to tell.
+fn say(sync: &OwnedFd, kind: u8, text: &str, fd: Option<RawFd>) {
+    let text = &text.as_bytes()[..text.len().min(4000)];
+    let fds = fd.map(|fd| [fd]);
+    let control: Vec<ControlMessage<'_>> = fds.iter().map(|f| ControlMessage::ScmRights(f)).collect();
+    let _ = sendmsg::<UnixAddr>(
+        sync.as_raw_fd(),
+        &[IoSlice::new(&[kind]), IoSlice::new(text)],
+        &control,
+        MsgFlags::MSG_NOSIGNAL,
+        None,
+    );
+}
+
+fn become_program(
+    process: &Process,
+    spec: &Spec,
+    stdio: &[OwnedFd],
+    window: Option<WindowSize>,
+    sync: &OwnedFd,
+) -> Result<Infallible, ContainerError> {
+    nix::unistd::setsid().map_err(|e| ContainerError::guest("start a session", e))?;
+    let terminal = match stdio {
+        [] => Some(open_terminal(window)?),
+        _ => {
+            for (target, fd) in stdio.iter().enumerate() {
+                duplicate(fd.as_raw_fd(), target as RawFd)?;
+            }
+            None
+        }
+    };
+    security::limits(process)?;
+    // Without no_new_privs a filter needs CAP_SYS_ADMIN, which the change of identity takes away; with it the filter
+    // comes as late as it can.
+    let late = process.no_new_privileges().unwrap_or(false);
+    if !late {
+        security::filter(spec, process)?;
+    }
+    security::identity(process)?;
+    nix::unistd::chdir(process.cwd())
+        .map_err(|e| ContainerError::guest(&format!("chdir to cwd ({:?})", process.cwd()), e))?;
+    let program = resolve(process)?;
+    say(sync, message::READY, "", terminal.as_ref().map(AsRawFd::as_raw_fd));
+    drop(terminal);
+    let mut byte = [0];
+    match recv(sync.as_raw_fd(), &mut byte, MsgFlags::empty()) {
+        Ok(1) => {}
+        // PID 1 does not want this process any more.
+        _ => std::process::exit(1),
+    }
+    if late {
+        security::filter(spec, process)?;
+    }
+    let argument =
+        |text: &String| CString::new(text.as_bytes()).map_err(|e| ContainerError::guest("argument", e));
+    let args = process.args().iter().flatten().map(argument).collect::<Result<Vec<_>, _>>()?;
+    let env = process.env().iter().flatten().map(argument).collect::<Result<Vec<_>, _>>()?;
+    reset_signals();
+    let path = CString::new(std::os::unix::ffi::OsStrExt::as_bytes(program.as_os_str()))
+        .map_err(|e| ContainerError::guest("program", e))?;
+    nix::unistd::execve(&path, &args, &env).map_err(|e| {
+        let kind = if e == nix::Error::ENOENT { ErrorKind::NotFound } else { ErrorKind::NotExecutable };
+        ContainerError::new(kind, format!("exec {}: {}", program.display(), words(e)))
+    })
+}
+
+/// Errors as callers look for them: podman takes its exit code from these words.
+fn words(error: nix::Error) -> &'static str {
+    match error {
+        nix::Error::ENOENT => "no such file or directory",
+        nix::Error::EACCES => "permission denied",
+        nix::Error::ENOEXEC => "exec format error",
+        other => other.desc(),
+    }
+}
+
+fn duplicate(from: RawFd, to: RawFd) -> Result<(), ContainerError> {
+    // SAFETY: both are descriptors of this process; `to` is 0, 1 or 2, which nothing else here owns.
+    if unsafe { libc::dup2(from, to) } < 0 {
+        return Err(ContainerError::guest("set up stdio", std::io::Error::last_os_error()));
+    }
+    Ok(())
+}
+
+/// A terminal of the container's own devpts, as its stdio; returns the master.
+fn open_terminal(window: Option<WindowSize>) -> Result<OwnedFd, ContainerError> {
+    let system = |stage: &'static str| move |e: std::io::Error| ContainerError::guest(stage, e);
+    let master = fs::File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/pts/ptmx")
+        .map_err(system("open /dev/pts/ptmx"))?;
+    let (mut number, unlock) = (0u32, 0i32);
+    // SAFETY: both ioctls take a pointer to an int that outlives the call.
+    let ok = unsafe {
+        libc::ioctl(master.as_raw_fd(), libc::TIOCSPTLCK, &raw const unlock) == 0
+            && libc::ioctl(master.as_raw_fd(), libc::TIOCGPTN, &raw mut number) == 0
+    };
+    if !ok {
+        return Err(ContainerError::guest("open a terminal", std::io::Error::last_os_error()));
+    }
+    let name = format!("/dev/pts/{number}");
+    let slave =
+        fs::File::options().read(true).write(true).open(&name).map_err(system("open the terminal"))?;
+    if let Some(size) = window {
+        set_window(&master, size);
+    }
+    // SAFETY: makes the slave the session's terminal; this process has just started a session.
+    if unsafe { libc::ioctl(slave.as_raw_fd(), libc::TIOCSCTTY, 0) } < 0 {
+        return Err(ContainerError::guest("take the terminal", std::io::Error::last_os_error()));
+    }
+    for target in 0..3 {
+        duplicate(slave.as_raw_fd(), target)?;
+    }
+    Ok(master.into())
+}
+
+/// Sets a terminal's size; a terminal that cannot be sized stays as it is.
+pub(crate) fn set_window(terminal: &impl AsRawFd, size: WindowSize) {
+    let size = libc::winsize { ws_row: size.rows, ws_col: size.columns, ws_xpixel: 0, ws_ypixel: 0 };
+    // SAFETY: the pointer is to a winsize that outlives the call.
+    unsafe { libc::ioctl(terminal.as_raw_fd(), libc::TIOCSWINSZ, &raw const size) };
+}
+
+/// The program's path, found as execvp would, inside the container.
+fn resolve(process: &Process) -> Result<PathBuf, ContainerError> {
+    let name = process.args().as_ref().and_then(|a| a.first()).cloned().unwrap_or_default();
+    let executable = |path: &Path| match nix::unistd::access(path, nix::unistd::AccessFlags::X_OK) {
+        Ok(()) if path.is_dir() => Err(nix::Error::EACCES),
+        other => other,
+    };
+    if name.contains('/') {
+        return match executable(Path::new(&name)) {
+            Ok(()) => Ok(name.into()),
+            Err(e) => {
+                let kind = if e == nix::Error::ENOENT || e == nix::Error::ENOTDIR {
+                    ErrorKind::NotFound
+                } else {
+                    ErrorKind::NotExecutable
+                };
+                Err(ContainerError::new(kind, format!("exec: {name:?}: stat {name}: {}", words(e))))
+            }
+        };
+    }
+    let path =
+        process.env().iter().flatten().find_map(|e| e.strip_prefix("PATH=")).unwrap_or("/bin:/usr/bin");
+    let mut denied = false;
+    for directory in path.split(':') {
+        let candidate = Path::new(if directory.is_empty() { "." } else { directory }).join(&name);
+        match executable(&candidate) {
+            Ok(()) => return Ok(candidate),
+            Err(nix::Error::EACCES) => denied = true,
+            Err(_) => {}
+        }
+    }
+    Err(if denied && !name.is_empty() {
+        ContainerError::new(ErrorKind::NotExecutable, format!("exec: {name:?}: permission denied"))
+    } else {
+        ContainerError::new(
+            ErrorKind::NotFound,
+            format!("exec: {name:?}: executable file not found in $PATH"),
+        )
+    })
+}
+
+/// A program starts with default actions and nothing blocked.
+fn reset_signals() {
+    for signal in 1..=64 {
+        // SAFETY: sets the default action; signals that have none to set refuse.
+        unsafe { libc::signal(signal, libc::SIG_DFL) };
+    }
+    let _ = nix::sys::signal::SigSet::empty().thread_set_mask();
+}

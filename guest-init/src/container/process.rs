@@ -1,0 +1,258 @@
+//! Starting processes: clone, a socket between PID 1 and the child, stdio.
+//!
+//! Owns: what PID 1 does around `child`. The child tells over the socket that it is ready, or why not; PID 1 tells it
+//! to go; the socket closes by itself when the program runs.
+
+use std::{
+    io::{self, IoSliceMut},
+    os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd},
+};
+
+use coffer_protocol::{ErrorKind, WindowSize};
+use nix::{
+    sys::socket::{
+        AddressFamily, ControlMessageOwned, MsgFlags, SockFlag, SockType, UnixAddr, recvmsg, send, socketpair,
+    },
+    unistd::pipe2,
+};
+use oci_spec::runtime::{LinuxNamespaceType, Process, Spec};
+
+use super::{Cgroup, ContainerError, child};
+use crate::session::{Stdio, unblock};
+
+/// From <linux/sched.h>; libc's constant is of a type that cannot hold it.
+const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
+/// Longest message of a child.
+const LONGEST: usize = 4096;
+
+/// The child's end is a program once this reads its end.
+#[derive(Debug)]
+pub struct Sync(pub(super) OwnedFd);
+
+/// The socket to a child failed: the child is gone.
+#[derive(Debug)]
+pub struct SyncError;
+
+/// A process that waits to be let go.
+#[derive(Debug)]
+pub struct Launched {
+    /// In PID 1's namespace.
+    pub pid: i32,
+    /// To let it go.
+    pub sync: Sync,
+    pub(crate) stdio: Stdio,
+}
+
+/// What a child says: one byte of kind, then text.
+pub(super) mod message {
+    pub(in super::super) const READY: u8 = b'r';
+    pub(in super::super) const PID: u8 = b'p';
+    pub(in super::super) const NOT_FOUND: u8 = b'n';
+    pub(in super::super) const NOT_EXECUTABLE: u8 = b'x';
+    pub(in super::super) const FAILED: u8 = b'f';
+}
+
+fn system(stage: &str) -> impl FnOnce(nix::Error) -> ContainerError {
+    move |e| ContainerError::guest(stage, io::Error::from(e))
+}
+
+/// Descriptors of both sides: ours to keep, the child's to have as 0, 1 and 2 (none for a terminal).
+fn pipes(terminal: bool) -> Result<(Stdio, Vec<OwnedFd>), ContainerError> {
+    use nix::fcntl::OFlag;
+    if terminal {
+        return Ok((Stdio::default(), Vec::new()));
+    }
+    let pipe = || pipe2(OFlag::O_CLOEXEC).map_err(system("make a pipe"));
+    let (stdin, our_stdin) = pipe()?;
+    let (our_stdout, stdout) = pipe()?;
+    let (our_stderr, stderr) = pipe()?;
+    for fd in [&our_stdin, &our_stdout, &our_stderr] {
+        unblock(fd).map_err(system("make a pipe non-blocking"))?;
+    }
+    // A process that opens /dev/stdout again must be allowed to, whoever it is.
+    for fd in [&stdin, &stdout, &stderr] {
+        let _ = nix::sys::stat::fchmod(fd, nix::sys::stat::Mode::from_bits_truncate(0o666));
+    }
+    let ours =
+        Stdio { stdin: Some(our_stdin), stdout: Some(our_stdout), stderr: Some(our_stderr), terminal: None };
+    Ok((ours, vec![stdin, stdout, stderr]))
+}
+
+/// Forks with these clone flags, into a cgroup. `None` in the child. PID 1 has one thread, so this is as safe as fork.
+pub(super) fn fork(flags: i32, cgroup: Option<RawFd>, signal: i32) -> io::Result<Option<i32>> {
+    // SAFETY: clone_args is plain data for which zero is valid.
+    let mut args: libc::clone_args = unsafe { std::mem::zeroed() };
+    args.flags = flags as u64;
+    args.exit_signal = signal as u64;
+    if let Some(fd) = cgroup {
+        args.flags |= CLONE_INTO_CGROUP;
+        args.cgroup = fd as u64;
+    }
+    // SAFETY: without CLONE_VM the child has a copy of everything, and there is no other thread whose locks it could miss.
+    let pid = unsafe { libc::syscall(libc::SYS_clone3, &raw const args, size_of::<libc::clone_args>()) };
+    match pid {
+        0 => Ok(None),
+        pid if pid > 0 => Ok(Some(pid as i32)),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+fn socket_pair() -> Result<(OwnedFd, OwnedFd), ContainerError> {
+    socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
+        .map_err(system("make a socket pair"))
+}
+
+/// Makes the container's first process, up to its program.
+///
+/// # Errors
+/// [`ContainerError`], of kind `NotFound` or `NotExecutable` for the program; the child is gone then.
+pub fn launch(spec: &Spec, cgroup: &Cgroup, window: Option<WindowSize>) -> Result<Launched, ContainerError> {
+    let process = spec
+        .process()
+        .as_ref()
+        .ok_or_else(|| ContainerError::new(ErrorKind::Invalid, "config.json: no process"))?;
+    let (stdio, theirs) = pipes(process.terminal().unwrap_or(false))?;
+    let (ours, sync) = socket_pair()?;
+    let directory =
+        std::fs::File::open(cgroup.path()).map_err(|e| ContainerError::guest("open the cgroup", e))?;
+    let mut flags = libc::CLONE_NEWNS;
+    for namespace in spec.linux().iter().flat_map(|l| l.namespaces().iter().flatten()) {
+        flags |= match namespace.typ() {
+            LinuxNamespaceType::Pid => libc::CLONE_NEWPID,
+            LinuxNamespaceType::Uts => libc::CLONE_NEWUTS,
+            LinuxNamespaceType::Ipc => libc::CLONE_NEWIPC,
+            LinuxNamespaceType::Cgroup => libc::CLONE_NEWCGROUP,
+            // The guest's network is the pod's.
+            _ => 0,
+        };
+    }
+    // The container sees its own cgroup as the root, as it would under a runtime on a host with version 2.
+    flags |= libc::CLONE_NEWCGROUP;
+    match fork(flags, Some(directory.as_raw_fd()), libc::SIGCHLD)
+        .map_err(|e| ContainerError::guest("fork", e))?
+    {
+        None => {
+            drop(ours);
+            child::first(spec, process, &theirs, window, &sync)
+        }
+        Some(pid) => {
+            drop((sync, theirs));
+            let terminal = wait_ready(&ours, pid)?;
+            finish(pid, ours, stdio, terminal)
+        }
+    }
+}
+
+/// Makes one more process in the namespaces of `target`.
+///
+/// # Errors
+/// As [`launch`].
+pub fn exec(
+    process: &Process,
+    target: i32,
+    cgroup: &Cgroup,
+    spec: &Spec,
+    window: Option<WindowSize>,
+) -> Result<Launched, ContainerError> {
+    let (stdio, theirs) = pipes(process.terminal().unwrap_or(false))?;
+    let (ours, sync) = socket_pair()?;
+    let directory =
+        std::fs::File::open(cgroup.path()).map_err(|e| ContainerError::guest("open the cgroup", e))?;
+    match fork(0, Some(directory.as_raw_fd()), libc::SIGCHLD).map_err(|e| ContainerError::guest("fork", e))? {
+        None => {
+            drop(ours);
+            child::further(process, spec, target, &theirs, window, &sync)
+        }
+        Some(middle) => {
+            drop((sync, theirs));
+            let (kind, text, _) = receive(&ours, middle)?;
+            let pid = match (kind, text.parse()) {
+                (message::PID, Ok(pid)) => pid,
+                _ => return Err(refusal(kind, text)),
+            };
+            let terminal = wait_ready(&ours, pid)?;
+            finish(pid, ours, stdio, terminal)
+        }
+    }
+}
+
+fn finish(
+    pid: i32,
+    sync: OwnedFd,
+    mut stdio: Stdio,
+    terminal: Option<OwnedFd>,
+) -> Result<Launched, ContainerError> {
+    if let Some(fd) = &terminal {
+        unblock(fd).map_err(system("make the terminal non-blocking"))?;
+    }
+    stdio.terminal = terminal;
+    Ok(Launched { pid, sync: Sync(sync), stdio })
+}
+
+/// One message of the child, and the descriptor that came with it.
+fn receive(socket: &OwnedFd, pid: i32) -> Result<(u8, String, Option<OwnedFd>), ContainerError> {
+    let mut bytes = [0; LONGEST];
+    let mut space = nix::cmsg_space!(RawFd);
+    let gone = || ContainerError::new(ErrorKind::Guest, format!("process {pid} died while it was made"));
+    let (count, fd) = loop {
+        let mut buffers = [IoSliceMut::new(&mut bytes)];
+        match recvmsg::<UnixAddr>(
+            socket.as_raw_fd(),
+            &mut buffers,
+            Some(&mut space),
+            MsgFlags::MSG_CMSG_CLOEXEC,
+        ) {
+            Ok(received) => {
+                let fds = received.cmsgs().ok().and_then(|mut list| match list.next() {
+                    Some(ControlMessageOwned::ScmRights(fds)) => fds.first().copied(),
+                    _ => None,
+                });
+                break (received.bytes, fds);
+            }
+            Err(nix::Error::EINTR) => {}
+            Err(_) => return Err(gone()),
+        }
+    };
+    // SAFETY: the kernel made this descriptor for us with the message.
+    let fd = fd.map(|fd| unsafe { OwnedFd::from_raw_fd(fd) });
+    let (kind, text) = bytes[..count].split_first().ok_or_else(gone)?;
+    Ok((*kind, String::from_utf8_lossy(text).into_owned(), fd))
+}
+
+fn refusal(kind: u8, text: String) -> ContainerError {
+    let kind = match kind {
+        message::NOT_FOUND => ErrorKind::NotFound,
+        message::NOT_EXECUTABLE => ErrorKind::NotExecutable,
+        _ => ErrorKind::Guest,
+    };
+    ContainerError::new(kind, text)
+}
+
+fn wait_ready(socket: &OwnedFd, pid: i32) -> Result<Option<OwnedFd>, ContainerError> {
+    match receive(socket, pid)? {
+        (message::READY, _, terminal) => Ok(terminal),
+        (kind, text, _) => Err(refusal(kind, text)),
+    }
+}
+
+impl Sync {
+    /// Lets the process go and waits until its program runs.
+    ///
+    /// # Errors
+    /// [`ContainerError`] when the program cannot be run after all.
+    pub fn go(self) -> Result<(), ContainerError> {
+        let gone = |_| ContainerError::new(ErrorKind::WrongState, "the container's process has ended");
+        send(self.0.as_raw_fd(), b"g", MsgFlags::MSG_NOSIGNAL).map_err(gone)?;
+        match receive(&self.0, 0) {
+            // The end of the socket: exec closed it.
+            Err(_) => Ok(()),
+            Ok((kind, text, _)) => Err(refusal(kind, text)),
+        }
+    }
+}
+
+impl AsFd for Sync {
+    fn as_fd(&self) -> std::os::fd::BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}

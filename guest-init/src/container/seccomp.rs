@@ -1,0 +1,170 @@
+//! The system call filter: an OCI profile as seccomp programs.
+//!
+//! Owns: the translation. One program holds one action; several are installed, and the kernel takes the strictest
+//! answer. The default action's program comes first, so that of two errors the more special one is returned.
+
+use std::collections::BTreeMap;
+
+use oci_spec::runtime::{LinuxSeccomp, LinuxSeccompAction, LinuxSeccompArg, LinuxSeccompOperator};
+use seccompiler::{
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
+    TargetArch,
+};
+
+use super::ContainerError;
+
+type Rules = BTreeMap<i64, Vec<SeccompRule>>;
+
+fn action(from: LinuxSeccompAction, errno: Option<u32>) -> SeccompAction {
+    match from {
+        LinuxSeccompAction::ScmpActAllow => SeccompAction::Allow,
+        LinuxSeccompAction::ScmpActErrno => SeccompAction::Errno(errno.unwrap_or(libc::EPERM as u32)),
+        LinuxSeccompAction::ScmpActLog => SeccompAction::Log,
+        LinuxSeccompAction::ScmpActTrace => SeccompAction::Trace(errno.unwrap_or(libc::EPERM as u32)),
+        LinuxSeccompAction::ScmpActTrap => SeccompAction::Trap,
+        LinuxSeccompAction::ScmpActKillProcess => SeccompAction::KillProcess,
+        // A supervisor outside the guest cannot read its memory: refuse as without one.
+        LinuxSeccompAction::ScmpActNotify => SeccompAction::Errno(libc::ENOSYS as u32),
+        _ => SeccompAction::KillThread,
+    }
+}
+
+fn condition(arg: &LinuxSeccompArg) -> Result<SeccompCondition, ContainerError> {
+    let operator = match arg.op() {
+        LinuxSeccompOperator::ScmpCmpNe => SeccompCmpOp::Ne,
+        LinuxSeccompOperator::ScmpCmpLt => SeccompCmpOp::Lt,
+        LinuxSeccompOperator::ScmpCmpLe => SeccompCmpOp::Le,
+        LinuxSeccompOperator::ScmpCmpEq => SeccompCmpOp::Eq,
+        LinuxSeccompOperator::ScmpCmpGe => SeccompCmpOp::Ge,
+        LinuxSeccompOperator::ScmpCmpGt => SeccompCmpOp::Gt,
+        LinuxSeccompOperator::ScmpCmpMaskedEq => SeccompCmpOp::MaskedEq(arg.value()),
+    };
+    let value = if arg.op() == LinuxSeccompOperator::ScmpCmpMaskedEq {
+        arg.value_two().unwrap_or(0)
+    } else {
+        arg.value()
+    };
+    SeccompCondition::new(arg.index() as u8, SeccompCmpArgLen::Qword, operator, value)
+        .map_err(|e| ContainerError::guest("seccomp argument", e))
+}
+
+/// The programs, in the order to install.
+fn programs(profile: &LinuxSeccomp) -> Result<Vec<BpfProgram>, ContainerError> {
+    let failed = |e: seccompiler::BackendError| ContainerError::guest("seccomp profile", e);
+    let default = action(profile.default_action(), profile.default_errno_ret());
+    let mut by_action: Vec<(SeccompAction, Rules)> = Vec::new();
+    for group in profile.syscalls().iter().flatten() {
+        let group_action = action(group.action(), group.errno_ret());
+        if group_action == default {
+            continue;
+        }
+        let index = by_action.iter().position(|(a, _)| *a == group_action).unwrap_or_else(|| {
+            by_action.push((group_action.clone(), Rules::new()));
+            by_action.len() - 1
+        });
+        let conditions = group.args().iter().flatten().map(condition).collect::<Result<Vec<_>, _>>()?;
+        // Names that this architecture does not have are left out, as libseccomp does.
+        for number in group.names().iter().filter_map(|n| n.parse::<syscalls::Sysno>().ok()) {
+            let rules = &mut by_action[index].1;
+            let number = i64::from(number.id());
+            if conditions.is_empty() {
+                rules.insert(number, Vec::new());
+            } else if rules.get(&number).is_none_or(|r| !r.is_empty()) {
+                let rule = SeccompRule::new(conditions.clone()).map_err(failed)?;
+                rules.entry(number).or_default().push(rule);
+            }
+        }
+    }
+    // A call that some group names must pass the default's program, whatever its own group says of it.
+    let mut named = Rules::new();
+    for (a, rules) in &by_action {
+        for (number, list) in rules {
+            if *a == SeccompAction::Allow {
+                match named.get_mut(number) {
+                    Some(there) if there.is_empty() => {}
+                    Some(_) if list.is_empty() => drop(named.insert(*number, Vec::new())),
+                    Some(there) => there.extend(list.iter().cloned()),
+                    None => drop(named.insert(*number, list.clone())),
+                }
+            }
+        }
+    }
+    let build = |rules: Rules, mismatch, matched| -> Result<BpfProgram, ContainerError> {
+        SeccompFilter::new(rules, mismatch, matched, TargetArch::x86_64)
+            .and_then(BpfProgram::try_from)
+            .map_err(failed)
+    };
+    let mut list = Vec::new();
+    if default != SeccompAction::Allow {
+        list.push(build(named, default, SeccompAction::Allow)?);
+    }
+    for (a, rules) in by_action.into_iter().filter(|(a, _)| *a != SeccompAction::Allow) {
+        list.push(build(rules, SeccompAction::Allow, a)?);
+    }
+    Ok(list)
+}
+
+/// Installs a profile in this process, for good.
+pub(super) fn install(profile: &LinuxSeccomp) -> Result<(), ContainerError> {
+    for program in programs(profile)? {
+        // Without no_new_privs, as the specification leaves that to the process; it needs CAP_SYS_ADMIN then, which a
+        // process without it gets an error for.
+        let mut filters: Vec<libc::sock_filter> =
+            program.iter().map(|i| libc::sock_filter { code: i.code, jt: i.jt, jf: i.jf, k: i.k }).collect();
+        let length = u16::try_from(filters.len())
+            .map_err(|e| ContainerError::guest("seccomp profile is too long", e))?;
+        let prog = libc::sock_fprog { len: length, filter: filters.as_mut_ptr() };
+        // SAFETY: `prog` and its filters outlive the call.
+        let installed =
+            unsafe { libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, 0, &raw const prog) };
+        if installed < 0 {
+            return Err(ContainerError::guest(
+                "install the seccomp profile",
+                std::io::Error::last_os_error(),
+            ));
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn profile(value: serde_json::Value) -> LinuxSeccomp {
+        serde_json::from_value(value).unwrap()
+    }
+
+    #[test]
+    fn a_default_and_two_other_actions_make_two_programs() {
+        let list = programs(&profile(serde_json::json!({
+            "defaultAction": "SCMP_ACT_ERRNO", "defaultErrnoRet": 38,
+            "syscalls": [
+                { "names": ["read", "write", "no_such_call"], "action": "SCMP_ACT_ALLOW" },
+                { "names": ["personality"], "action": "SCMP_ACT_ALLOW", "args": [{ "index": 0, "value": 8, "op": "SCMP_CMP_EQ" }] },
+                { "names": ["mount"], "action": "SCMP_ACT_ERRNO", "errnoRet": 1 }
+            ]
+        })))
+        .unwrap();
+        assert_eq!(list.len(), 2);
+    }
+
+    #[test]
+    fn a_filter_that_denies_one_call_denies_it_and_no_other() {
+        let profile = profile(serde_json::json!({
+            "defaultAction": "SCMP_ACT_ALLOW",
+            "syscalls": [{ "names": ["getpriority"], "action": "SCMP_ACT_ERRNO", "errnoRet": 99 }]
+        }));
+        // A thread of its own keeps the filter from the other tests.
+        let seen = std::thread::spawn(move || {
+            install(&profile).map_err(|e| e.message)?;
+            // SAFETY: both calls have no effect.
+            let denied = unsafe { libc::getpriority(libc::PRIO_PROCESS, 0) };
+            let errno = std::io::Error::last_os_error().raw_os_error();
+            // SAFETY: likewise.
+            let allowed = unsafe { libc::getpid() };
+            Ok::<_, String>((denied, errno, allowed > 0))
+        });
+        assert_eq!(seen.join().unwrap(), Ok((-1, Some(99), true)));
+    }
+}

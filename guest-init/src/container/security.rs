@@ -1,0 +1,107 @@
+//! Limits, user, capabilities and the system call filter of a process.
+//!
+//! Owns: their order, which matters: limits while still root, capabilities around the change of user, the filter last.
+
+use std::fs;
+
+use caps::{CapSet, CapsHashSet};
+use nix::unistd::{Gid, Uid, setgroups, setresgid, setresuid};
+use oci_spec::runtime::{Capabilities, PosixRlimitType, Process, Spec};
+
+use super::{ContainerError, seccomp};
+
+/// Rlimits and the OOM score.
+pub(super) fn limits(process: &Process) -> Result<(), ContainerError> {
+    for limit in process.rlimits().iter().flatten() {
+        let resource = match limit.typ() {
+            PosixRlimitType::RlimitCpu => libc::RLIMIT_CPU,
+            PosixRlimitType::RlimitFsize => libc::RLIMIT_FSIZE,
+            PosixRlimitType::RlimitData => libc::RLIMIT_DATA,
+            PosixRlimitType::RlimitStack => libc::RLIMIT_STACK,
+            PosixRlimitType::RlimitCore => libc::RLIMIT_CORE,
+            PosixRlimitType::RlimitRss => libc::RLIMIT_RSS,
+            PosixRlimitType::RlimitNproc => libc::RLIMIT_NPROC,
+            PosixRlimitType::RlimitNofile => libc::RLIMIT_NOFILE,
+            PosixRlimitType::RlimitMemlock => libc::RLIMIT_MEMLOCK,
+            PosixRlimitType::RlimitAs => libc::RLIMIT_AS,
+            PosixRlimitType::RlimitLocks => libc::RLIMIT_LOCKS,
+            PosixRlimitType::RlimitSigpending => libc::RLIMIT_SIGPENDING,
+            PosixRlimitType::RlimitMsgqueue => libc::RLIMIT_MSGQUEUE,
+            PosixRlimitType::RlimitNice => libc::RLIMIT_NICE,
+            PosixRlimitType::RlimitRtprio => libc::RLIMIT_RTPRIO,
+            PosixRlimitType::RlimitRttime => libc::RLIMIT_RTTIME,
+        };
+        let value = libc::rlimit { rlim_cur: limit.soft(), rlim_max: limit.hard() };
+        // SAFETY: the pointer is to an rlimit that outlives the call.
+        if unsafe { libc::setrlimit(resource, &raw const value) } < 0 {
+            let error = std::io::Error::last_os_error();
+            return Err(ContainerError::guest(
+                &format!("set {:?} to {}:{}", limit.typ(), limit.soft(), limit.hard()),
+                error,
+            ));
+        }
+    }
+    if let Some(score) = process.oom_score_adj() {
+        fs::write("/proc/self/oom_score_adj", score.to_string())
+            .map_err(|e| ContainerError::guest("set oom_score_adj", e))?;
+    }
+    Ok(())
+}
+
+fn set(wanted: Option<&Capabilities>) -> CapsHashSet {
+    // Names that this kernel does not know are left out, as runc does.
+    wanted.into_iter().flatten().filter_map(|c| format!("CAP_{c}").parse().ok()).collect()
+}
+
+/// User, groups and capabilities.
+pub(super) fn identity(process: &Process) -> Result<(), ContainerError> {
+    let failed = |stage: &'static str| move |e: nix::Error| ContainerError::guest(stage, e);
+    let caps_failed = |stage: &'static str| move |e: caps::errors::CapsError| ContainerError::guest(stage, e);
+    let wanted = process.capabilities().as_ref();
+    let of = |pick: fn(&oci_spec::runtime::LinuxCapabilities) -> &Option<Capabilities>| {
+        set(wanted.and_then(|c| pick(c).as_ref()))
+    };
+    let user = process.user();
+    let groups: Vec<Gid> = user.additional_gids().iter().flatten().map(|g| Gid::from_raw(*g)).collect();
+    let bounding = of(|c| c.bounding());
+    for capability in caps::all() {
+        if !bounding.contains(&capability)
+            && caps::has_cap(None, CapSet::Bounding, capability).unwrap_or(false)
+        {
+            caps::drop(None, CapSet::Bounding, capability)
+                .map_err(caps_failed("drop bounding capabilities"))?;
+        }
+    }
+    // Kept over the change of user, to be set below.
+    // SAFETY: changes a flag of this process.
+    unsafe { libc::prctl(libc::PR_SET_KEEPCAPS, 1, 0, 0, 0) };
+    setgroups(&groups).map_err(failed("set additional groups"))?;
+    let (uid, gid) = (Uid::from_raw(user.uid()), Gid::from_raw(user.gid()));
+    setresgid(gid, gid, gid).map_err(failed("set the group"))?;
+    setresuid(uid, uid, uid).map_err(failed("set the user"))?;
+    if let Some(mask) = user.umask() {
+        nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(mask));
+    }
+    caps::set(None, CapSet::Inheritable, &of(|c| c.inheritable()))
+        .map_err(caps_failed("set inheritable capabilities"))?;
+    // The effective set first shrinks to what both have, because it must stay within the permitted one.
+    let (permitted, effective) = (of(|c| c.permitted()), of(|c| c.effective()));
+    caps::set(None, CapSet::Effective, &effective.intersection(&permitted).copied().collect())
+        .map_err(caps_failed("set effective capabilities"))?;
+    caps::set(None, CapSet::Permitted, &permitted).map_err(caps_failed("set permitted capabilities"))?;
+    caps::set(None, CapSet::Ambient, &of(|c| c.ambient()))
+        .or_else(|e| if of(|c| c.ambient()).is_empty() { Ok(()) } else { Err(e) })
+        .map_err(caps_failed("set ambient capabilities"))
+}
+
+/// No new privileges, and the filter. Last: the filter may forbid anything above.
+pub(super) fn filter(spec: &Spec, process: &Process) -> Result<(), ContainerError> {
+    let profile = spec.linux().as_ref().and_then(|l| l.seccomp().as_ref());
+    if process.no_new_privileges().unwrap_or(false) {
+        // SAFETY: changes a flag of this process.
+        if unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) } < 0 {
+            return Err(ContainerError::guest("set no_new_privs", std::io::Error::last_os_error()));
+        }
+    }
+    profile.map_or(Ok(()), seccomp::install)
+}

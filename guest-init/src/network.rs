@@ -1,0 +1,272 @@
+//! The pod's network: interfaces, addresses and routes by netlink.
+//!
+//! Owns: rtnetlink messages (rtnetlink(7)) as far as they are needed here. Does not own: what the pod's network is.
+
+use std::{
+    io,
+    net::IpAddr,
+    os::fd::{AsRawFd, OwnedFd},
+};
+
+use coffer_protocol::{Interface, Network, Route};
+use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, socket};
+use thiserror::Error;
+
+/// Why the network is not as asked.
+#[derive(Debug, Error)]
+pub enum NetworkError {
+    /// The kernel refused.
+    #[error("network: {what}: {source}")]
+    Kernel {
+        /// What was to be done.
+        what: String,
+        /// Its answer.
+        source: io::Error,
+    },
+    /// The host's description is wrong.
+    #[error("network: {0} is not {1}")]
+    Invalid(String, &'static str),
+    /// No such device.
+    #[error(
+        "network: no device with address {0} in this guest: devices cannot be added to a running pod yet"
+    )]
+    NoDevice(String),
+}
+
+/// A message being built: header, fixed part, attributes.
+struct Message(Vec<u8>);
+
+impl Message {
+    fn new(kind: u16, flags: i32, fixed: &[u8]) -> Self {
+        let mut bytes = vec![0; 16];
+        bytes[4..6].copy_from_slice(&kind.to_ne_bytes());
+        bytes[6..8].copy_from_slice(&((flags | libc::NLM_F_REQUEST | libc::NLM_F_ACK) as u16).to_ne_bytes());
+        bytes.extend_from_slice(fixed);
+        Self(bytes)
+    }
+
+    fn attribute(mut self, kind: u16, value: &[u8]) -> Self {
+        self.0.resize(self.0.len().next_multiple_of(4), 0);
+        self.0.extend_from_slice(&(4 + value.len() as u16).to_ne_bytes());
+        self.0.extend_from_slice(&kind.to_ne_bytes());
+        self.0.extend_from_slice(value);
+        self
+    }
+
+    fn finish(mut self) -> Vec<u8> {
+        self.0.resize(self.0.len().next_multiple_of(4), 0);
+        let length = self.0.len() as u32;
+        self.0[..4].copy_from_slice(&length.to_ne_bytes());
+        self.0
+    }
+}
+
+struct Netlink(OwnedFd);
+
+impl Netlink {
+    fn open() -> Result<Self, NetworkError> {
+        let fd =
+            socket(AddressFamily::Netlink, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::NetlinkRoute);
+        fd.map(Self).map_err(|e| NetworkError::Kernel { what: "open netlink".into(), source: e.into() })
+    }
+
+    /// Sends a message and waits for its acknowledgement. `Exists` counts as done: the host may say things twice.
+    fn ask(&self, message: Message, what: String) -> Result<(), NetworkError> {
+        let failed = |what: String, e: nix::Error| NetworkError::Kernel { what, source: e.into() };
+        send(self.0.as_raw_fd(), &message.finish(), MsgFlags::empty())
+            .map_err(|e| failed(what.clone(), e))?;
+        let mut answer = [0; 8192];
+        let count =
+            recv(self.0.as_raw_fd(), &mut answer, MsgFlags::empty()).map_err(|e| failed(what.clone(), e))?;
+        let code = answer[..count].get(16..20).map_or(0, |b| i32::from_ne_bytes([b[0], b[1], b[2], b[3]]));
+        match -code {
+            0 | libc::EEXIST => Ok(()),
+            errno => Err(NetworkError::Kernel { what, source: io::Error::from_raw_os_error(errno) }),
+        }
+    }
+
+    fn link(
+        &self,
+        index: u32,
+        up: bool,
+        attributes: &[(u16, &[u8])],
+        what: String,
+    ) -> Result<(), NetworkError> {
+        let mut fixed = [0; 16];
+        fixed[4..8].copy_from_slice(&index.to_ne_bytes());
+        if up {
+            fixed[8..12].copy_from_slice(&(libc::IFF_UP as u32).to_ne_bytes());
+            fixed[12..16].copy_from_slice(&(libc::IFF_UP as u32).to_ne_bytes());
+        }
+        let message = attributes
+            .iter()
+            .fold(Message::new(libc::RTM_NEWLINK, 0, &fixed), |m, (k, v)| m.attribute(*k, v));
+        self.ask(message, what)
+    }
+}
+
+/// Brings `lo` up.
+///
+/// # Errors
+/// [`NetworkError`].
+pub fn loopback_up() -> Result<(), NetworkError> {
+    Netlink::open()?.link(1, true, &[], "bring lo up".into())
+}
+
+fn bytes(address: IpAddr) -> (u8, Vec<u8>) {
+    match address {
+        IpAddr::V4(a) => (libc::AF_INET as u8, a.octets().to_vec()),
+        IpAddr::V6(a) => (libc::AF_INET6 as u8, a.octets().to_vec()),
+    }
+}
+
+fn address(text: &str) -> Result<IpAddr, NetworkError> {
+    text.parse().map_err(|_| NetworkError::Invalid(text.into(), "an address"))
+}
+
+/// `address/prefix`.
+fn prefixed(text: &str) -> Result<(IpAddr, u8), NetworkError> {
+    let wrong = || NetworkError::Invalid(text.into(), "an address with a prefix");
+    let (host, prefix) = text.split_once('/').ok_or_else(wrong)?;
+    let (host, prefix) = (address(host)?, prefix.parse::<u8>().map_err(|_| wrong())?);
+    if prefix > if host.is_ipv4() { 32 } else { 128 } {
+        return Err(wrong());
+    }
+    Ok((host, prefix))
+}
+
+/// Applies everything; saying the same again changes nothing.
+///
+/// # Errors
+/// [`NetworkError`], naming the interface, address or route.
+pub fn apply(network: &Network) -> Result<(), NetworkError> {
+    if network.interfaces.is_empty() {
+        return Ok(());
+    }
+    let netlink = Netlink::open()?;
+    for interface in &network.interfaces {
+        set_interface(&netlink, interface)?;
+    }
+    network.routes.iter().try_for_each(|route| set_route(&netlink, route))
+}
+
+fn by_mac(mac: &str) -> Option<(u32, String)> {
+    std::fs::read_dir("/sys/class/net").ok()?.flatten().find_map(|entry| {
+        let read = |file: &str| std::fs::read_to_string(entry.path().join(file)).ok();
+        let same = read("address")?.trim().eq_ignore_ascii_case(mac);
+        same.then_some(())?;
+        Some((read("ifindex")?.trim().parse().ok()?, entry.file_name().into_string().ok()?))
+    })
+}
+
+fn index(name: &str) -> Option<u32> {
+    std::fs::read_to_string(format!("/sys/class/net/{name}/ifindex")).ok()?.trim().parse().ok()
+}
+
+fn is_name(name: &str) -> bool {
+    !name.is_empty()
+        && name.len() < libc::IFNAMSIZ
+        && name != "."
+        && name != ".."
+        && name.chars().all(|c| c.is_ascii_graphic() && c != '/')
+}
+
+fn set_interface(netlink: &Netlink, wanted: &Interface) -> Result<(), NetworkError> {
+    let name = &wanted.name;
+    if !is_name(name) {
+        return Err(NetworkError::Invalid(name.clone(), "an interface's name"));
+    }
+    let (index, current) = by_mac(&wanted.mac).ok_or_else(|| NetworkError::NoDevice(wanted.mac.clone()))?;
+    if current != *name {
+        let text = [name.as_bytes(), b"\0"].concat();
+        netlink.link(index, false, &[(libc::IFLA_IFNAME, &text)], format!("name {current} {name}"))?;
+    }
+    // No duplicate address detection: the host's side has done it, and it takes a second.
+    let _ = std::fs::write(format!("/proc/sys/net/ipv6/conf/{name}/accept_dad"), "0");
+    let mtu = wanted.mtu.to_ne_bytes();
+    netlink.link(
+        index,
+        true,
+        &[(libc::IFLA_MTU, &mtu)],
+        format!("bring {name} up with MTU {}", wanted.mtu),
+    )?;
+    for text in &wanted.addresses {
+        let (host, prefix) = prefixed(text)?;
+        let (family, value) = bytes(host);
+        let mut fixed = [0; 8];
+        (fixed[0], fixed[1], fixed[2]) = (family, prefix, libc::IFA_F_NODAD as u8);
+        fixed[4..8].copy_from_slice(&index.to_ne_bytes());
+        let mut message = Message::new(libc::RTM_NEWADDR, libc::NLM_F_CREATE | libc::NLM_F_REPLACE, &fixed);
+        message = message.attribute(libc::IFA_LOCAL, &value).attribute(libc::IFA_ADDRESS, &value);
+        if let IpAddr::V4(host) = host
+            && prefix < 31
+        {
+            let broadcast = u32::from(host) | u32::MAX.checked_shr(prefix.into()).unwrap_or(0);
+            message = message.attribute(libc::IFA_BROADCAST, &broadcast.to_be_bytes());
+        }
+        netlink.ask(message, format!("add {text} to {name}"))?;
+    }
+    Ok(())
+}
+
+fn set_route(netlink: &Netlink, route: &Route) -> Result<(), NetworkError> {
+    let name = &route.interface;
+    let index = index(name)
+        .filter(|_| is_name(name))
+        .ok_or_else(|| NetworkError::Invalid(name.clone(), "an interface of this pod"))?;
+    let destination = route.destination.as_deref().map(prefixed).transpose()?;
+    let gateway = route.gateway.as_deref().map(address).transpose()?;
+    let source = route.source.as_deref().map(address).transpose()?;
+    let is_v6 =
+        route.ipv6 || [destination.map(|d| d.0), gateway, source].into_iter().flatten().any(|a| a.is_ipv6());
+    let mut fixed = [0; 12];
+    fixed[0] = if is_v6 { libc::AF_INET6 } else { libc::AF_INET } as u8;
+    fixed[1] = destination.map_or(0, |d| d.1);
+    fixed[4] = libc::RT_TABLE_MAIN;
+    fixed[5] = libc::RTPROT_BOOT;
+    fixed[6] = if gateway.is_some() || is_v6 { libc::RT_SCOPE_UNIVERSE } else { libc::RT_SCOPE_LINK };
+    fixed[7] = libc::RTN_UNICAST;
+    let mut message = Message::new(libc::RTM_NEWROUTE, libc::NLM_F_CREATE | libc::NLM_F_REPLACE, &fixed);
+    for (kind, value) in
+        [(libc::RTA_DST, destination.map(|d| d.0)), (libc::RTA_GATEWAY, gateway), (libc::RTA_PREFSRC, source)]
+    {
+        if let Some(value) = value {
+            message = message.attribute(kind, &bytes(value).1);
+        }
+    }
+    if let Some(metric) = route.metric {
+        message = message.attribute(libc::RTA_PRIORITY, &metric.to_ne_bytes());
+    }
+    message = message.attribute(libc::RTA_OIF, &index.to_ne_bytes());
+    let target = route.destination.as_deref().unwrap_or("default");
+    netlink.ask(message, format!("add route {target} by {name}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn addresses_need_a_prefix_that_fits() {
+        assert_eq!(prefixed("10.88.0.2/16").unwrap().1, 16);
+        for wrong in ["10.88.0.2", "10.88.0.2/33", "x/8", "fe80::1/129", ""] {
+            assert!(prefixed(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn messages_are_padded_and_say_their_length(values in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..40), 0..6)) {
+            let message = values.iter().fold(Message::new(16, 0, &[0; 16]), |m, v| m.attribute(3, v)).finish();
+            prop_assert_eq!(message.len() % 4, 0);
+            prop_assert_eq!(u32::from_ne_bytes(message[..4].try_into().unwrap()) as usize, message.len());
+        }
+
+        #[test]
+        fn no_text_of_the_host_makes_it_panic(text in "\\PC{0,40}") {
+            let _ = prefixed(&text);
+            let _ = is_name(&text);
+        }
+    }
+}
