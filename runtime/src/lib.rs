@@ -1,1 +1,18 @@
-//! The OCI command line and the stub
+//! The OCI command line `coffer` and the stub: what podman, containerd and CRI-O run in place of runc.
+//!
+//! Owns: bundle to pod, state on disk, the processes of the host's side, console, signals. Never talks to KVM.
+
+pub mod cgroup;
+pub mod cli;
+pub mod client;
+pub mod commands;
+pub mod doctor;
+pub mod error;
+pub mod home;
+pub mod network;
+pub mod pid;
+pub mod plan;
+pub mod signals;
+pub mod spawn;
+pub mod state;
+pub mod stub;

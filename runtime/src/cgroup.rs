@@ -1,0 +1,92 @@
+//! The host's cgroup of a pod (version 2): its processes in one place, with the pod's limits.
+//!
+//! Owns: making it, its limits with what the VMM needs beside the container, removing it. Without a unified hierarchy
+//! there is none.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    thread,
+    time::Duration,
+};
+
+use oci_spec::runtime::Spec;
+
+use crate::error::{Error, host};
+
+const ROOT: &str = "/sys/fs/cgroup";
+/// What a VM needs of the host beside the container's own limit: guest kernel, page cache of shared files, the VMM.
+const OVERHEAD: i64 = 192 << 20;
+
+/// Makes the cgroup that the configuration names. `None` when it names none, or the host has no version 2.
+///
+/// # Errors
+/// The system's, naming the directory.
+pub fn create(spec: &Spec) -> Result<Option<PathBuf>, Error> {
+    let Some(wanted) = spec.linux().as_ref().and_then(|l| l.cgroups_path().clone()) else { return Ok(None) };
+    if !Path::new(ROOT).join("cgroup.controllers").exists() {
+        return Ok(None);
+    }
+    let inside = wanted.strip_prefix("/").unwrap_or(&wanted);
+    if inside.components().any(|c| !matches!(c, std::path::Component::Normal(_))) {
+        return Err(Error::Bundle(format!(
+            "config.json: linux.cgroupsPath {} is not a plain path",
+            wanted.display()
+        )));
+    }
+    let mut path = PathBuf::from(ROOT);
+    for part in inside {
+        delegate(&path);
+        path.push(part);
+        if let Err(e) = fs::create_dir(&path)
+            && e.kind() != std::io::ErrorKind::AlreadyExists
+        {
+            return Err(host(format!("make cgroup {}", path.display()))(e));
+        }
+    }
+    limit(&path, spec)?;
+    Ok(Some(path))
+}
+
+/// Turns the controllers on that limits below need. One that cannot be is noticed when its limit is set.
+fn delegate(path: &Path) {
+    for name in ["memory", "cpu", "pids", "cpuset", "io"] {
+        let _ = fs::write(path.join("cgroup.subtree_control"), format!("+{name}"));
+    }
+}
+
+fn limit(path: &Path, spec: &Spec) -> Result<(), Error> {
+    let Some(resources) = spec.linux().as_ref().and_then(|l| l.resources().as_ref()) else { return Ok(()) };
+    let mut settings = Vec::new();
+    if let Some(limit) = resources.memory().as_ref().and_then(|m| m.limit()).filter(|l| *l > 0) {
+        settings.push(("memory.max", limit.saturating_add(OVERHEAD).to_string()));
+    }
+    if let Some(quota) = resources.cpu().as_ref().and_then(|c| c.quota()).filter(|q| *q > 0) {
+        let period = resources.cpu().as_ref().and_then(|c| c.period()).unwrap_or(100_000);
+        settings.push(("cpu.max", format!("{quota} {period}")));
+    }
+    for (file, value) in settings {
+        fs::write(path.join(file), &value)
+            .map_err(host(format!("set {file} to {value} in {}", path.display())))?;
+    }
+    Ok(())
+}
+
+/// Puts a process into it.
+///
+/// # Errors
+/// The system's.
+pub fn join(path: &Path, pid: i32) -> Result<(), Error> {
+    fs::write(path.join("cgroup.procs"), pid.to_string())
+        .map_err(host(format!("join cgroup {}", path.display())))
+}
+
+/// Removes it once it is empty. One that somebody else uses stays.
+pub fn remove(path: &Path) {
+    for _ in 0..50 {
+        match fs::remove_dir(path) {
+            Err(e) if e.raw_os_error() == Some(libc::EBUSY) => thread::sleep(Duration::from_millis(2)),
+            _ => return,
+        }
+    }
+}

@@ -1,0 +1,125 @@
+//! Talking to init: a connection through the VMM's socket, one request, one reply.
+//!
+//! Owns: the handshake with the VMM and the first two frames. Does not own: what follows on a process's connection.
+
+use std::{
+    io::{self, Read, Write},
+    os::unix::net::UnixStream,
+    path::Path,
+    thread,
+    time::{Duration, Instant},
+};
+
+use coffer_protocol::{CONTROL_PORT, Decoder, Frame, Kind, Reply, Request, encode};
+
+use crate::error::{Error, host};
+
+/// How long the VMM may take to make its socket.
+const SOCKET_LIMIT: Duration = Duration::from_secs(10);
+/// How long a guest may take to boot and to answer.
+const ANSWER_LIMIT: Duration = Duration::from_secs(60);
+
+/// A connection to init.
+#[derive(Debug)]
+pub struct Connection {
+    /// The bytes.
+    pub stream: UnixStream,
+    /// What was read already.
+    pub decoder: Decoder,
+}
+
+/// The VMM is gone: only it knows why.
+fn gone() -> Error {
+    Error::Vm("it ended before it answered".into())
+}
+
+impl Connection {
+    /// Connects. While a VM boots its socket may not be there yet; `alive` says whether to go on waiting for it.
+    ///
+    /// # Errors
+    /// [`Error::Vm`] when there is no VM.
+    pub fn open(socket: &Path, mut alive: impl FnMut() -> bool) -> Result<Self, Error> {
+        let began = Instant::now();
+        let mut stream = loop {
+            match UnixStream::connect(socket) {
+                Ok(stream) => break stream,
+                Err(_) if alive() && began.elapsed() < SOCKET_LIMIT => {
+                    thread::sleep(Duration::from_millis(1))
+                }
+                Err(_) => return Err(gone()),
+            }
+        };
+        stream.set_read_timeout(Some(ANSWER_LIMIT)).map_err(host("set a time limit"))?;
+        stream.write_all(format!("CONNECT {CONTROL_PORT}\n").as_bytes()).map_err(|_| gone())?;
+        let mut line = Vec::new();
+        let mut byte = [0];
+        while line.len() < 32 {
+            match stream.read(&mut byte) {
+                Ok(1) if byte[0] == b'\n' => break,
+                Ok(1) => line.push(byte[0]),
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                    return Err(Error::Vm(format!(
+                        "the guest did not answer within {} s",
+                        ANSWER_LIMIT.as_secs()
+                    )));
+                }
+                _ => return Err(gone()),
+            }
+        }
+        if !line.starts_with(b"OK ") {
+            return Err(gone());
+        }
+        Ok(Self { stream, decoder: Decoder::default() })
+    }
+
+    /// Sends the request and takes the reply.
+    ///
+    /// # Errors
+    /// [`Error::Guest`] when init refuses, [`Error::Vm`] when there is no answer.
+    pub fn ask(&mut self, request: &Request) -> Result<Reply, Error> {
+        let mut bytes = Vec::new();
+        encode(Kind::Request, &request.to_payload(), &mut bytes);
+        self.stream.write_all(&bytes).map_err(|_| gone())?;
+        let frame = self.frame()?.ok_or_else(gone)?;
+        let wrong = |e: coffer_protocol::FrameError| Error::Vm(format!("the guest's answer: {e}"));
+        if frame.kind != Kind::Reply {
+            return Err(Error::Vm("the guest answered out of order".into()));
+        }
+        match Reply::from_payload(&frame.payload).map_err(wrong)? {
+            Reply::Failed { kind, message } => Err(Error::Guest { kind, message }),
+            reply => Ok(reply),
+        }
+    }
+
+    /// The next frame; `None` at the end.
+    fn frame(&mut self) -> Result<Option<Frame>, Error> {
+        let mut buffer = [0; 16 * 1024];
+        loop {
+            if let Some(frame) =
+                self.decoder.next_frame().map_err(|e| Error::Vm(format!("the guest's answer: {e}")))?
+            {
+                return Ok(Some(frame));
+            }
+            match self.stream.read(&mut buffer) {
+                Ok(0) => return Ok(None),
+                Ok(count) => self.decoder.push(&buffer[..count]),
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                    return Err(Error::Vm(format!(
+                        "the guest did not answer within {} s",
+                        ANSWER_LIMIT.as_secs()
+                    )));
+                }
+                Err(_) => return Ok(None),
+            }
+        }
+    }
+}
+
+/// One request on a connection of its own.
+///
+/// # Errors
+/// As [`Connection::ask`].
+pub fn ask(socket: &Path, request: &Request) -> Result<Reply, Error> {
+    Connection::open(socket, || false)?.ask(request)
+}

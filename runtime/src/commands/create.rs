@@ -1,0 +1,370 @@
+//! `create` and `run`: from a bundle to a VM with a container that waits, and a stub on the host.
+//!
+//! Owns: the order. The VM boots while the rest is made; the pid file is written last; whatever fails takes all down.
+
+use std::{
+    fs::File,
+    io::{Read, Write},
+    os::fd::{AsRawFd, OwnedFd, RawFd},
+    path::{Path, PathBuf},
+    process::Child,
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+use coffer_protocol::{CreateContainer, Network, Request, Sandbox, VERSION};
+use nix::{
+    fcntl::OFlag,
+    sched::{CloneFlags, setns},
+    sys::wait::{WaitStatus, waitpid},
+    unistd::{Pid as NixPid, pipe2},
+};
+use oci_spec::runtime::LinuxNamespaceType as Kind;
+
+use super::{config, delete, hooks, start, terminal};
+use crate::{
+    cgroup,
+    cli::Call,
+    client::Connection,
+    error::{Error, host},
+    home::Home,
+    network::{self, Tap},
+    pid::Pid,
+    plan::{self, Plan, namespace},
+    spawn,
+    state::{self, Directory, Record, Status},
+    stub::{self, Relay},
+};
+
+/// Makes a container.
+pub(super) fn create(call: &Call, root: &Path) -> Result<(), Error> {
+    let id = call.id()?.to_owned();
+    let bundle = std::path::absolute(call.value("bundle").unwrap_or(".")).map_err(host("find the bundle"))?;
+    let plan = plan::plan(&bundle, &id, &config(&bundle)?)?;
+    let console = call.value("console-socket").map(PathBuf::from);
+    if plan.terminal && console.is_none() && call.command == "create" {
+        return Err(Error::Usage("cannot allocate a terminal without --console-socket".into()));
+    }
+    if !plan.rootfs.is_dir() {
+        return Err(Error::Bundle(format!("root file system {} is not a directory", plan.rootfs.display())));
+    }
+    let directory = Directory::of(root, &id)?;
+    directory.create()?;
+    let made = Making { plan: &plan, directory: &directory, bundle, id: &id }.all(console.as_deref());
+    let result = made.and_then(|pid| match call.value("pid-file") {
+        // Last: callers take create for done as soon as it is there.
+        Some(path) => state::write_whole(Path::new(path), pid.to_string().as_bytes()),
+        None => Ok(()),
+    });
+    if result.is_err() {
+        let _ = delete(root, &id, true);
+    }
+    result
+}
+
+/// Makes and starts a container; in the foreground its exit code is ours.
+pub(super) fn run(call: &Call, root: &Path) -> Result<i32, Error> {
+    // A stub must be our child to be waited for.
+    create(call, root)?;
+    let id = call.id()?;
+    let started = start(root, id);
+    let record = Directory::of(root, id)?.read()?;
+    if let Err(error) = started {
+        let _ = delete(root, id, true);
+        return Err(error);
+    }
+    if call.has("detach") {
+        return Ok(0);
+    }
+    let code = record.stub.map_or(Ok(0), |stub| wait(stub.pid));
+    if !call.has("keep") {
+        delete(root, id, true)?;
+    }
+    code
+}
+
+/// Waits for a child and gives its code as a shell would.
+pub(super) fn wait(pid: i32) -> Result<i32, Error> {
+    loop {
+        match waitpid(NixPid::from_raw(pid), None) {
+            Ok(WaitStatus::Exited(_, code)) => return Ok(code),
+            Ok(WaitStatus::Signaled(_, signal, _)) => return Ok(128 + signal as i32),
+            Ok(_) | Err(nix::Error::EINTR) => {}
+            Err(e) => return Err(host("wait for the container")(e)),
+        }
+    }
+}
+
+struct Making<'a> {
+    plan: &'a Plan,
+    directory: &'a Directory,
+    bundle: PathBuf,
+    id: &'a str,
+}
+
+fn pipe(stage: &str) -> Result<(OwnedFd, OwnedFd), Error> {
+    pipe2(OFlag::O_CLOEXEC).map_err(host(stage))
+}
+
+impl Making<'_> {
+    /// Everything up to the pid file; the stub's pid.
+    fn all(&self, console: Option<&Path>) -> Result<i32, Error> {
+        let (lifeline, hold) = pipe("make the lifeline")?;
+        let (network, taps) = self.network()?;
+        let trace = self.trace();
+        let home = Home::find()?;
+        let pod_network = namespace(&self.plan.spec, Kind::Network).flatten();
+        let mut vmm = spawn::vmm(&spawn::Start {
+            plan: self.plan,
+            directory: self.directory,
+            home: &home,
+            network: pod_network.as_deref(),
+            taps: &taps,
+            lifeline: &lifeline,
+            trace,
+        })?;
+        drop((taps, lifeline));
+        let vmm_pid = Pid::of(vmm.id() as i32).ok_or_else(|| Error::Vm("it ended at once".into()))?;
+        let mut record = Record {
+            id: self.id.to_owned(),
+            oci_version: self.plan.spec.version().clone(),
+            bundle: self.bundle.clone(),
+            rootfs: self.plan.rootfs.clone(),
+            annotations: self.plan.spec.annotations().clone().unwrap_or_default(),
+            created: now(),
+            stub: None,
+            vmm: vmm_pid,
+            cgroup: None,
+        };
+        // From here on `delete --force` can take everything down, even if this process is killed.
+        self.directory.write(&record)?;
+        record.cgroup = cgroup::create(&self.plan.spec)?;
+        if let Some(path) = &record.cgroup {
+            cgroup::join(path, vmm_pid.pid)?;
+        }
+        self.directory.write(&record)?;
+        if !network.interfaces.is_empty() {
+            self.directory.mark("networked", true)?;
+        }
+        let pty = if self.plan.terminal { Some(terminal::open()?) } else { None };
+        let connection = self.ask_guest(&mut vmm, network, pty.as_ref().map(|(_, slave)| slave))?;
+        let (slave, master) = pty.map_or((None, None), |(master, slave)| (Some(slave), Some(master)));
+        let stub = self.fork_stub(connection, slave, hold, record.cgroup.as_deref())?;
+        record.stub = Some(stub);
+        self.directory.write(&record)?;
+        let spec_hooks = self.plan.spec.hooks().as_ref();
+        hooks::run(spec_hooks.and_then(|h| h.prestart().as_ref()), &record, Status::Created)?;
+        hooks::run(spec_hooks.and_then(|h| h.create_runtime().as_ref()), &record, Status::Created)?;
+        if let (Some(master), Some(console)) = (master, console) {
+            terminal::give(console, &master)?;
+        }
+        Ok(stub.pid)
+    }
+
+    /// What the pod's namespace has, and taps for it. A pod that shares the host's network is refused.
+    fn network(&self) -> Result<(Network, Vec<Tap>), Error> {
+        match namespace(&self.plan.spec, Kind::Network) {
+            None => Err(Error::State(
+                "the host's network cannot be given to a VM: use a bridge network or --network none".into(),
+            )),
+            Some(None) => Ok((Network::default(), Vec::new())),
+            Some(Some(path)) => network::inside(&path, || {
+                let network = network::look()?;
+                let taps = network::taps(&network)?;
+                Ok((network, taps))
+            }),
+        }
+    }
+
+    /// Boot stages are written when somebody asks for them.
+    fn trace(&self) -> Option<PathBuf> {
+        let annotation = self.plan.spec.annotations().as_ref().and_then(|a| a.get("io.coffer.trace"));
+        annotation.map(PathBuf::from).or_else(|| std::env::var_os("COFFER_TRACE").map(PathBuf::from))
+    }
+
+    /// Sets the pod up and makes the container in the guest, as soon as it has booted.
+    fn ask_guest(
+        &self,
+        vmm: &mut Child,
+        network: Network,
+        slave: Option<&OwnedFd>,
+    ) -> Result<Connection, Error> {
+        let socket = self.directory.socket();
+        let reason = |error| match error {
+            Error::Vm(words) => Error::Vm(self.report().unwrap_or(words)),
+            other => other,
+        };
+        let mut alive = || matches!(vmm.try_wait(), Ok(None));
+        let elapsed = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let sandbox = Sandbox {
+            version: VERSION,
+            hostname: self.plan.spec.hostname().clone(),
+            unix_time_ns: u64::try_from(elapsed.as_nanos()).unwrap_or(u64::MAX),
+            network,
+        };
+        let first = Connection::open(&socket, &mut alive).and_then(|mut c| c.ask(&Request::Sandbox(sandbox)));
+        first.map_err(reason)?;
+        let create = CreateContainer {
+            id: self.id.to_owned(),
+            spec: self.plan.guest_spec.clone(),
+            window: slave.and_then(stub::window),
+            binds: self.plan.bind_sources.clone(),
+        };
+        let mut connection = Connection::open(&socket, &mut alive).map_err(reason)?;
+        connection.ask(&Request::Create(Box::new(create))).map_err(reason)?;
+        Ok(connection)
+    }
+
+    /// Why the VMM ended, in its own words.
+    fn report(&self) -> Option<String> {
+        let text = std::fs::read_to_string(self.directory.file("exit-report")).ok()?;
+        let value: serde_json::Value = serde_json::from_str(&text).ok()?;
+        value["message"].as_str().map(str::to_owned)
+    }
+
+    /// The process that callers wait for. It goes on when this process has said that all is well, and ends when this
+    /// process ends without it.
+    fn fork_stub(
+        &self,
+        connection: Connection,
+        slave: Option<OwnedFd>,
+        hold: OwnedFd,
+        group: Option<&Path>,
+    ) -> Result<Pid, Error> {
+        let (ready, tell_ready) = pipe("make a pipe")?;
+        let spec = &self.plan.spec;
+        let mut flags = libc::CLONE_NEWNS;
+        let mut joins = Vec::new();
+        for (kind, flag) in [
+            (Kind::Pid, libc::CLONE_NEWPID),
+            (Kind::Network, libc::CLONE_NEWNET),
+            (Kind::Ipc, libc::CLONE_NEWIPC),
+            (Kind::Uts, libc::CLONE_NEWUTS),
+            (Kind::Cgroup, libc::CLONE_NEWCGROUP),
+        ] {
+            match namespace(spec, kind) {
+                Some(None) => flags |= flag,
+                Some(Some(path)) => {
+                    joins.push(File::open(&path).map_err(host(format!("open namespace {}", path.display())))?)
+                }
+                None => {}
+            }
+        }
+        let reports = File::open(self.directory.file("")).ok();
+        let destinations: Vec<PathBuf> = self
+            .plan
+            .bind_sources
+            .iter()
+            .filter_map(|b| spec.mounts().as_ref()?.get(b.mount).map(|m| m.destination().clone()))
+            .collect();
+        match clone(flags).map_err(host("fork the stub"))? {
+            Some(pid) => {
+                drop((tell_ready, hold, slave, connection));
+                if let Some(path) = group {
+                    cgroup::join(path, pid)?;
+                }
+                let mut word = Vec::new();
+                let _ = File::from(ready).read_to_end(&mut word);
+                match word.split_first() {
+                    Some((b'k', [])) => {
+                        Pid::of(pid).ok_or_else(|| Error::State("the stub ended at once".into()))
+                    }
+                    _ => {
+                        let _ = waitpid(NixPid::from_raw(pid), None);
+                        Err(Error::State(format!("set up the stub: {}", String::from_utf8_lossy(&word))))
+                    }
+                }
+            }
+            None => {
+                drop(ready);
+                let mut ready = File::from(tell_ready);
+                let set_up = || -> std::io::Result<_> {
+                    nix::unistd::setsid()?;
+                    let kept = [ready.as_raw_fd(), hold.as_raw_fd(), connection.stream.as_raw_fd()];
+                    let others = slave
+                        .iter()
+                        .map(AsRawFd::as_raw_fd)
+                        .chain(reports.iter().map(AsRawFd::as_raw_fd))
+                        .chain(joins.iter().map(AsRawFd::as_raw_fd));
+                    close_others(&kept.into_iter().chain(others).collect::<Vec<_>>());
+                    for file in &joins {
+                        setns(file, CloneFlags::empty())?;
+                    }
+                    if flags & libc::CLONE_NEWUTS != 0
+                        && let Some(name) = spec.hostname()
+                    {
+                        nix::unistd::sethostname(name)?;
+                    }
+                    let signals = stub::take_signals()?;
+                    stub::enter_root(&self.plan.binds, &destinations)?;
+                    if let Some(slave) = &slave {
+                        // SAFETY: makes the slave this session's terminal, so that its size changes are signalled.
+                        unsafe { libc::ioctl(slave.as_raw_fd(), libc::TIOCSCTTY, 0) };
+                    }
+                    stub::drop_rights();
+                    Ok(signals)
+                };
+                match set_up() {
+                    Ok(signals) => {
+                        let _ = ready.write_all(b"k");
+                        drop(ready);
+                        let relay = Relay { connection, signals, terminal: slave, reports };
+                        let code = relay.run();
+                        drop(hold);
+                        std::process::exit(code)
+                    }
+                    Err(error) => {
+                        let _ = ready.write_all(error.to_string().as_bytes());
+                        std::process::exit(1)
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Closes what callers leaked: sockets of published ports, a shell's descriptors.
+pub(super) fn close_others(kept: &[RawFd]) {
+    let open = std::fs::read_dir("/proc/self/fd").into_iter().flatten().flatten();
+    let numbers: Vec<RawFd> = open.filter_map(|e| e.file_name().to_str()?.parse().ok()).collect();
+    for fd in numbers.into_iter().filter(|fd| *fd > 2 && !kept.contains(fd)) {
+        // SAFETY: this process, a fresh fork, uses none but those that are kept.
+        unsafe { libc::close(fd) };
+    }
+}
+
+/// Forks into new namespaces. `None` in the child. This program has one thread.
+pub(super) fn clone(flags: i32) -> std::io::Result<Option<i32>> {
+    // SAFETY: clone_args is plain data for which zero is valid.
+    let mut args: libc::clone_args = unsafe { std::mem::zeroed() };
+    args.flags = flags as u64;
+    args.exit_signal = libc::SIGCHLD as u64;
+    // SAFETY: without CLONE_VM the child has a copy of everything, and there is no other thread whose locks it could miss.
+    let pid = unsafe { libc::syscall(libc::SYS_clone3, &raw const args, size_of::<libc::clone_args>()) };
+    match pid {
+        0 => Ok(None),
+        pid if pid > 0 => Ok(Some(pid as i32)),
+        _ => Err(std::io::Error::last_os_error()),
+    }
+}
+
+/// The time as RFC 3339, in UTC.
+fn now() -> String {
+    let mut parts: libc::tm = {
+        // SAFETY: tm is plain data for which zero is valid.
+        unsafe { std::mem::zeroed() }
+    };
+    let elapsed = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let seconds = elapsed.as_secs() as libc::time_t;
+    // SAFETY: both pointers are valid for the call.
+    unsafe { libc::gmtime_r(&raw const seconds, &raw mut parts) };
+    format!(
+        "{:04}-{:02}-{:02}T{:02}:{:02}:{:02}.{:09}Z",
+        parts.tm_year + 1900,
+        parts.tm_mon + 1,
+        parts.tm_mday,
+        parts.tm_hour,
+        parts.tm_min,
+        parts.tm_sec,
+        elapsed.subsec_nanos()
+    )
+}

@@ -1,0 +1,271 @@
+//! One function for each command.
+//!
+//! Owns: what each does to a container's state. Does not own: processes' insides (`stub`, `spawn`).
+
+mod create;
+mod exec;
+mod hooks;
+mod terminal;
+
+use std::{
+    io::Write,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use coffer_protocol::{ErrorKind, Reply, Request, SignalTarget};
+use oci_spec::runtime::Spec;
+use serde_json::json;
+
+use crate::{
+    cgroup,
+    cli::Call,
+    client,
+    error::{Error, host},
+    network, signals,
+    state::{self, DEFAULT_ROOT, Directory, Record, Status},
+};
+
+/// How long a process may take to go after SIGKILL.
+const DEATH_LIMIT: Duration = Duration::from_secs(10);
+
+/// Runs a command. The number is the exit code.
+///
+/// # Errors
+/// [`Error`]; the caller prints it.
+pub fn run(call: &Call) -> Result<i32, Error> {
+    if call.global.systemd_cgroup {
+        return Err(Error::Usage(
+            "--systemd-cgroup is not supported: use podman --cgroup-manager=cgroupfs".into(),
+        ));
+    }
+    let root = call.global.root.clone().unwrap_or_else(|| PathBuf::from(DEFAULT_ROOT));
+    match call.command.as_str() {
+        "create" => create::create(call, &root).map(|()| 0),
+        "run" => create::run(call, &root),
+        "exec" => exec::exec(call, &root),
+        "start" => start(&root, call.id()?).map(|()| 0),
+        "state" => {
+            let (directory, record) = find(&root, call.id()?)?;
+            print(&state::json(&record, directory.status(&record)))
+        }
+        "kill" => kill(call, &root).map(|()| 0),
+        "delete" => delete(&root, call.id()?, call.has("force")).map(|()| 0),
+        "list" => list(call, &root),
+        "ps" => ps(call, &root),
+        "pause" => freeze(&root, call.id()?, true).map(|()| 0),
+        "resume" => freeze(&root, call.id()?, false).map(|()| 0),
+        "update" => update(call, &root).map(|()| 0),
+        "features" => print(&features()),
+        "spec" => spec(call).map(|()| 0),
+        "doctor" => Ok(crate::doctor::run()),
+        other => Err(Error::Usage(format!("unknown command `{other}`: see coffer --help"))),
+    }
+}
+
+fn print(value: &serde_json::Value) -> Result<i32, Error> {
+    let text = serde_json::to_string_pretty(value).map_err(|e| Error::State(e.to_string()))?;
+    // A reader that has seen enough may close.
+    let _ = writeln!(std::io::stdout(), "{text}");
+    Ok(0)
+}
+
+fn find(root: &Path, id: &str) -> Result<(Directory, Record), Error> {
+    let directory = Directory::of(root, id)?;
+    let record = directory.read()?;
+    Ok((directory, record))
+}
+
+fn config(bundle: &Path) -> Result<Vec<u8>, Error> {
+    std::fs::read(bundle.join("config.json"))
+        .map_err(|e| Error::Bundle(format!("{}: {e}", bundle.join("config.json").display())))
+}
+
+fn start(root: &Path, id: &str) -> Result<(), Error> {
+    let (directory, record) = find(root, id)?;
+    match directory.status(&record) {
+        Status::Created => {}
+        Status::Stopped => return Err(Error::State("cannot start a container that has stopped".into())),
+        Status::Paused => return Err(Error::State("cannot start a container in the paused state".into())),
+        Status::Running => return Err(Error::State("cannot start an already running container".into())),
+    }
+    let spec: Spec = serde_json::from_slice(&config(&record.bundle)?)
+        .map_err(|e| Error::Bundle(format!("config.json: {e}")))?;
+    // What came into the network namespace since create.
+    if let Some(stub) = record.stub
+        && directory.file("networked").exists()
+    {
+        let namespace = PathBuf::from(format!("/proc/{}/ns/net", stub.pid));
+        let network = network::inside(&namespace, network::look)?;
+        client::ask(&directory.socket(), &Request::Network(network))?;
+    }
+    client::ask(&directory.socket(), &Request::Start { id: id.to_owned() })?;
+    directory.mark("started", true)?;
+    hooks::run(spec.hooks().as_ref().and_then(|h| h.poststart().as_ref()), &record, Status::Running)
+}
+
+fn kill(call: &Call, root: &Path) -> Result<(), Error> {
+    let (directory, record) = find(root, call.id()?)?;
+    let text = call.words.get(1).map_or("TERM", String::as_str);
+    let signal = signals::parse(text).ok_or_else(|| Error::Usage(format!("unknown signal `{text}`")))?;
+    if directory.status(&record) == Status::Stopped {
+        return if call.has("all") { Ok(()) } else { Err(Error::NotRunning) };
+    }
+    let id = record.id.clone();
+    let target = if call.has("all") { SignalTarget::All(id) } else { SignalTarget::Init(id) };
+    match client::ask(&directory.socket(), &Request::Signal { target, signal }) {
+        Ok(_) => Ok(()),
+        Err(Error::Guest { kind: ErrorKind::WrongState | ErrorKind::NoContainer, .. }) => {
+            Err(Error::NotRunning)
+        }
+        // A guest that does not answer can still be ended: its VMM goes with the stub.
+        Err(Error::Vm(_)) if signal == libc::SIGKILL as u32 => {
+            record.vmm.signal(libc::SIGKILL);
+            Ok(())
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// Ends everything of a container and removes it. Doing it again is fine.
+fn delete(root: &Path, id: &str, force: bool) -> Result<(), Error> {
+    let directory = Directory::of(root, id)?;
+    let record = match directory.read() {
+        Ok(record) => record,
+        // Half made, or gone already.
+        Err(_) if force => return directory.remove(),
+        Err(error) => return Err(error),
+    };
+    let status = directory.status(&record);
+    if status != Status::Stopped && !force {
+        return Err(Error::State(format!(
+            "cannot delete container {id} that is not stopped: {}",
+            status.word()
+        )));
+    }
+    for process in record.stub.iter().chain([&record.vmm]) {
+        process.signal(libc::SIGKILL);
+    }
+    for process in record.stub.iter().chain([&record.vmm]) {
+        if !process.wait(DEATH_LIMIT) {
+            return Err(Error::State(format!("process {} does not end", process.pid)));
+        }
+    }
+    if let Some(path) = &record.cgroup {
+        cgroup::remove(path);
+    }
+    directory.remove()?;
+    let spec = config(&record.bundle).ok().and_then(|c| serde_json::from_slice::<Spec>(&c).ok());
+    let poststop = spec.as_ref().and_then(|s| s.hooks().as_ref()).and_then(|h| h.poststop().as_ref());
+    // The container is gone whatever they say.
+    let _ = hooks::run(poststop, &record, Status::Stopped);
+    Ok(())
+}
+
+fn list(call: &Call, root: &Path) -> Result<i32, Error> {
+    let all: Vec<_> = state::all(root).into_iter().map(|(d, r)| (d.status(&r), r)).collect();
+    let mut out = std::io::stdout().lock();
+    if call.has("quiet") {
+        for (_, record) in &all {
+            let _ = writeln!(out, "{}", record.id);
+        }
+    } else if call.value("format") == Some("json") {
+        let entries: Vec<_> = all
+            .iter()
+            .map(|(status, record)| {
+                let mut value = state::json(record, *status);
+                value["owner"] = json!("root");
+                value
+            })
+            .collect();
+        let _ = writeln!(out, "{}", if entries.is_empty() { json!(null) } else { json!(entries) });
+    } else {
+        let _ = writeln!(
+            out,
+            "{:<40} {:>8}  {:<8}  {:<40} {:<30} OWNER",
+            "ID", "PID", "STATUS", "BUNDLE", "CREATED"
+        );
+        for (status, r) in &all {
+            let pid = if *status == Status::Stopped { 0 } else { r.stub.map_or(0, |p| p.pid) };
+            let bundle = r.bundle.display().to_string();
+            let _ = writeln!(
+                out,
+                "{:<40} {pid:>8}  {:<8}  {bundle:<40} {:<30} root",
+                r.id,
+                status.word(),
+                r.created
+            );
+        }
+    }
+    Ok(0)
+}
+
+fn ps(call: &Call, root: &Path) -> Result<i32, Error> {
+    let (directory, record) = find(root, call.id()?)?;
+    if directory.status(&record) == Status::Stopped {
+        return Err(Error::NotRunning);
+    }
+    if call.value("format") == Some("json") {
+        // Of the host: callers look these up there.
+        let pids: Vec<i32> = record.stub.iter().map(|p| p.pid).collect();
+        return print(&json!(pids));
+    }
+    if let Reply::Processes { pids } =
+        client::ask(&directory.socket(), &Request::Processes { id: record.id.clone() })?
+    {
+        println!("PID (in the guest)");
+        for pid in pids {
+            println!("{pid}");
+        }
+    }
+    Ok(0)
+}
+
+fn freeze(root: &Path, id: &str, frozen: bool) -> Result<(), Error> {
+    let (directory, record) = find(root, id)?;
+    match (directory.status(&record), frozen) {
+        (Status::Stopped, _) => return Err(Error::NotRunning),
+        (Status::Paused, true) => return Err(Error::State("container is paused already".into())),
+        (Status::Paused, false) | (_, true) => {}
+        (_, false) => return Err(Error::State("container is not paused".into())),
+    }
+    client::ask(&directory.socket(), &Request::Freeze { id: id.to_owned(), frozen })?;
+    directory.mark("paused", frozen)
+}
+
+fn update(call: &Call, root: &Path) -> Result<(), Error> {
+    let (directory, record) = find(root, call.id()?)?;
+    let path = call.value("resources").ok_or_else(|| Error::Usage("update: -r FILE is missing".into()))?;
+    let text =
+        if path == "-" { std::io::read_to_string(std::io::stdin()) } else { std::fs::read_to_string(path) };
+    let text = text.map_err(host(format!("read {path}")))?;
+    let resources = serde_json::from_str(&text).map_err(|e| Error::Usage(format!("update: {path}: {e}")))?;
+    client::ask(&directory.socket(), &Request::Update { id: record.id, resources }).map(drop)
+}
+
+fn spec(call: &Call) -> Result<(), Error> {
+    let path = Path::new(call.value("bundle").unwrap_or(".")).join("config.json");
+    if path.exists() {
+        return Err(Error::State(format!("{} exists: remove it first", path.display())));
+    }
+    let text = serde_json::to_vec_pretty(&Spec::default()).map_err(|e| Error::State(e.to_string()))?;
+    state::write_whole(&path, &text)
+}
+
+/// What this runtime can do (OCI features.md).
+fn features() -> serde_json::Value {
+    json!({
+        "ociVersionMin": "1.0.0",
+        "ociVersionMax": "1.2.1",
+        "hooks": ["prestart", "createRuntime", "poststart", "poststop"],
+        "mountOptions": ["async", "atime", "bind", "defaults", "dev", "dirsync", "exec", "noatime", "nodev", "nodiratime", "noexec", "nosuid", "private", "rbind", "relatime", "ro", "rprivate", "rshared", "rslave", "rw", "shared", "slave", "strictatime", "suid", "sync", "tmpcopyup"],
+        "linux": {
+            "namespaces": ["cgroup", "ipc", "mount", "network", "pid", "uts"],
+            "cgroup": { "v1": false, "v2": true, "systemd": false, "systemdUser": false },
+            "seccomp": { "enabled": true, "archs": ["SCMP_ARCH_X86_64"] },
+            "apparmor": { "enabled": false },
+            "selinux": { "enabled": false }
+        },
+        "potentiallyUnsafeConfigAnnotations": ["io.coffer."]
+    })
+}

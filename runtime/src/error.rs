@@ -1,0 +1,58 @@
+//! What a command says when it fails.
+//!
+//! Owns: the words that callers look for: podman takes its exit code from them, containerd what to do next.
+
+use std::io;
+
+use coffer_protocol::ErrorKind;
+use thiserror::Error;
+
+/// A command failed. One line.
+#[derive(Debug, Error)]
+pub enum Error {
+    /// The command line is wrong.
+    #[error("{0}")]
+    Usage(String),
+    /// The bundle or its configuration is wrong.
+    #[error("bundle: {0}")]
+    Bundle(String),
+    /// Words as runc has them.
+    #[error("container does not exist")]
+    NoContainer,
+    /// As runc has it.
+    #[error("container with given ID already exists")]
+    Exists,
+    /// As runc has it.
+    #[error("container not running")]
+    NotRunning,
+    /// The state does not allow it.
+    #[error("{0}")]
+    State(String),
+    /// The id is not one.
+    #[error("invalid container ID format {0:?}")]
+    Id(String),
+    /// Something of the host failed.
+    #[error("{stage}: {source}")]
+    Host {
+        /// What was being done.
+        stage: String,
+        /// The system's words.
+        source: io::Error,
+    },
+    /// The VM ended or did not start.
+    #[error("VM failed: {0}")]
+    Vm(String),
+    /// The guest refused.
+    #[error("{message}")]
+    Guest {
+        /// What kind.
+        kind: ErrorKind,
+        /// In words.
+        message: String,
+    },
+}
+
+/// Names the stage of a system call's failure.
+pub fn host<E: Into<io::Error>>(stage: impl Into<String>) -> impl FnOnce(E) -> Error {
+    move |e| Error::Host { stage: stage.into(), source: e.into() }
+}

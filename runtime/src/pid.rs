@@ -1,0 +1,77 @@
+//! Processes of ours by number and start time, so that a number used again is not taken for the old process.
+
+use std::{
+    fs, thread,
+    time::{Duration, Instant},
+};
+
+use serde::{Deserialize, Serialize};
+
+/// A process.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize, PartialEq, Eq)]
+pub struct Pid {
+    /// Its number.
+    pub pid: i32,
+    /// Its start, in ticks since boot.
+    pub start: u64,
+}
+
+/// State letter and start time from `/proc/PID/stat`.
+fn stat(pid: i32) -> Option<(char, u64)> {
+    let text = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    let mut fields = text.rsplit_once(')')?.1.split_whitespace();
+    let state = fields.next()?.chars().next()?;
+    // Start time is field 22; the state is field 3.
+    Some((state, fields.nth(18)?.parse().ok()?))
+}
+
+impl Pid {
+    /// A process that runs now.
+    #[must_use]
+    pub fn of(pid: i32) -> Option<Self> {
+        stat(pid).map(|(_, start)| Self { pid, start })
+    }
+
+    /// Still the same process, and not one that only waits to be reaped.
+    #[must_use]
+    pub fn is_alive(&self) -> bool {
+        stat(self.pid).is_some_and(|(state, start)| start == self.start && !matches!(state, 'Z' | 'X'))
+    }
+
+    /// Sends a signal, if it is alive.
+    pub fn signal(&self, signal: i32) {
+        if self.is_alive() {
+            // SAFETY: sends a signal to a process that was checked to be ours right before.
+            unsafe { libc::kill(self.pid, signal) };
+        }
+    }
+
+    /// Waits until it is gone. False when it is not in time.
+    #[must_use]
+    pub fn wait(&self, limit: Duration) -> bool {
+        let began = Instant::now();
+        while self.is_alive() {
+            if began.elapsed() > limit {
+                return false;
+            }
+            thread::sleep(Duration::from_millis(2));
+        }
+        true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_process_that_ended_is_not_alive_even_before_it_is_reaped() {
+        let mut child = std::process::Command::new("sleep").arg("100").spawn().unwrap();
+        let pid = Pid::of(child.id() as i32).unwrap();
+        assert!(pid.is_alive());
+        assert!(!Pid { start: pid.start + 1, ..pid }.is_alive());
+        pid.signal(libc::SIGKILL);
+        assert!(pid.wait(Duration::from_secs(5)));
+        child.wait().unwrap();
+    }
+}

@@ -1,0 +1,271 @@
+//! From a bundle to what is to be done: pure.
+//!
+//! Owns: sizes of the VM, the configuration in the guest's terms. Does not own: doing it.
+
+use std::path::{Path, PathBuf};
+
+use coffer_protocol::{BindSource, SHARE_DIR};
+use oci_spec::runtime::{LinuxNamespaceType, Spec};
+use serde_json::Value;
+
+use crate::error::Error;
+
+/// MiB of a guest without a memory limit.
+const DEFAULT_MEMORY_MIB: u64 = 512;
+/// MiB that the guest's kernel and init need beside the container.
+const GUEST_OVERHEAD_MIB: u64 = 64;
+/// MiB that no guest is smaller than.
+const LEAST_MEMORY_MIB: u64 = 128;
+const MOST_VCPUS: u32 = 64;
+
+/// A host directory or file that the guest sees.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Bind {
+    /// On the host.
+    pub source: PathBuf,
+    /// Below the shared directory.
+    pub target: PathBuf,
+    /// Writes are refused on the host too.
+    pub read_only: bool,
+    /// What is mounted below it comes along.
+    pub recursive: bool,
+}
+
+/// What a container needs.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// As in the bundle.
+    pub spec: Spec,
+    /// What the guest gets.
+    pub guest_spec: Value,
+    /// Which of its mounts are files.
+    pub bind_sources: Vec<BindSource>,
+    /// What to show to the guest, the root first.
+    pub binds: Vec<Bind>,
+    /// The root on the host.
+    pub rootfs: PathBuf,
+    /// Guest RAM.
+    pub memory_mib: u64,
+    /// Processors.
+    pub vcpus: u32,
+    /// A terminal is wanted.
+    pub terminal: bool,
+}
+
+/// Reads `config.json` and plans.
+///
+/// # Errors
+/// [`Error::Bundle`], naming the field.
+pub fn plan(bundle: &Path, id: &str, config: &[u8]) -> Result<Plan, Error> {
+    let wrong = |message: String| Error::Bundle(message);
+    let mut value: Value = serde_json::from_slice(config).map_err(|e| wrong(format!("config.json: {e}")))?;
+    let spec: Spec = serde_json::from_value(value.clone()).map_err(|e| wrong(format!("config.json: {e}")))?;
+    if !spec.version().starts_with("1.") {
+        return Err(wrong(format!("config.json: ociVersion {} is not 1.x", spec.version())));
+    }
+    let root = spec
+        .root()
+        .as_ref()
+        .ok_or_else(|| wrong("config.json: no root: a container needs a root file system".into()))?;
+    let rootfs = bundle.join(root.path());
+    let process = spec.process().as_ref().ok_or_else(|| wrong("config.json: no process".into()))?;
+    if process.args().as_ref().is_none_or(Vec::is_empty) {
+        return Err(wrong("config.json: process.args is empty".into()));
+    }
+    let terminal = process.terminal().unwrap_or(false);
+    let (binds, bind_sources) = rewrite(&mut value, &spec, bundle, id, &rootfs);
+    Ok(Plan {
+        guest_spec: value,
+        bind_sources,
+        binds,
+        rootfs,
+        memory_mib: memory_mib(&spec)?,
+        vcpus: vcpus(&spec)?,
+        terminal,
+        spec,
+    })
+}
+
+/// Puts the configuration into the guest's terms.
+fn rewrite(
+    value: &mut Value,
+    spec: &Spec,
+    bundle: &Path,
+    id: &str,
+    rootfs: &Path,
+) -> (Vec<Bind>, Vec<BindSource>) {
+    value["root"]["path"] = Value::from(format!("{SHARE_DIR}/{id}/rootfs"));
+    let target = PathBuf::from(id).join("rootfs");
+    let mut binds = vec![Bind { source: rootfs.to_owned(), target, read_only: false, recursive: true }];
+    let mut sources = Vec::new();
+    for (index, mount) in spec.mounts().iter().flatten().enumerate() {
+        let options = mount.options().clone().unwrap_or_default();
+        let has = |word: &str| options.iter().any(|o| o == word);
+        if !(has("bind") || has("rbind") || mount.typ().as_deref() == Some("bind")) {
+            continue;
+        }
+        let Some(source) = mount.source() else { continue };
+        let source = bundle.join(source);
+        sources.push(BindSource { mount: index, directory: source.is_dir() });
+        value["mounts"][index]["source"] = Value::from(format!("{SHARE_DIR}/{id}/mounts/{index}"));
+        binds.push(Bind {
+            source,
+            target: PathBuf::from(id).join("mounts").join(index.to_string()),
+            read_only: has("ro") || has("rro"),
+            recursive: has("rbind"),
+        });
+    }
+    // What only the host can do, or must not be known.
+    if let Some(object) = value.as_object_mut() {
+        object.remove("hooks");
+    }
+    if let Some(linux) = value.get_mut("linux").and_then(Value::as_object_mut) {
+        linux.remove("cgroupsPath");
+        if let Some(Value::Array(namespaces)) = linux.get_mut("namespaces") {
+            for namespace in namespaces {
+                if let Some(object) = namespace.as_object_mut() {
+                    object.remove("path");
+                }
+            }
+        }
+        // The guest's memory is the limit, with the kernel's own share beside it; device rules of the host mean nothing there.
+        if let Some(resources) = linux.get_mut("resources").and_then(Value::as_object_mut) {
+            resources.remove("devices");
+        }
+    }
+    (binds, sources)
+}
+
+fn annotation<'a>(spec: &'a Spec, key: &str) -> Option<&'a str> {
+    spec.annotations().as_ref()?.get(key).map(String::as_str)
+}
+
+fn memory_mib(spec: &Spec) -> Result<u64, Error> {
+    if let Some(text) = annotation(spec, "io.coffer.memory-mib") {
+        let wrong = || {
+            Error::Bundle(format!(
+                "annotation io.coffer.memory-mib={text} is not a number of MiB, 32 or more"
+            ))
+        };
+        return text.parse().ok().filter(|n| *n >= 32).ok_or_else(wrong);
+    }
+    let limit = resources(spec).and_then(|r| r.memory().as_ref()).and_then(|m| m.limit()).filter(|l| *l > 0);
+    let Some(limit) = limit else { return Ok(DEFAULT_MEMORY_MIB) };
+    let mib = (limit as u64).div_ceil(1 << 20).saturating_add(GUEST_OVERHEAD_MIB);
+    Ok(mib.next_multiple_of(2).clamp(LEAST_MEMORY_MIB, 1 << 20))
+}
+
+fn resources(spec: &Spec) -> Option<&oci_spec::runtime::LinuxResources> {
+    spec.linux().as_ref()?.resources().as_ref()
+}
+
+fn vcpus(spec: &Spec) -> Result<u32, Error> {
+    if let Some(text) = annotation(spec, "io.coffer.vcpus") {
+        let wrong = || {
+            Error::Bundle(format!("annotation io.coffer.vcpus={text} is not a number from 1 to {MOST_VCPUS}"))
+        };
+        return text.parse().ok().filter(|n| (1..=MOST_VCPUS).contains(n)).ok_or_else(wrong);
+    }
+    let Some(cpu) = resources(spec).and_then(|r| r.cpu().as_ref()) else { return Ok(1) };
+    let quota = cpu.quota().filter(|q| *q > 0).map(|quota| {
+        let period = cpu.period().filter(|p| *p > 0).unwrap_or(100_000);
+        u32::try_from((quota as u64).div_ceil(period)).unwrap_or(MOST_VCPUS)
+    });
+    let set = cpu.cpus().as_deref().map(count_cpus);
+    Ok(quota.or(set).unwrap_or(1).clamp(1, MOST_VCPUS))
+}
+
+/// Processors in a list such as `0-3,8`.
+fn count_cpus(list: &str) -> u32 {
+    let part = |text: &str| -> Option<u32> {
+        match text.trim().split_once('-') {
+            Some((first, last)) => last.parse::<u32>().ok()?.checked_sub(first.parse().ok()?)?.checked_add(1),
+            None => text.trim().parse::<u32>().ok().map(|_| 1),
+        }
+    };
+    list.split(',').filter_map(part).fold(0, u32::saturating_add)
+}
+
+/// The path of a namespace of this type: `None` when the list has no such entry, `Some(None)` for a new one.
+#[must_use]
+pub fn namespace(spec: &Spec, kind: LinuxNamespaceType) -> Option<Option<PathBuf>> {
+    let list = spec.linux().as_ref()?.namespaces().as_ref()?;
+    list.iter().find(|n| n.typ() == kind).map(|n| n.path().clone())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use serde_json::json;
+
+    fn config(extra: Value) -> Vec<u8> {
+        let mut value = json!({
+            "ociVersion": "1.0.2-dev",
+            "root": { "path": "/merged" },
+            "process": { "cwd": "/", "args": ["sh"], "user": { "uid": 0, "gid": 0 } },
+            "mounts": [
+                { "destination": "/proc", "type": "proc", "source": "proc" },
+                { "destination": "/data", "type": "bind", "source": "/srv", "options": ["rbind", "ro"] }
+            ],
+            "hooks": { "poststop": [{ "path": "/bin/true" }] },
+            "linux": { "cgroupsPath": "/x", "namespaces": [{ "type": "network", "path": "/run/netns/a" }] }
+        });
+        for (key, entry) in extra.as_object().unwrap() {
+            value[key] = entry.clone();
+        }
+        serde_json::to_vec(&value).unwrap()
+    }
+
+    #[test]
+    fn the_guest_gets_its_own_paths_and_nothing_of_the_hosts() {
+        let plan = plan(Path::new("/b"), "c1", &config(json!({}))).unwrap();
+        assert_eq!(plan.guest_spec["root"]["path"], "/run/coffer/share/c1/rootfs");
+        assert_eq!(plan.guest_spec["mounts"][1]["source"], "/run/coffer/share/c1/mounts/1");
+        assert_eq!(plan.guest_spec["mounts"][0]["source"], "proc");
+        assert!(plan.guest_spec.get("hooks").is_none());
+        assert!(
+            !plan.guest_spec.to_string().contains("/run/netns")
+                && !plan.guest_spec.to_string().contains("/merged")
+        );
+        assert_eq!(plan.binds[0].source, Path::new("/merged"));
+        assert_eq!(
+            plan.binds[1],
+            Bind { source: "/srv".into(), target: "c1/mounts/1".into(), read_only: true, recursive: true }
+        );
+    }
+
+    #[test]
+    fn the_vm_is_sized_by_the_limits() {
+        let sized = |resources: Value| {
+            let plan =
+                plan(Path::new("/b"), "c1", &config(json!({ "linux": { "resources": resources } }))).unwrap();
+            (plan.memory_mib, plan.vcpus)
+        };
+        assert_eq!(sized(json!({})), (512, 1));
+        assert_eq!(sized(json!({ "memory": { "limit": 268435456 } })), (320, 1));
+        assert_eq!(
+            sized(json!({ "memory": { "limit": -1 }, "cpu": { "quota": 150000, "period": 100000 } })),
+            (512, 2)
+        );
+        assert_eq!(sized(json!({ "cpu": { "cpus": "0-2,5" } })), (512, 4));
+    }
+
+    #[test]
+    fn a_bundle_without_root_or_program_is_named() {
+        let message = |extra| plan(Path::new("/b"), "c", &config(extra)).unwrap_err().to_string();
+        assert!(message(json!({ "root": null })).starts_with("bundle: config.json: no root"));
+        assert!(
+            message(json!({ "process": { "cwd": "/", "user": { "uid": 0, "gid": 0 }, "args": [] } }))
+                .contains("process.args")
+        );
+        assert!(plan(Path::new("/b"), "c", b"{").unwrap_err().to_string().contains("config.json"));
+    }
+
+    proptest! {
+        #[test]
+        fn no_list_of_processors_makes_it_panic(text in "[0-9,-]{0,30}") {
+            let _ = count_cpus(&text);
+        }
+    }
+}

@@ -1,0 +1,236 @@
+//! What is known of a container, on disk: one directory each below the root directory.
+//!
+//! Owns: names and formats of these files, ids, the status. Does not own: changing processes.
+
+use std::{
+    collections::HashMap,
+    fs,
+    io::ErrorKind,
+    path::{Path, PathBuf},
+};
+
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    error::{Error, host},
+    pid::Pid,
+};
+
+/// Default of `--root`.
+pub const DEFAULT_ROOT: &str = "/run/coffer";
+
+/// Status of the OCI runtime specification, and paused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Status {
+    /// Made, not started.
+    Created,
+    /// Started.
+    Running,
+    /// Started and frozen.
+    Paused,
+    /// Its process has ended.
+    Stopped,
+}
+
+impl Status {
+    /// As in state JSON.
+    #[must_use]
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Created => "created",
+            Self::Running => "running",
+            Self::Paused => "paused",
+            Self::Stopped => "stopped",
+        }
+    }
+}
+
+/// The file `state.json`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[expect(missing_docs, reason = "as in the OCI runtime specification, and the two processes")]
+pub struct Record {
+    pub id: String,
+    pub oci_version: String,
+    pub bundle: PathBuf,
+    pub rootfs: PathBuf,
+    pub annotations: HashMap<String, String>,
+    pub created: String,
+    pub stub: Option<Pid>,
+    pub vmm: Pid,
+    pub cgroup: Option<PathBuf>,
+}
+
+/// A container's directory.
+#[derive(Clone, Debug)]
+pub struct Directory(PathBuf);
+
+/// An id as runc takes it.
+///
+/// # Errors
+/// [`Error::Id`].
+pub fn check_id(id: &str) -> Result<(), Error> {
+    let allowed = |c: char| c.is_ascii_alphanumeric() || "_+-.".contains(c);
+    let good = !id.is_empty() && id.len() <= 1024 && id.chars().all(allowed) && id != "." && id != "..";
+    if good { Ok(()) } else { Err(Error::Id(id.to_owned())) }
+}
+
+impl Directory {
+    /// The directory of an id; it need not exist.
+    ///
+    /// # Errors
+    /// [`Error::Id`].
+    pub fn of(root: &Path, id: &str) -> Result<Self, Error> {
+        check_id(id)?;
+        Ok(Self(root.join(id)))
+    }
+
+    /// Makes it.
+    ///
+    /// # Errors
+    /// [`Error::Exists`], or the system's.
+    pub fn create(&self) -> Result<(), Error> {
+        if let Some(root) = self.0.parent() {
+            fs::create_dir_all(root).map_err(host(format!("make {}", root.display())))?;
+        }
+        match fs::create_dir(&self.0) {
+            Err(e) if e.kind() == ErrorKind::AlreadyExists => Err(Error::Exists),
+            other => other.map_err(host(format!("make {}", self.0.display()))),
+        }
+    }
+
+    /// A file in it.
+    #[must_use]
+    pub fn file(&self, name: &str) -> PathBuf {
+        self.0.join(name)
+    }
+
+    /// The VMM's socket.
+    #[must_use]
+    pub fn socket(&self) -> PathBuf {
+        self.file("vsock")
+    }
+
+    /// There is something.
+    #[must_use]
+    pub fn exists(&self) -> bool {
+        self.0.exists()
+    }
+
+    /// Reads `state.json`.
+    ///
+    /// # Errors
+    /// [`Error::NoContainer`].
+    pub fn read(&self) -> Result<Record, Error> {
+        let bytes = fs::read(self.file("state.json")).map_err(|_| Error::NoContainer)?;
+        serde_json::from_slice(&bytes)
+            .map_err(|e| Error::State(format!("{}: {e}", self.file("state.json").display())))
+    }
+
+    /// Writes `state.json`, whole or not at all.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn write(&self, record: &Record) -> Result<(), Error> {
+        let text = serde_json::to_vec_pretty(record).map_err(|e| Error::State(e.to_string()))?;
+        write_whole(&self.file("state.json"), &text)
+    }
+
+    /// The status now.
+    #[must_use]
+    pub fn status(&self, record: &Record) -> Status {
+        match record.stub {
+            Some(stub) if stub.is_alive() => {
+                if self.file("paused").exists() {
+                    Status::Paused
+                } else if self.file("started").exists() {
+                    Status::Running
+                } else {
+                    Status::Created
+                }
+            }
+            _ => Status::Stopped,
+        }
+    }
+
+    /// Sets or clears a marker file.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn mark(&self, name: &str, on: bool) -> Result<(), Error> {
+        let path = self.file(name);
+        match if on { fs::write(&path, "") } else { fs::remove_file(&path) } {
+            Err(e) if !on && e.kind() == ErrorKind::NotFound => Ok(()),
+            other => other.map_err(host(format!("mark {}", path.display()))),
+        }
+    }
+
+    /// Removes everything.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn remove(&self) -> Result<(), Error> {
+        match fs::remove_dir_all(&self.0) {
+            Err(e) if e.kind() == ErrorKind::NotFound => Ok(()),
+            other => other.map_err(host(format!("remove {}", self.0.display()))),
+        }
+    }
+}
+
+/// Writes a file so that nobody sees half of it.
+///
+/// # Errors
+/// The system's.
+pub fn write_whole(path: &Path, bytes: &[u8]) -> Result<(), Error> {
+    let mut fresh = path.as_os_str().to_owned();
+    fresh.push(".new");
+    let fresh = PathBuf::from(fresh);
+    fs::write(&fresh, bytes)
+        .and_then(|()| fs::rename(&fresh, path))
+        .map_err(host(format!("write {}", path.display())))
+}
+
+/// State JSON, as runc prints it.
+#[must_use]
+pub fn json(record: &Record, status: Status) -> serde_json::Value {
+    let pid = if status == Status::Stopped { 0 } else { record.stub.map_or(0, |p| p.pid) };
+    let mut value = serde_json::json!({
+        "ociVersion": record.oci_version, "id": record.id, "pid": pid, "status": status.word(),
+        "bundle": record.bundle, "rootfs": record.rootfs, "created": record.created, "owner": "",
+    });
+    if !record.annotations.is_empty() {
+        value["annotations"] = serde_json::json!(record.annotations);
+    }
+    value
+}
+
+/// All containers of a root directory, by id. What cannot be read is left out: it is being made or removed.
+#[must_use]
+pub fn all(root: &Path) -> Vec<(Directory, Record)> {
+    let entries = fs::read_dir(root).into_iter().flatten().flatten();
+    let mut list: Vec<_> = entries
+        .filter_map(|e| {
+            let directory = Directory(e.path());
+            directory.read().ok().map(|record| (directory, record))
+        })
+        .collect();
+    list.sort_by(|a, b| a.1.id.cmp(&b.1.id));
+    list
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_second_container_of_one_id_is_refused() {
+        let root = tempfile::tempdir().unwrap();
+        let directory = Directory::of(root.path(), "a").unwrap();
+        directory.create().unwrap();
+        assert!(matches!(directory.create(), Err(Error::Exists)));
+        directory.remove().unwrap();
+        directory.remove().unwrap();
+        assert!(matches!(directory.read(), Err(Error::NoContainer)));
+        assert!(matches!(Directory::of(root.path(), "../x"), Err(Error::Id(_))));
+    }
+}

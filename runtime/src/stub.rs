@@ -1,0 +1,284 @@
+//! The stub: the process that callers take for the container's.
+//!
+//! Owns: relaying stdio, signals and window sizes between the caller and the guest's process, its namespaces and root
+//! on the host, its exit code. It holds no secrets and can do nothing else.
+
+use std::{
+    fs::File,
+    io::{self, Read, Write},
+    os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd},
+    path::Path,
+};
+
+use coffer_protocol::{Ended, Frame, Kind, STDIN_WINDOW, WindowSize, encode};
+use nix::{
+    mount::{MntFlags, MsFlags, mount, umount2},
+    sys::{
+        signal::{SigSet, Signal},
+        signalfd::{SfdFlags, SignalFd},
+    },
+};
+
+use crate::{client::Connection, error::Error, plan::Bind};
+
+/// Exit code when the VM is gone before its process ended, as if it had been killed.
+const VM_GONE: i32 = 137;
+const CHUNK: usize = 64 * 1024;
+const NONE: Option<&str> = None;
+
+/// Enters the container's root on the host: what `podman cp` and `podman top` see.
+///
+/// # Errors
+/// The system's.
+pub fn enter_root(binds: &[Bind], destinations: &[std::path::PathBuf]) -> io::Result<()> {
+    let Some((root, rest)) = binds.split_first() else { return Ok(()) };
+    mount(NONE, "/", NONE, MsFlags::MS_REC | MsFlags::MS_SLAVE, NONE)?;
+    mount(Some(&root.source), &root.source, NONE, MsFlags::MS_BIND | MsFlags::MS_REC, NONE)?;
+    for (bind, destination) in rest.iter().zip(destinations) {
+        let inside = destination.strip_prefix("/").unwrap_or(destination);
+        // Only where the place is there and no link leads elsewhere: this is a view for tools, the guest has the mounts.
+        let target = root.source.join(inside);
+        if target.canonicalize().is_ok_and(|real| real == target) {
+            let _ = mount(Some(&bind.source), &target, NONE, MsFlags::MS_BIND | MsFlags::MS_REC, NONE);
+            if bind.read_only {
+                let _ = mount(
+                    NONE,
+                    &target,
+                    NONE,
+                    MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY,
+                    NONE,
+                );
+            }
+        }
+    }
+    nix::unistd::chdir(&root.source)?;
+    nix::unistd::pivot_root(".", ".")?;
+    umount2(".", MntFlags::MNT_DETACH)?;
+    nix::unistd::chdir("/")?;
+    // Tools read /proc of this namespace; a root file system without the directory has none.
+    if Path::new("/proc").is_dir() {
+        let safe = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+        let _ = mount(Some("proc"), "/proc", Some("proc"), safe, NONE);
+    }
+    Ok(())
+}
+
+/// Blocks every signal; they are read from the descriptor. Call it before the process can be found by others.
+///
+/// # Errors
+/// The system's.
+pub fn take_signals() -> io::Result<SignalFd> {
+    let set = SigSet::all();
+    set.thread_block()?;
+    Ok(SignalFd::with_flags(&set, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?)
+}
+
+/// Lets go of everything that relaying does not need.
+pub fn drop_rights() {
+    for capability in 0..64 {
+        // SAFETY: changes what this process may do, and only less.
+        unsafe { libc::prctl(libc::PR_CAPBSET_DROP, capability, 0, 0, 0) };
+    }
+    // SAFETY: likewise.
+    unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) };
+    #[repr(C)]
+    struct Header {
+        version: u32,
+        pid: i32,
+    }
+    let (header, none) = (Header { version: 0x2008_0522, pid: 0 }, [0u32; 6]);
+    // SAFETY: version 3 takes two triples of words, all of them zero.
+    unsafe { libc::syscall(libc::SYS_capset, &raw const header, none.as_ptr()) };
+}
+
+/// What a stub works with.
+pub struct Relay {
+    /// The process's connection.
+    pub connection: Connection,
+    /// All signals.
+    pub signals: SignalFd,
+    /// The slave of a terminal, or 0, 1 and 2.
+    pub terminal: Option<OwnedFd>,
+    /// Where the VMM says why it ended; opened before the root changed.
+    pub reports: Option<File>,
+}
+
+enum Step {
+    Goes,
+    Ended(Ended),
+    VmGone,
+}
+
+impl Relay {
+    /// Relays until the process has ended; the exit code is the process's.
+    #[must_use]
+    pub fn run(mut self) -> i32 {
+        let _ = self.connection.stream.set_read_timeout(None);
+        let mut credit = STDIN_WINDOW;
+        let mut stdin_open = true;
+        loop {
+            // The terminal's size may have been set before anybody listened.
+            match self.frames(&mut credit) {
+                Step::Goes => {}
+                Step::Ended(ended) => return i32::from(ended.exit_code()),
+                Step::VmGone => return self.vm_gone(),
+            }
+            let input = self.terminal.as_ref().map_or(0, AsRawFd::as_raw_fd);
+            let entry = |fd, events| libc::pollfd { fd, events, revents: 0 };
+            let reads = if stdin_open && credit > 0 { input } else { -1 };
+            let mut waits = [
+                entry(self.connection.stream.as_raw_fd(), libc::POLLIN),
+                entry(self.signals.as_raw_fd(), libc::POLLIN),
+                entry(reads, libc::POLLIN),
+            ];
+            // SAFETY: three valid entries.
+            if unsafe { libc::poll(waits.as_mut_ptr(), 3, -1) } < 0 {
+                continue;
+            }
+            if waits[1].revents != 0 {
+                self.forward_signals();
+            }
+            if waits[2].revents != 0 {
+                stdin_open = self.forward_stdin(input, &mut credit);
+            }
+            if waits[0].revents != 0 && !self.read() {
+                return match self.frames(&mut credit) {
+                    Step::Ended(ended) => i32::from(ended.exit_code()),
+                    _ => self.vm_gone(),
+                };
+            }
+        }
+    }
+
+    fn send(&mut self, kind: Kind, payload: &[u8]) {
+        let mut bytes = Vec::new();
+        encode(kind, payload, &mut bytes);
+        // When the VM is gone the next read says so.
+        let _ = self.connection.stream.write_all(&bytes);
+    }
+
+    /// Reads from the guest. False at the end.
+    fn read(&mut self) -> bool {
+        let mut buffer = vec![0; CHUNK];
+        match self.connection.stream.read(&mut buffer) {
+            Ok(0) => false,
+            Ok(count) => {
+                self.connection.decoder.push(&buffer[..count]);
+                true
+            }
+            Err(e) => e.kind() == io::ErrorKind::Interrupted,
+        }
+    }
+
+    fn frames(&mut self, credit: &mut usize) -> Step {
+        loop {
+            match self.connection.decoder.next_frame() {
+                Ok(Some(Frame { kind, payload })) => match kind {
+                    Kind::Stdout => write(self.terminal.as_ref().map_or(1, AsRawFd::as_raw_fd), &payload),
+                    Kind::Stderr => write(2, &payload),
+                    Kind::StdinCredit => {
+                        let more = <[u8; 4]>::try_from(payload.as_slice()).map_or(0, u32::from_le_bytes);
+                        *credit = credit.saturating_add(more as usize).min(STDIN_WINDOW);
+                    }
+                    Kind::Ended => return Ended::from_payload(&payload).map_or(Step::VmGone, Step::Ended),
+                    _ => return Step::VmGone,
+                },
+                Ok(None) => return Step::Goes,
+                Err(_) => return Step::VmGone,
+            }
+        }
+    }
+
+    fn forward_signals(&mut self) {
+        while let Ok(Some(signal)) = self.signals.read_signal() {
+            match Signal::try_from(signal.ssi_signo as i32) {
+                Ok(Signal::SIGCHLD) => {}
+                Ok(Signal::SIGWINCH) if self.terminal.is_some() => self.send_window(),
+                _ => self.send(Kind::Signal, &signal.ssi_signo.to_le_bytes()),
+            }
+        }
+    }
+
+    /// Tells the guest the terminal's size.
+    pub fn send_window(&mut self) {
+        if let Some(size) = self.terminal.as_ref().and_then(window) {
+            let payload = size.to_payload();
+            self.send(Kind::Resize, &payload);
+        }
+    }
+
+    /// Takes what is there of stdin. False at its end.
+    fn forward_stdin(&mut self, fd: RawFd, credit: &mut usize) -> bool {
+        let mut buffer = vec![0; CHUNK.min(*credit)];
+        // SAFETY: the buffer is as long as is said.
+        let count = unsafe { libc::read(fd, buffer.as_mut_ptr().cast(), buffer.len()) };
+        match usize::try_from(count) {
+            Ok(0) => {
+                self.send(Kind::StdinEnd, &[]);
+                false
+            }
+            Ok(count) => {
+                self.send(Kind::Stdin, &buffer[..count]);
+                *credit -= count;
+                true
+            }
+            Err(_) => {
+                let error = io::Error::last_os_error().kind();
+                if matches!(error, io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock) {
+                    return true;
+                }
+                self.send(Kind::StdinEnd, &[]);
+                false
+            }
+        }
+    }
+
+    fn vm_gone(&mut self) -> i32 {
+        // The VMM writes its report right before it ends.
+        std::thread::sleep(std::time::Duration::from_millis(20));
+        let mut text = String::new();
+        if let Some(directory) = &self.reports {
+            // SAFETY: the name is a C string; the directory is open.
+            let fd = unsafe {
+                libc::openat(directory.as_raw_fd(), c"exit-report".as_ptr(), libc::O_RDONLY | libc::O_CLOEXEC)
+            };
+            if fd >= 0 {
+                // SAFETY: openat returned a new descriptor.
+                let _ = unsafe { File::from_raw_fd(fd) }.read_to_string(&mut text);
+            }
+        }
+        let report: serde_json::Value = serde_json::from_str(&text).unwrap_or_default();
+        let reason = report["message"].as_str().unwrap_or("the VMM was killed");
+        let error = Error::Vm(reason.to_owned());
+        write(2, format!("coffer: {error}\n").as_bytes());
+        VM_GONE
+    }
+}
+
+/// The size of a terminal.
+pub fn window(terminal: &impl AsRawFd) -> Option<WindowSize> {
+    let mut size = libc::winsize { ws_row: 0, ws_col: 0, ws_xpixel: 0, ws_ypixel: 0 };
+    // SAFETY: the pointer is to a winsize that outlives the call.
+    let known = unsafe { libc::ioctl(terminal.as_raw_fd(), libc::TIOCGWINSZ, &raw mut size) } == 0;
+    (known && size.ws_row > 0).then_some(WindowSize { rows: size.ws_row, columns: size.ws_col })
+}
+
+/// Writes everything; a reader that is gone loses it.
+fn write(fd: RawFd, mut bytes: &[u8]) {
+    while !bytes.is_empty() {
+        // SAFETY: the buffer is as long as is said.
+        let count = unsafe { libc::write(fd, bytes.as_ptr().cast(), bytes.len()) };
+        match usize::try_from(count) {
+            Ok(count) => bytes = &bytes[count..],
+            Err(_) => match io::Error::last_os_error().kind() {
+                io::ErrorKind::Interrupted => {}
+                io::ErrorKind::WouldBlock => {
+                    let mut wait = libc::pollfd { fd, events: libc::POLLOUT, revents: 0 };
+                    // SAFETY: one valid entry.
+                    unsafe { libc::poll(&raw mut wait, 1, -1) };
+                }
+                _ => return,
+            },
+        }
+    }
+}
