@@ -41,6 +41,7 @@ pub(super) fn first(
             let file = Path::new("/proc/sys").join(key.replace('.', "/"));
             fs::write(&file, value).map_err(|e| ContainerError::guest(&format!("set sysctl {key}"), e))?;
         }
+        mounts::protect(spec)?;
         become_program(process, spec, stdio, window, sync)
     })();
     give_up(sync, result)

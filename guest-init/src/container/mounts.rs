@@ -100,8 +100,7 @@ pub(super) fn set_up(spec: &Spec) -> Result<(), ContainerError> {
         }
     }
     devices(fd.as_fd(), spec)?;
-    pivot(&root)?;
-    protect(spec)
+    pivot(&root)
 }
 
 fn one(root: BorrowedFd<'_>, wanted: &Mount) -> Result<(), ContainerError> {
@@ -250,8 +249,8 @@ fn pivot(root: &Path) -> Result<(), ContainerError> {
     nix::unistd::chdir("/").map_err(failed("enter /".into()))
 }
 
-/// Read-only root, masked and read-only paths.
-fn protect(spec: &Spec) -> Result<(), ContainerError> {
+/// Read-only root, masked and read-only paths: after everything that still writes there.
+pub(super) fn protect(spec: &Spec) -> Result<(), ContainerError> {
     let linux = spec.linux().as_ref();
     for masked in linux.iter().flat_map(|l| l.masked_paths().iter().flatten()) {
         let hidden = match fs::metadata(masked) {
