@@ -23,7 +23,10 @@ coffer-vmm: boots an IGVM image in a microVM
   --log-format FORMAT    text or json
   --lifeline-fd N        the VM ends when this pipe's other end is closed
   --exit-report FILE     how the VM ended, as one JSON object
-  --tee none             no TEE: the only kind so far
+  --tee KIND             none; snp: AMD SEV-SNP; snp-emulated: the same boot without the hardware, WHICH PROTECTS NOTHING
+  --policy HEX           SNP guest policy, in place of the image's
+  --host-data HEX        32 bytes that the guest's attestation reports carry
+  --certificates FILE    certificate table that extended guest requests get
   --version, --help";
 
 /// What is wrong with a command line. One line, exit code 64.
@@ -45,6 +48,9 @@ pub enum ArgsError {
         /// What it wants.
         wanted: &'static str,
     },
+    /// A flag that means nothing without a TEE.
+    #[error("{0} needs --tee snp or --tee snp-emulated")]
+    WithoutTee(&'static str),
     /// A flag that must be there.
     #[error("{0} is missing: see coffer-vmm --help")]
     Missing(&'static str),
@@ -57,6 +63,18 @@ pub struct NetArgs {
     pub fd: RawFd,
     /// Its MAC address in the guest.
     pub mac: [u8; 6],
+}
+
+/// What protects the guest from the host.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Tee {
+    /// Nothing.
+    #[default]
+    None,
+    /// AMD SEV-SNP.
+    Snp,
+    /// Nothing either: SEV-SNP played by this process, for development.
+    SnpEmulated,
 }
 
 /// A checked command line.
@@ -75,6 +93,10 @@ pub struct Args {
     pub log_json: bool,
     pub lifeline: Option<RawFd>,
     pub exit_report: Option<PathBuf>,
+    pub tee: Tee,
+    pub policy: Option<u64>,
+    pub host_data: Option<[u8; 32]>,
+    pub certificates: Option<PathBuf>,
 }
 
 /// What to do.
@@ -120,6 +142,9 @@ pub fn parse(words: impl IntoIterator<Item = String>) -> Result<Command, ArgsErr
             "--lifeline-fd",
             "--exit-report",
             "--tee",
+            "--policy",
+            "--host-data",
+            "--certificates",
         ];
         if !known.contains(&flag.as_str()) {
             return Err(ArgsError::Unknown(flag));
@@ -132,6 +157,14 @@ pub fn parse(words: impl IntoIterator<Item = String>) -> Result<Command, ArgsErr
     }
     if args.memory_mib == 0 {
         return Err(ArgsError::Missing("--memory-mib"));
+    }
+    let of_a_tee = [
+        ("--policy", args.policy.is_some()),
+        ("--host-data", args.host_data.is_some()),
+        ("--certificates", args.certificates.is_some()),
+    ];
+    if let Some((flag, _)) = of_a_tee.into_iter().find(|(_, given)| *given && args.tee == Tee::None) {
+        return Err(ArgsError::WithoutTee(flag));
     }
     Ok(Command::Run(Box::new(args)))
 }
@@ -169,8 +202,21 @@ impl Args {
                 self.lifeline = Some(descriptor(value).ok_or_else(|| wrong("a descriptor over 2"))?)
             }
             "--exit-report" => self.exit_report = Some(value.into()),
-            _ if value == "none" => {}
-            _ => return Err(wrong("only `none` can be started so far")),
+            "--policy" => {
+                self.policy = Some(hex_number(value).ok_or_else(|| wrong("0x and hexadecimal digits"))?)
+            }
+            "--host-data" => {
+                self.host_data = Some(hex_bytes(value).ok_or_else(|| wrong("64 hexadecimal digits"))?)
+            }
+            "--certificates" => self.certificates = Some(value.into()),
+            _ => {
+                self.tee = match value {
+                    "none" => Tee::None,
+                    "snp" => Tee::Snp,
+                    "snp-emulated" => Tee::SnpEmulated,
+                    _ => return Err(wrong("none, snp or snp-emulated")),
+                }
+            }
         }
         Ok(())
     }
@@ -178,6 +224,24 @@ impl Args {
 
 fn descriptor(text: &str) -> Option<RawFd> {
     text.parse().ok().filter(|fd| *fd > 2)
+}
+
+fn hex_number(text: &str) -> Option<u64> {
+    let digits = text.strip_prefix("0x").filter(|d| d.bytes().all(|b| b.is_ascii_hexdigit()))?;
+    u64::from_str_radix(digits, 16).ok()
+}
+
+fn hex_bytes<const N: usize>(text: &str) -> Option<[u8; N]> {
+    let digits = text.as_bytes();
+    let mut bytes = [0; N];
+    if digits.len() != 2 * N {
+        return None;
+    }
+    for (byte, pair) in bytes.iter_mut().zip(digits.chunks_exact(2)) {
+        let digit = |d: u8| char::from(d).to_digit(16);
+        *byte = (digit(pair[0])? << 4 | digit(pair[1])?) as u8;
+    }
+    Some(bytes)
 }
 
 fn net(text: &str) -> Option<NetArgs> {
@@ -220,10 +284,27 @@ mod tests {
             run("--image a").unwrap_err().to_string(),
             "--memory-mib is missing: see coffer-vmm --help"
         );
-        for line in
-            ["--vcpus 0", "--vcpus 65", "--net fd=1,mac=00:00:00:00:00:00", "--net fd=4,mac=0:0", "--tee snp"]
-        {
+        for line in [
+            "--vcpus 0",
+            "--vcpus 65",
+            "--net fd=1,mac=00:00:00:00:00:00",
+            "--net fd=4,mac=0:0",
+            "--tee sev",
+            "--policy 30000",
+            "--policy 0x+3",
+            "--host-data 00",
+        ] {
             assert!(matches!(run(line), Err(ArgsError::Value { .. })), "{line}");
         }
+        assert!(matches!(run(&format!("--host-data {}", "+1".repeat(32))), Err(ArgsError::Value { .. })));
+    }
+
+    #[test]
+    fn what_a_tee_is_told_is_refused_without_one() {
+        let flags = format!("--image a --memory-mib 64 --policy 0x30000 --host-data {}", "0aFf".repeat(16));
+        assert_eq!(run(&flags), Err(ArgsError::WithoutTee("--policy")));
+        let Ok(Command::Run(args)) = run(&format!("{flags} --tee snp-emulated")) else { panic!("refused") };
+        assert_eq!((args.tee, args.policy), (Tee::SnpEmulated, Some(0x30000)));
+        assert_eq!(args.host_data.map(|d| (d[0], d[31])), Some((0x0a, 0xff)));
     }
 }

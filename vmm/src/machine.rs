@@ -18,7 +18,7 @@ use vm_memory::{GuestMemory, GuestMemoryMmap, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::{
-    args::Args,
+    args::{Args, Tee},
     cpuid,
     devices::{
         board::Board,
@@ -58,6 +58,8 @@ pub enum MachineError {
     Launch { path: String, source: LaunchError },
     #[error("no usable KVM: {0}")]
     Kvm(String),
+    #[error("--tee {0} cannot be started by this build of coffer-vmm")]
+    Tee(&'static str),
     #[error(transparent)]
     Vcpu(#[from] VcpuError),
     #[error(transparent)]
@@ -80,7 +82,7 @@ impl MachineError {
     pub fn code(&self) -> u8 {
         match self {
             Self::Open { .. } | Self::Image { .. } | Self::Launch { .. } => 65,
-            Self::Kvm(_) | Self::Vcpu(_) => 69,
+            Self::Kvm(_) | Self::Vcpu(_) | Self::Tee(_) => 69,
             Self::Memory(_) => 73,
             Self::Device(_) | Self::Vsock(_) | Self::Fs(_) | Self::Net(_) | Self::Host { .. } => 74,
         }
@@ -107,6 +109,11 @@ impl Machine {
     /// # Errors
     /// [`MachineError`]; nothing is left behind.
     pub fn new(args: &Args, trace: Trace, log: Log) -> Result<Self, MachineError> {
+        match args.tee {
+            Tee::None => {}
+            Tee::Snp => return Err(MachineError::Tee("snp")),
+            Tee::SnpEmulated => return Err(MachineError::Tee("snp-emulated")),
+        }
         let path = args.image.display().to_string();
         let file =
             File::open(&args.image).map_err(|source| MachineError::Open { path: path.clone(), source })?;
@@ -253,7 +260,10 @@ fn windows(
     let mut windows = std::array::from_fn(|_| None);
     for (slot, device) in devices {
         let line = Arc::new(irq_line(vm, MMIO_IRQS[slot])?);
-        let window = Window::new(device, Arc::clone(memory), line)?;
+        let mut window = Window::new(device, Arc::clone(memory), line)?;
+        if args.tee != Tee::None {
+            window = window.with_shared_memory_only();
+        }
         let notify = IoEventAddress::Mmio(mmio_address(slot) + QUEUE_NOTIFY);
         for (queue, kick) in window.kicks().iter().enumerate() {
             vm.register_ioevent(kick, &notify, queue as u32).map_err(kvm_error("KVM_IOEVENTFD"))?;

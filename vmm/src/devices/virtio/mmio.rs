@@ -10,7 +10,7 @@ use std::sync::{
 
 use virtio_bindings::virtio_config::{
     VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_DRIVER_OK, VIRTIO_CONFIG_S_FAILED,
-    VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_CONFIG_S_NEEDS_RESET, VIRTIO_F_VERSION_1,
+    VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_CONFIG_S_NEEDS_RESET, VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_VERSION_1,
 };
 use virtio_queue::{Queue, QueueT};
 use vmm_sys_util::eventfd::EventFd;
@@ -28,6 +28,8 @@ const CONFIG: u64 = 0x100;
 pub struct Window {
     device: Box<dyn VirtioDevice>,
     memory: GuestRam,
+    /// Feature bits of the transport; a driver that does not accept all of them cannot use the device.
+    transport_features: u64,
     queues: Vec<Queue>,
     kicks: Vec<EventFd>,
     line: Arc<EventFd>,
@@ -62,6 +64,7 @@ impl Window {
             kicks: kicks.map_err(|e| failed(format!("make its eventfds: {e}")))?,
             device,
             memory,
+            transport_features: 1 << VIRTIO_F_VERSION_1,
             line,
             interrupt_status: Arc::default(),
             stop: None,
@@ -72,6 +75,14 @@ impl Window {
             queue_select: 0,
             failures: Vec::new(),
         })
+    }
+
+    /// The device reaches only memory that the guest shares with it (a TEE). The driver must then move data through such
+    /// memory, and says that it does by accepting VIRTIO_F_ACCESS_PLATFORM (virtio 1.2, 6).
+    #[must_use]
+    pub fn with_shared_memory_only(mut self) -> Self {
+        self.transport_features |= 1 << VIRTIO_F_ACCESS_PLATFORM;
+        self
     }
 
     /// The eventfd of each queue, to be tied to [`QUEUE_NOTIFY`].
@@ -86,7 +97,7 @@ impl Window {
     }
 
     fn features(&self) -> u64 {
-        self.device.features() | 1 << VIRTIO_F_VERSION_1
+        self.device.features() | self.transport_features
     }
 
     fn selected(&self) -> Option<&Queue> {
@@ -199,10 +210,11 @@ impl Window {
         // One step forward at a time; anything else is a driver's mistake and changes nothing.
         match (current, value & OK) {
             (0, ACK) | (ACK, DRIVER) => self.status = self.status & !OK | value & OK,
-            // The bit stays off when the driver accepted what was not offered, or an old device: it reads back and knows.
+            // The bit stays off when the driver accepted what was not offered, or not what the transport needs: it reads back
+            // and knows.
             (DRIVER, FEATURES)
                 if self.driver_features & !self.features() == 0
-                    && self.driver_features & 1 << VIRTIO_F_VERSION_1 != 0 =>
+                    && !self.driver_features & self.transport_features == 0 =>
             {
                 self.status |= FEATURES;
             }
@@ -320,6 +332,22 @@ mod tests {
         put(&mut window, 0x20, 1);
         put(&mut window, 0x70, 11);
         assert_eq!(get(&window, 0x70), 3);
+    }
+
+    #[test]
+    fn under_a_tee_a_driver_must_accept_access_platform() {
+        let mut window = window().with_shared_memory_only();
+        put(&mut window, 0x14, 1);
+        assert_eq!(get(&window, 0x10), 0b11, "VIRTIO_F_VERSION_1 is bit 32, VIRTIO_F_ACCESS_PLATFORM bit 33");
+        for (accepted, status) in [(0b01, 3), (0b10, 3), (0b11, 11)] {
+            for status in [0, 1, 3] {
+                put(&mut window, 0x70, status);
+            }
+            put(&mut window, 0x24, 1);
+            put(&mut window, 0x20, accepted);
+            put(&mut window, 0x70, 11);
+            assert_eq!(get(&window, 0x70), status, "accepted {accepted:#b}");
+        }
     }
 
     #[test]
