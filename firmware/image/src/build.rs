@@ -141,7 +141,7 @@ pub fn build(inputs: &Inputs<'_>) -> Result<Vec<u8>, BuildError> {
     directives.push(IgvmDirectiveHeader::MemoryMap(parameter(MEMORY_MAP_OFFSET)));
     add_pages(&mut directives, SHIM_BASE, &shim);
     add_pages(&mut directives, PAGE_TABLES, &page_tables::identity());
-    add_pages(&mut directives, HANDOFF, &handoff_bytes(&handoff));
+    add_pages(&mut directives, HANDOFF, &handoff.to_page());
     directives.push(IgvmDirectiveHeader::ParameterInsert(IGVM_VHS_PARAMETER_INSERT {
         gpa: PARAMETERS,
         compatibility_mask: NATIVE_MASK,
@@ -186,22 +186,6 @@ fn add_pages(directives: &mut Vec<IgvmDirectiveHeader>, address: u64, data: &[u8
             });
         }
     }
-}
-
-fn handoff_bytes(handoff: &Handoff) -> Vec<u8> {
-    let Handoff {
-        magic,
-        kernel_entry,
-        kernel_start,
-        kernel_end,
-        initramfs_start,
-        initramfs_size,
-        command_line_size,
-    } = *handoff;
-    [magic, kernel_entry, kernel_start, kernel_end, initramfs_start, initramfs_size, command_line_size]
-        .iter()
-        .flat_map(|word| word.to_le_bytes())
-        .collect()
 }
 
 /// 64-bit mode at the shim's first byte, on the measured page tables, SSE on, interrupts off.

@@ -4,7 +4,7 @@
 
 use std::fmt::Write as _;
 
-use coffer_layout::{PAGE, boot};
+use coffer_layout::{PAGE, boot, snp};
 use igvm::{IgvmDirectiveHeader, IgvmFile, IgvmPlatformHeader};
 use serde::Serialize;
 use thiserror::Error;
@@ -138,10 +138,10 @@ fn region(directive: &IgvmDirectiveHeader) -> Region {
 fn holds(gpa: u64, size: u64) -> &'static str {
     match gpa {
         _ if size == 0 && gpa == 0 => "",
+        boot::PARAMETERS..boot::HANDOFF => "parameters",
+        boot::HANDOFF..snp::PAGE_TABLES => "handoff",
         boot::SHIM_BASE..boot::PAGE_TABLES => "shim",
-        boot::PAGE_TABLES..boot::HANDOFF => "page tables",
-        boot::HANDOFF..boot::PARAMETERS => "handoff",
-        boot::PARAMETERS..boot::COMMAND_LINE => "parameters",
+        boot::PAGE_TABLES..boot::COMMAND_LINE => "page tables",
         boot::COMMAND_LINE..boot::BOOT_PARAMS => "command line",
         boot::HIGH_START.. => "kernel or initramfs",
         _ => "",

@@ -142,13 +142,7 @@ impl Kernel {
     #[must_use]
     pub fn handoff(&self) -> Handoff {
         let (kernel_start, kernel_end) = self.span();
-        Handoff {
-            magic: Handoff::MAGIC,
-            kernel_entry: self.entry,
-            kernel_start,
-            kernel_end,
-            ..Handoff::default()
-        }
+        Handoff { kernel_entry: self.entry, kernel_start, kernel_end, ..Handoff::default() }
     }
 }
 

@@ -1,31 +1,37 @@
 //! What the shim finds in memory, and where: shared by the image tool, which writes it, and the shim, which reads it.
 //!
-//! Owns: addresses and formats of the shim's own pages. Does not own: Linux's boot_params.
+//! Owns: addresses of the shim's own pages, and what the VMM tells it. Does not own: Linux's boot_params, the handoff
+//! page's format ([`crate::handoff`]), what only SEV-SNP has ([`crate::snp`]).
 //!
 //! Everything lies below 640 KiB, one thing after the other, so that a measured image holds few pages.
 
 use core::mem::{offset_of, size_of};
 
 use crate::PAGE;
+pub use crate::{
+    handoff::{Handoff, Platform, Region, RegionKind},
+    refusal::Refusal,
+};
 
-/// Where the shim is loaded; its first instruction is its first byte.
+/// Where the shim is loaded; its first instruction is its first byte. It is the last of the pages that a TEE's launch
+/// measures, so that a shorter shim makes fewer of them.
 pub const SHIM_BASE: u64 = 0x10000;
 /// Longest shim, in bytes.
 pub const SHIM_MAX: u64 = 32 * 1024;
 /// The shim's stack: zero pages right below this address.
-pub const STACK_TOP: u64 = SHIM_BASE + SHIM_MAX + STACK_SIZE;
+pub const STACK_TOP: u64 = SHIM_BASE;
 /// Bytes of stack.
 pub const STACK_SIZE: u64 = 2 * PAGE;
-/// PML4, PDPT and four page directories: the first 4 GiB, mapped to themselves by 2 MiB pages.
-pub const PAGE_TABLES: u64 = STACK_TOP;
-/// Pages of page tables.
-pub const PAGE_TABLE_PAGES: u64 = 6;
-/// The measured page that says where kernel, command line and initramfs are: [`Handoff`].
-pub const HANDOFF: u64 = PAGE_TABLES + PAGE_TABLE_PAGES * PAGE;
+/// The measured page that says what the image holds: [`Handoff`]. Each platform has its own.
+pub const HANDOFF: u64 = 0xb000;
 /// The page that the VMM fills: [`VP_COUNT_OFFSET`] and [`MEMORY_MAP_OFFSET`]. Hostile input under a TEE.
-pub const PARAMETERS: u64 = HANDOFF + PAGE;
+pub const PARAMETERS: u64 = 0xa000;
+/// Native page tables: PML4, PDPT and four page directories map the first 4 GiB to themselves by 2 MiB pages.
+pub const PAGE_TABLES: u64 = SHIM_BASE + SHIM_MAX;
+/// Pages of native page tables.
+pub const PAGE_TABLE_PAGES: u64 = 6;
 /// The kernel's command line, NUL-terminated.
-pub const COMMAND_LINE: u64 = PARAMETERS + PAGE;
+pub const COMMAND_LINE: u64 = 0x22000;
 /// Longest command line with its NUL, in bytes.
 pub const COMMAND_LINE_MAX: u64 = PAGE / 2;
 /// Linux's boot_params, written by the shim.
@@ -40,6 +46,11 @@ pub const MP_POINTER: u64 = 0x9_fc00;
 pub const LOW_END: u64 = MP_POINTER;
 /// The kernel and the initramfs lie from here on.
 pub const HIGH_START: u64 = 0x10_0000;
+
+/// ACPI tables, written by the shim where there is no MP table: room for 64 processors.
+pub const ACPI: u64 = 0x26000;
+/// Bytes of room for them.
+pub const ACPI_MAX: u64 = PAGE;
 
 /// Offset in [`PARAMETERS`] of the number of processors, u32.
 pub const VP_COUNT_OFFSET: u32 = 0;
@@ -71,70 +82,10 @@ impl MapEntry {
     pub const MEMORY: u16 = 0;
 }
 
-/// The measured page: what the image holds.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[repr(C)]
-pub struct Handoff {
-    /// [`Handoff::MAGIC`].
-    pub magic: u64,
-    /// Physical address of the kernel's 64-bit entry.
-    pub kernel_entry: u64,
-    /// First byte of the kernel.
-    pub kernel_start: u64,
-    /// First byte behind the kernel, its bss included.
-    pub kernel_end: u64,
-    /// First byte of the initramfs; 0 when there is none.
-    pub initramfs_start: u64,
-    /// Bytes of the initramfs.
-    pub initramfs_size: u64,
-    /// Bytes of the command line, without the NUL.
-    pub command_line_size: u64,
-}
-
-impl Handoff {
-    /// `COFFER` and a format version.
-    pub const MAGIC: u64 = u64::from_le_bytes(*b"COFFER\0\x01");
-}
-
-/// Why the shim does not go on. The VMM prints the words.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u8)]
-pub enum Refusal {
-    /// The handoff page is not one of this shim's.
-    Handoff = 1,
-    /// No processors, or more than there may be.
-    Processors = 2,
-    /// The memory map is empty, unsorted, overlapping or wraps around.
-    MemoryMap = 3,
-    /// Kernel or initramfs do not lie in RAM.
-    DoesNotFit = 4,
-    /// The command line is too long.
-    CommandLine = 5,
-    /// The shim itself failed.
-    Internal = 6,
-}
-
-impl Refusal {
-    /// What the code on the mark port means, in words.
-    #[must_use]
-    pub const fn words(code: u8) -> &'static str {
-        match code {
-            1 => "the image's handoff page is not this shim's: build the image again with one coffer-image",
-            2 => "the number of processors is 0 or over 64",
-            3 => "the memory map is empty, unsorted, overlapping or wraps around",
-            4 => "the kernel or the initramfs does not lie in RAM: give the guest more memory",
-            5 => "the command line is too long",
-            6 => "the shim failed",
-            _ => "an unknown reason",
-        }
-    }
-}
-
 const _: () = {
     assert!(size_of::<MapEntry>() == 24);
     assert!(offset_of!(MapEntry, kind) == 16);
-    assert!(size_of::<Handoff>() == 56);
-    assert!(offset_of!(Handoff, command_line_size) == 48);
-    assert!(MP_TABLE + MP_TABLE_MAX <= LOW_END);
-    assert!(PAGE_TABLES.is_multiple_of(PAGE) && HANDOFF == 0x20000);
+    assert!(ACPI + ACPI_MAX <= LOW_END && MP_TABLE + MP_TABLE_MAX <= ACPI);
+    assert!(HANDOFF < STACK_TOP - STACK_SIZE && PARAMETERS < HANDOFF);
+    assert!(PAGE_TABLES + PAGE_TABLE_PAGES * PAGE <= COMMAND_LINE);
 };

@@ -6,6 +6,10 @@
 #![forbid(unsafe_code)]
 
 pub mod boot;
+pub mod handoff;
+pub mod refusal;
+pub mod sites;
+pub mod snp;
 
 /// Bytes in a page.
 pub const PAGE: u64 = 4096;

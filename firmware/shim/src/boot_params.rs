@@ -30,7 +30,7 @@ const RAM: u32 = 1;
 const RESERVED: u32 = 2;
 
 /// Fills a zeroed page.
-pub fn write(plan: &Plan, page: &mut [u8; PAGE as usize]) {
+pub fn write(plan: &Plan<'_>, page: &mut [u8; PAGE as usize]) {
     let mut put = |at: usize, bytes: &[u8]| page[at..at + bytes.len()].copy_from_slice(bytes);
     put(BOOT_FLAG, &0xaa55u16.to_le_bytes());
     put(HEADER, b"HdrS");
@@ -74,7 +74,8 @@ mod tests {
 
     #[test]
     fn the_page_says_what_the_plan_says() {
-        let plan = plan(&handoff(), &parameters(1, &[(0, 0x10000, 0)])).unwrap();
+        let (handoff, parameters) = (handoff(), parameters(1, &[(0, 0x10000, 0)]));
+        let plan = plan(&handoff, &parameters).unwrap();
         let mut page = [0; PAGE as usize];
         write(&plan, &mut page);
         // Offsets of struct boot_params as in <asm/bootparam.h>, spelled out by hand.
@@ -93,7 +94,8 @@ mod tests {
         let map: Vec<_> = (0..160u64)
             .map(|i| (if i == 0 { 0 } else { 0x10000 + i * 2 }, if i == 0 { 0x10000 } else { 1 }, 0))
             .collect();
-        let plan = plan(&handoff(), &parameters(1, &map)).unwrap();
+        let (handoff, parameters) = (handoff(), parameters(1, &map));
+        let plan = plan(&handoff, &parameters).unwrap();
         let mut page = [0; PAGE as usize];
         write(&plan, &mut page);
         assert_eq!(page[0x1e8], 128);

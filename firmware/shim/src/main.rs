@@ -48,17 +48,11 @@ extern "C" fn shim_main() -> ! {
 
 /// Builds everything and returns the kernel's entry.
 fn prepare() -> Result<u64, Refusal> {
-    // SAFETY: the image puts the handoff page there; nothing else refers to it.
-    let handoff = unsafe { ptr::read_volatile(HANDOFF as *const Handoff) };
-    // Copied once: the host could write to it under a TEE that leaves it shared. Word by word, because a volatile read of
-    // an array is unrolled into a hundred kilobytes of code.
-    let mut parameters = [0; PAGE as usize];
-    for (index, word) in parameters.chunks_exact_mut(8).enumerate() {
-        // SAFETY: the image reserves the page there, and `index` stays within it.
-        let value = unsafe { ptr::read_volatile((PARAMETERS as *const u64).add(index)) };
-        word.copy_from_slice(&value.to_le_bytes());
-    }
-    let plan = plan::plan(&handoff, &parameters)?;
+    // SAFETY: the image puts both pages there; nothing writes to them while the shim runs.
+    let (page, parameters) =
+        unsafe { (&*(HANDOFF as *const [u8; PAGE as usize]), &*(PARAMETERS as *const [u8; PAGE as usize])) };
+    let handoff = Handoff::from_page(page).ok_or(Refusal::Handoff)?;
+    let plan = plan::plan(&handoff, parameters)?;
     // SAFETY: this page is the shim's, lies in RAM and has no other reference.
     let page = unsafe { &mut *(BOOT_PARAMS as *mut [u8; PAGE as usize]) };
     page.fill(0);

@@ -19,23 +19,30 @@ pub struct Ram {
     pub end: u64,
 }
 
-/// What the shim will do.
+/// What the shim will do. It refers to both pages: the shim's stack is small, and under a TEE nobody else can write to them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Plan {
+pub struct Plan<'a> {
     /// What the image says.
-    pub handoff: Handoff,
+    pub handoff: &'a Handoff,
     /// Processors.
     pub processors: u32,
-    /// RAM as the host gives it, sorted.
-    ram: [Ram; MEMORY_MAP_MAX],
-    ranges: usize,
+    parameters: &'a [u8; PAGE as usize],
+    /// Entries of the memory map.
+    entries: usize,
 }
 
-impl Plan {
+impl Plan<'_> {
+    /// RAM as the host gives it, sorted.
+    pub fn ram(&self) -> impl Iterator<Item = Ram> + '_ {
+        (0..self.entries)
+            .map(|index| map_entry(self.parameters, index))
+            .filter(|entry| entry.kind == MapEntry::MEMORY)
+            .filter_map(|entry| entry.bytes())
+    }
+
     /// RAM for Linux: the host's ranges without what no PC has as RAM, the end of the first MiB.
     pub fn usable(&self) -> impl Iterator<Item = Ram> + '_ {
-        self.ram[..self.ranges]
-            .iter()
+        self.ram()
             .flat_map(|r| {
                 [
                     Ram { start: r.start, end: r.end.min(LOW_END) },
@@ -50,10 +57,7 @@ impl Plan {
 ///
 /// # Errors
 /// The [`Refusal`] that is to be reported.
-pub fn plan(handoff: &Handoff, parameters: &[u8; PAGE as usize]) -> Result<Plan, Refusal> {
-    if handoff.magic != Handoff::MAGIC {
-        return Err(Refusal::Handoff);
-    }
+pub fn plan<'a>(handoff: &'a Handoff, parameters: &'a [u8; PAGE as usize]) -> Result<Plan<'a>, Refusal> {
     if handoff.command_line_size >= COMMAND_LINE_MAX {
         return Err(Refusal::CommandLine);
     }
@@ -61,10 +65,9 @@ pub fn plan(handoff: &Handoff, parameters: &[u8; PAGE as usize]) -> Result<Plan,
     if processors == 0 || processors > VP_MAX {
         return Err(Refusal::Processors);
     }
-    let mut plan = Plan { handoff: *handoff, processors, ram: [Ram::default(); MEMORY_MAP_MAX], ranges: 0 };
-    let mut end = 0;
-    for index in 0..MEMORY_MAP_MAX {
-        let entry = map_entry(parameters, index);
+    let (mut end, mut entries, mut has_ram) = (0, 0, false);
+    while entries < MEMORY_MAP_MAX {
+        let entry = map_entry(parameters, entries);
         if entry.pages == 0 {
             break;
         }
@@ -73,14 +76,13 @@ pub fn plan(handoff: &Handoff, parameters: &[u8; PAGE as usize]) -> Result<Plan,
             return Err(Refusal::MemoryMap);
         }
         end = range.end;
-        if entry.kind == MapEntry::MEMORY {
-            plan.ram[plan.ranges] = range;
-            plan.ranges += 1;
-        }
+        has_ram |= entry.kind == MapEntry::MEMORY;
+        entries += 1;
     }
-    if plan.ranges == 0 {
+    if !has_ram {
         return Err(Refusal::MemoryMap);
     }
+    let plan = Plan { handoff, processors, parameters, entries };
     let kernel = Ram { start: handoff.kernel_start, end: handoff.kernel_end };
     let initramfs = Ram {
         start: handoff.initramfs_start,
@@ -136,13 +138,13 @@ pub(crate) mod tests {
 
     pub(crate) fn handoff() -> Handoff {
         Handoff {
-            magic: Handoff::MAGIC,
             kernel_entry: 0x100_0000,
             kernel_start: 0x100_0000,
             kernel_end: 0x180_0000,
             initramfs_start: 0x180_0000,
             initramfs_size: 0x1234,
             command_line_size: 10,
+            ..Handoff::default()
         }
     }
 
@@ -160,7 +162,8 @@ pub(crate) mod tests {
 
     #[test]
     fn ram_is_what_the_host_gives_without_the_end_of_the_first_mebibyte() {
-        let plan = plan(&handoff(), &parameters(2, &[(0, 0x10000, 0), (0x10_0000, 0x1000, 0)])).unwrap();
+        let (handoff, page) = (handoff(), parameters(2, &[(0, 0x10000, 0), (0x10_0000, 0x1000, 0)]));
+        let plan = plan(&handoff, &page).unwrap();
         let ram: Vec<Ram> = plan.usable().collect();
         assert_eq!(
             ram,
@@ -193,7 +196,6 @@ pub(crate) mod tests {
             change(&mut changed);
             plan(&changed, &page).unwrap_err()
         };
-        assert_eq!(with(|h| h.magic += 1), Refusal::Handoff);
         assert_eq!(with(|h| h.kernel_entry = 0), Refusal::Handoff);
         assert_eq!(with(|h| h.initramfs_size = u64::MAX), Refusal::Handoff);
         assert_eq!(with(|h| h.command_line_size = 4096), Refusal::CommandLine);
