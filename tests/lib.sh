@@ -1,0 +1,25 @@
+# What every step of tests/steps sources: `ok` and `fail`, and a directory that goes away.
+# shellcheck shell=bash
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+rig=$root/tests/rig/rig
+work=$(mktemp -d /tmp/coffer-step-XXXXXX)
+trap 'rm -rf "$work"' EXIT
+trap 'echo "FAILED: line $LINENO: $BASH_COMMAND"' ERR
+cd "$root"
+
+ok() { echo "ok: $*"; }
+fail() {
+    echo "FAILED: $*"
+    exit 1
+}
+# The step cannot run here: exit code 77, with the reason.
+skip() {
+    echo "skipped: $*"
+    exit 77
+}
+# same WHAT WANTED GOT
+same() {
+    [ "$2" = "$3" ] || fail "$1: wanted \`$2\`, got \`$3\`"
+    ok "$1: $3"
+}

@@ -1,0 +1,112 @@
+//! QEMU's command line for the machine.
+//!
+//! Owns: words. Does not own: files and processes.
+
+use std::path::{Path, PathBuf};
+
+use crate::{
+    args::{Iommu, Run},
+    kernel::Stock,
+};
+
+/// The host's TSC rate in kHz out of `/proc/cpuinfo`: bogomips are twice its MHz.
+///
+/// QEMU's software CPU shows guests the host's RDTSC. The machine's own first calibration of it is off by 0.1 %, KVM
+/// takes that rate for its guests before the kernel has refined it, and then about one guest in seven loses timer
+/// ticks and stalls for 10 s and more. So the kernel is told.
+pub(crate) fn tsc_khz(cpuinfo: &str) -> Option<u64> {
+    let line = cpuinfo.lines().find(|l| l.starts_with("bogomips"))?;
+    let bogomips: f64 = line.split_once(':')?.1.trim().parse().ok()?;
+    // Positive and far below 2^53.
+    (bogomips > 0.0).then_some((bogomips * 500.0).round() as u64)
+}
+
+/// The machine's kernel's command line.
+fn kernel_words(run: &Run, tsc_khz: Option<u64>) -> String {
+    // mitigations: for an emulated CPU they only cost. panic: at once, QEMU ends with -no-reboot.
+    let mut words =
+        "console=ttyS0 quiet loglevel=4 reboot=t panic=-1 mitigations=off nokaslr nowatchdog audit=0 \
+                     cryptomgr.notests=1 random.trust_cpu=on"
+            .to_owned();
+    match tsc_khz {
+        Some(khz) => words += &format!(" tsc=reliable tsc_early_khz={khz}"),
+        None => words += " tsc=reliable",
+    }
+    if run.iommu == Iommu::Intel {
+        words += " intel_iommu=on";
+    }
+    if !run.append.is_empty() {
+        words += " ";
+        words += &run.append;
+    }
+    words
+}
+
+/// A share's name in the machine: the n-th writable one.
+pub(crate) fn share_tag(n: usize) -> String {
+    format!("rw{n}")
+}
+
+/// QEMU's program and words. `state` is a directory shared with the machine, `writable` the others.
+pub(crate) fn command(
+    run: &Run,
+    stock: &Stock,
+    state: &Path,
+    writable: &[PathBuf],
+    tsc_khz: Option<u64>,
+) -> Vec<String> {
+    let mut argv: Vec<String> = Vec::new();
+    let mut add = |words: &[&str]| argv.extend(words.iter().map(|w| (*w).to_owned()));
+    add(&["qemu-system-x86_64", "-M", "q35", "-accel", "tcg,thread=multi,tb-size=512"]);
+    // EPYC is the CPU model that the software CPU implements best; newer ones cost time and bring nothing.
+    add(&["-cpu", "EPYC,+svm,+npt"]);
+    add(&["-smp", &run.processors.to_string(), "-m", &run.memory_mib.to_string()]);
+    add(&["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]);
+    add(&["-serial", &format!("file:{}/console", state.display())]);
+    add(&["-kernel", &stock.kernel.to_string_lossy(), "-initrd", &stock.initramfs.to_string_lossy()]);
+    add(&["-append", &kernel_words(run, tsc_khz)]);
+    if run.iommu == Iommu::Intel {
+        // Before every device that it shall translate for.
+        add(&["-device", "intel-iommu,intremap=on,caching-mode=on,device-iotlb=on"]);
+    }
+    let mut share = |tag: &str, path: &Path, readonly: &str| {
+        let path = path.to_string_lossy().replace(',', ",,");
+        let fsdev =
+            format!("local,id={tag},path={path},security_model=none,multidevs=remap,readonly={readonly}");
+        add(&["-fsdev", &fsdev, "-device", &format!("virtio-9p-pci,fsdev={tag},mount_tag={tag}")]);
+    };
+    share("host", Path::new("/"), "on");
+    share("rig", state, "off");
+    for (n, directory) in writable.iter().enumerate() {
+        share(&share_tag(n), directory, "off");
+    }
+    add(&["-device", "virtio-rng-pci"]);
+    argv.extend(run.qemu.iter().cloned());
+    argv
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_tsc_rate_is_half_the_bogomips() {
+        let cpuinfo = "processor\t: 0\nbogomips\t: 5199.99\nprocessor\t: 1\nbogomips\t: 1.00\n";
+        assert_eq!(tsc_khz(cpuinfo), Some(2_599_995));
+        assert_eq!(tsc_khz("BogoMIPS\t: 100\n"), None);
+        assert_eq!(tsc_khz("bogomips\t: x\n"), None);
+    }
+
+    #[test]
+    fn the_iommu_comes_before_the_devices_and_commas_are_kept() {
+        let run = Run { iommu: Iommu::Intel, qemu: vec!["-device".into(), "nvme".into()], ..Run::default() };
+        let stock = Stock { kernel: "/k".into(), initramfs: "/i".into(), modules: "/m".into() };
+        let argv = command(&run, &stock, Path::new("/tmp/s"), &["/a,b".into()], Some(7));
+        let place =
+            |part: &str| argv.iter().position(|w| w.contains(part)).unwrap_or_else(|| panic!("{part}"));
+        assert!(place("intel-iommu") < place("virtio-9p-pci"));
+        assert!(argv[place("id=rw0")].contains("path=/a,,b,"));
+        assert!(argv[place("-append") + 1].contains("tsc_early_khz=7 intel_iommu=on"));
+        assert_eq!(argv.last().map(String::as_str), Some("nvme"));
+    }
+}
