@@ -282,7 +282,7 @@ impl Bench {
     pub fn logged(&self, id: &str) -> String {
         let text = self.read(&format!("{id}.log"));
         let lines = text.lines().filter_map(|l| serde_json::from_str::<Value>(l).ok());
-        let last = lines.filter(|l| l["level"] == "error").last();
+        let last = lines.filter(|l| l["level"] == "error").next_back();
         last.and_then(|l| l["msg"].as_str().map(str::to_owned)).unwrap_or_default()
     }
 
