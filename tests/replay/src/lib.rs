@@ -281,8 +281,8 @@ impl Bench {
     #[must_use]
     pub fn logged(&self, id: &str) -> String {
         let text = self.read(&format!("{id}.log"));
-        let lines = text.lines().filter_map(|l| serde_json::from_str::<Value>(l).ok());
-        let last = lines.filter(|l| l["level"] == "error").next_back();
+        let mut lines = text.lines().filter_map(|l| serde_json::from_str::<Value>(l).ok());
+        let last = lines.rfind(|l| l["level"] == "error");
         last.and_then(|l| l["msg"].as_str().map(str::to_owned)).unwrap_or_default()
     }
 
