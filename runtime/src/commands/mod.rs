@@ -5,6 +5,7 @@
 mod create;
 mod exec;
 mod hooks;
+pub mod image;
 mod terminal;
 
 use std::{

@@ -1,0 +1,327 @@
+//! Where blobs lie: an OCI image layout (image-spec, image-layout.md) or whatever else serves them by digest.
+//!
+//! Owns: finding a blob and reading a small one whole, checked. Does not own: what is in it.
+
+use std::{
+    fs::{File, OpenOptions},
+    io::{self, Read, Write},
+    os::unix::fs::OpenOptionsExt,
+    path::{Path, PathBuf},
+};
+
+use serde_json::json;
+use thiserror::Error;
+
+use crate::{
+    digest::{Digest, Hasher},
+    manifest::{Descriptor, Document, Index, ManifestError},
+};
+
+/// Largest manifest, index or configuration in bytes: registries take no more either.
+pub const MOST_DOCUMENT: u64 = 4 << 20;
+/// The annotation that holds a tag in `index.json`.
+pub const REF_NAME: &str = "org.opencontainers.image.ref.name";
+
+/// A blob could not be had.
+#[derive(Debug, Error)]
+pub enum BlobError {
+    /// It is not there or cannot be read.
+    #[error("blob {0}: {1}")]
+    Read(Digest, io::Error),
+    /// It is not what its name says.
+    #[error("blob {want}: what came has digest {got}: it was changed on its way or on disk")]
+    Digest {
+        /// By its reference.
+        want: Digest,
+        /// By its bytes.
+        got: Digest,
+    },
+    /// Too long for a document, or not as long as its reference says.
+    #[error("blob {digest}: {got} bytes or more, want {want}")]
+    Size {
+        /// Which.
+        digest: Digest,
+        /// By its reference, or the bound.
+        want: u64,
+        /// That came.
+        got: u64,
+    },
+    /// The layout itself.
+    #[error("layout {0}: {1}")]
+    Layout(PathBuf, String),
+    /// The layout's index.
+    #[error("layout {0}: {1}")]
+    Index(PathBuf, ManifestError),
+}
+
+/// Serves blobs by digest. What comes is not trusted: readers check it.
+pub trait Blobs: Sync {
+    /// A blob's bytes, from the first.
+    ///
+    /// # Errors
+    /// The source's.
+    fn open(&self, digest: &Digest) -> io::Result<Box<dyn Read + Send>>;
+}
+
+/// A small blob, whole and checked against its digest, and its size where that is known.
+///
+/// # Errors
+/// [`BlobError`].
+pub fn document(blobs: &dyn Blobs, digest: &Digest, size: Option<u64>) -> Result<Vec<u8>, BlobError> {
+    let most = size.unwrap_or(MOST_DOCUMENT);
+    if most > MOST_DOCUMENT {
+        return Err(BlobError::Size { digest: digest.clone(), want: MOST_DOCUMENT, got: most });
+    }
+    let read = |e| BlobError::Read(digest.clone(), e);
+    let mut bytes = Vec::new();
+    blobs.open(digest).map_err(read)?.take(most + 1).read_to_end(&mut bytes).map_err(read)?;
+    let got = bytes.len() as u64;
+    if got > most || size.is_some_and(|size| size != got) {
+        return Err(BlobError::Size { digest: digest.clone(), want: most, got });
+    }
+    let is = digest.again(&bytes);
+    if is != *digest {
+        return Err(BlobError::Digest { want: digest.clone(), got: is });
+    }
+    Ok(bytes)
+}
+
+/// A directory in the OCI layout.
+#[derive(Clone, Debug)]
+pub struct Layout {
+    path: PathBuf,
+}
+
+impl Layout {
+    /// Opens a layout that exists.
+    ///
+    /// # Errors
+    /// [`BlobError::Layout`] when its `oci-layout` is missing or of another version.
+    pub fn open(path: impl Into<PathBuf>) -> Result<Self, BlobError> {
+        let path = path.into();
+        let bad = |why: String| BlobError::Layout(path.clone(), why);
+        let text = std::fs::read_to_string(path.join("oci-layout"))
+            .map_err(|e| bad(format!("not an OCI layout: oci-layout: {e}")))?;
+        let version = serde_json::from_str::<serde_json::Value>(&text)
+            .ok()
+            .and_then(|v| v["imageLayoutVersion"].as_str().map(str::to_owned));
+        match version.as_deref() {
+            Some("1.0.0") => Ok(Self { path }),
+            other => Err(bad(format!("imageLayoutVersion {other:?}, want 1.0.0"))),
+        }
+    }
+
+    /// Opens a layout, or makes an empty one.
+    ///
+    /// # Errors
+    /// [`BlobError::Layout`].
+    pub fn create(path: impl Into<PathBuf>) -> Result<Self, BlobError> {
+        let path = path.into();
+        if path.join("oci-layout").exists() {
+            return Self::open(path);
+        }
+        let bad = |e: io::Error| BlobError::Layout(path.clone(), e.to_string());
+        std::fs::create_dir_all(path.join("blobs/sha256")).map_err(bad)?;
+        std::fs::write(path.join("oci-layout"), json!({"imageLayoutVersion": "1.0.0"}).to_string())
+            .map_err(bad)?;
+        std::fs::write(path.join("index.json"), json!({"schemaVersion": 2, "manifests": []}).to_string())
+            .map_err(bad)?;
+        Ok(Self { path })
+    }
+
+    /// Where it is.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Its index.
+    ///
+    /// # Errors
+    /// [`BlobError`].
+    pub fn index(&self) -> Result<Index, BlobError> {
+        let bad = |why: String| BlobError::Layout(self.path.clone(), why);
+        let mut bytes = Vec::new();
+        File::open(self.path.join("index.json"))
+            .and_then(|file| file.take(MOST_DOCUMENT + 1).read_to_end(&mut bytes))
+            .map_err(|e| bad(format!("index.json: {e}")))?;
+        if bytes.len() as u64 > MOST_DOCUMENT {
+            return Err(bad(format!("index.json has more than {MOST_DOCUMENT} bytes")));
+        }
+        match Document::parse(&bytes, None) {
+            Ok(Document::Index(index)) => Ok(index),
+            Ok(Document::Manifest(_)) => Err(bad("index.json is a manifest".into())),
+            Err(e) => Err(BlobError::Index(self.path.clone(), e)),
+        }
+    }
+
+    /// The manifest or index that a tag names, or the only one there is.
+    ///
+    /// # Errors
+    /// [`BlobError::Layout`], listing the tags that exist.
+    pub fn tagged(&self, tag: Option<&str>) -> Result<Descriptor, BlobError> {
+        let index = self.index()?;
+        let name = |d: &Descriptor| d.annotations.get(REF_NAME).cloned();
+        let found = match tag {
+            Some(tag) => index.manifests.iter().find(|d| name(d).as_deref() == Some(tag)),
+            None if index.manifests.len() == 1 => index.manifests.first(),
+            None => None,
+        };
+        found.cloned().ok_or_else(|| {
+            let tags: Vec<_> = index.manifests.iter().filter_map(name).take(16).collect();
+            let wanted = tag.map_or("no tag given".to_owned(), |tag| format!("no tag {tag:?}"));
+            BlobError::Layout(self.path.clone(), format!("{wanted}: it has {}", tags.join(", ")))
+        })
+    }
+
+    fn blob(&self, digest: &Digest) -> PathBuf {
+        self.path.join("blobs").join(digest.algorithm()).join(digest.hex())
+    }
+
+    /// Whether a blob's file is there.
+    #[must_use]
+    pub fn has(&self, digest: &Digest) -> bool {
+        self.blob(digest).is_file()
+    }
+
+    /// Stores a document and describes it.
+    ///
+    /// # Errors
+    /// [`BlobError`].
+    pub fn put(&self, media_type: &str, bytes: &[u8]) -> Result<Descriptor, BlobError> {
+        let mut writer = self.writer()?;
+        let failed = |e| BlobError::Read(Digest::sha256(bytes), e);
+        writer.write_all(bytes).map_err(failed)?;
+        let (digest, size) = writer.finish().map_err(failed)?;
+        Ok(Descriptor {
+            media_type: media_type.into(),
+            digest,
+            size,
+            urls: Vec::new(),
+            annotations: Default::default(),
+            platform: None,
+            artifact_type: None,
+        })
+    }
+
+    /// A blob whose digest is known when it has been written.
+    ///
+    /// # Errors
+    /// [`BlobError::Layout`].
+    pub fn writer(&self) -> Result<BlobWriter, BlobError> {
+        let folder = self.path.join("blobs/sha256");
+        let bad = |e: io::Error| BlobError::Layout(self.path.clone(), e.to_string());
+        std::fs::create_dir_all(&folder).map_err(bad)?;
+        let temporary = folder.join(format!(".partial-{}-{:p}", std::process::id(), &folder));
+        let file = File::create(&temporary).map_err(bad)?;
+        Ok(BlobWriter { folder, temporary, file, hasher: Hasher::like(&Digest::Sha256([0; 32])), size: 0 })
+    }
+
+    /// Points a tag at a manifest; what the tag named before stays as a blob.
+    ///
+    /// # Errors
+    /// [`BlobError`].
+    pub fn tag(&self, mut descriptor: Descriptor, tag: &str) -> Result<(), BlobError> {
+        let mut index = self.index()?;
+        index.manifests.retain(|d| d.annotations.get(REF_NAME).map(String::as_str) != Some(tag));
+        descriptor.annotations.insert(REF_NAME.into(), tag.into());
+        index.manifests.push(descriptor);
+        let bad = |e: io::Error| BlobError::Layout(self.path.clone(), e.to_string());
+        let temporary = self.path.join(".index.json.partial");
+        let text = serde_json::to_vec(&index).map_err(|e| bad(e.into()))?;
+        std::fs::write(&temporary, text).map_err(bad)?;
+        std::fs::rename(temporary, self.path.join("index.json")).map_err(bad)
+    }
+}
+
+impl Blobs for Layout {
+    fn open(&self, digest: &Digest) -> io::Result<Box<dyn Read + Send>> {
+        // Whoever made the layout could have put a pipe or a link there; neither is followed or waited for.
+        let file = OpenOptions::new()
+            .read(true)
+            .custom_flags(
+                rustix::fs::OFlags::NOFOLLOW.bits() as i32 | rustix::fs::OFlags::NONBLOCK.bits() as i32,
+            )
+            .open(self.blob(digest))?;
+        if !file.metadata()?.is_file() {
+            return Err(io::Error::other("not a regular file"));
+        }
+        Ok(Box::new(file))
+    }
+}
+
+/// A blob being written; its file gets its name in [`BlobWriter::finish`].
+pub struct BlobWriter {
+    folder: PathBuf,
+    temporary: PathBuf,
+    file: File,
+    hasher: Hasher,
+    size: u64,
+}
+
+impl Write for BlobWriter {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let n = self.file.write(bytes)?;
+        self.hasher.update(&bytes[..n]);
+        self.size += n as u64;
+        Ok(n)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.file.flush()
+    }
+}
+
+impl BlobWriter {
+    /// Names the blob; returns its digest and size in bytes.
+    ///
+    /// # Errors
+    /// The file system's.
+    pub fn finish(self) -> io::Result<(Digest, u64)> {
+        let digest = self.hasher.clone().end();
+        std::fs::rename(&self.temporary, self.folder.join(digest.hex()))?;
+        Ok((digest, self.size))
+    }
+}
+
+impl Drop for BlobWriter {
+    fn drop(&mut self) {
+        // Gone already after finish().
+        let _ = std::fs::remove_file(&self.temporary);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn documents_are_checked() {
+        let dir = tempfile::tempdir().unwrap();
+        let layout = Layout::create(dir.path().join("l")).unwrap();
+        let d = layout.put("text/plain", b"hello").unwrap();
+        assert_eq!(document(&layout, &d.digest, Some(5)).unwrap(), b"hello");
+        assert!(matches!(document(&layout, &d.digest, Some(4)), Err(BlobError::Size { .. })));
+        assert!(matches!(document(&layout, &d.digest, Some(1 << 40)), Err(BlobError::Size { .. })));
+        std::fs::write(layout.blob(&d.digest), b"hellO").unwrap();
+        assert!(matches!(document(&layout, &d.digest, None), Err(BlobError::Digest { .. })));
+        std::fs::remove_file(layout.blob(&d.digest)).unwrap();
+        std::os::unix::fs::symlink("/etc/passwd", layout.blob(&d.digest)).unwrap();
+        assert!(matches!(document(&layout, &d.digest, None), Err(BlobError::Read(..))));
+    }
+
+    #[test]
+    fn tags_are_found_and_replaced() {
+        let dir = tempfile::tempdir().unwrap();
+        let layout = Layout::create(dir.path()).unwrap();
+        let message = layout.tagged(None).unwrap_err().to_string();
+        assert!(message.contains("no tag given"), "{message}");
+        for text in [b"1", b"2"] {
+            layout.tag(layout.put("x", text).unwrap(), "latest").unwrap();
+        }
+        assert_eq!(layout.tagged(None).unwrap().digest, Digest::sha256(b"2"));
+        assert_eq!(layout.tagged(Some("latest")).unwrap().digest, Digest::sha256(b"2"));
+        let message = layout.tagged(Some("v1")).unwrap_err().to_string();
+        assert!(message.ends_with("no tag \"v1\": it has latest"), "{message}");
+    }
+}

@@ -1,0 +1,101 @@
+use std::{
+    fs,
+    os::unix::fs::{MetadataExt, PermissionsExt},
+    path::Path,
+};
+
+use super::*;
+use crate::testing::Tar;
+
+fn unpack(layers: &[Tar], check: impl Fn(&Path)) {
+    let dir = tempfile::tempdir().unwrap();
+    let root = fs::File::open(dir.path()).unwrap();
+    let mut unpacker = Unpacker::new(root.into(), Options { privileged: false, budget: 1 << 30 });
+    for layer in layers {
+        unpacker.layer(&mut Archive::new(layer.clone().end().as_slice())).unwrap();
+    }
+    check(dir.path());
+}
+
+fn names(path: &Path) -> Vec<String> {
+    let mut names: Vec<_> =
+        fs::read_dir(path).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    names
+}
+
+#[test]
+fn whiteouts_spare_their_own_layer() {
+    let lower = Tar::default().dir("d").file("d/a", b"1").file("d/b", b"1").dir("d/e").file("d/e/f", b"1");
+    // Opaque after and before what the layer itself puts there.
+    for upper in [
+        Tar::default().file("d/a", b"2").file("d/.wh..wh..opq", b""),
+        Tar::default().file("d/.wh..wh..opq", b"").file("d/a", b"2"),
+        Tar::default().file("d/.wh.b", b"").file("d/a", b"2").file("d/.wh.e", b""),
+    ] {
+        unpack(&[lower.clone(), upper], |root| {
+            assert_eq!(names(&root.join("d")), ["a"]);
+            assert_eq!(fs::read(root.join("d/a")).unwrap(), b"2");
+        });
+    }
+    // A whiteout of a directory that this layer fills again without naming it.
+    let upper = Tar::default().file("d/e/new", b"2").file("d/.wh.e", b"").file(".wh.missing", b"");
+    unpack(&[lower.clone(), upper], |root| assert_eq!(names(&root.join("d/e")), ["new"]));
+    // A name moved by hard link: the old name is the lower layer's, though the file is the same.
+    let upper = Tar::default().hardlink("d/moved", "d/a").file("d/.wh.a", b"");
+    unpack(&[lower, upper], |root| {
+        assert_eq!(names(&root.join("d")), ["b", "e", "moved"]);
+        assert_eq!(fs::metadata(root.join("d/moved")).unwrap().nlink(), 1);
+    });
+}
+
+#[test]
+fn entries_replace_what_is_there() {
+    let lower = Tar::default().dir("d").file("d/x", b"1").symlink("l", "d").file("f", b"1");
+    let upper =
+        Tar::default().file("d", b"now a file").dir("l").file("l/y", b"2").dir("f").hardlink("h", "d");
+    unpack(&[lower.clone(), upper], |root| {
+        assert_eq!(fs::read(root.join("d")).unwrap(), b"now a file");
+        assert!(fs::symlink_metadata(root.join("l")).unwrap().is_dir());
+        assert_eq!(names(&root.join("f")).len(), 0);
+    });
+    // Through a link of a lower layer, absolute or relative, inside the tree.
+    let upper = Tar::default()
+        .file("l/z", b"2")
+        .symlink("m", "/d")
+        .file("m/w", b"2")
+        .hardlink("self", "f")
+        .hardlink("f", "self");
+    unpack(&[lower, upper], |root| assert_eq!(names(&root.join("d")), ["w", "x", "z"]));
+}
+
+#[test]
+fn directories_keep_their_times() {
+    let tar = Tar::default().dir("d").file("d/x", b"1").dir("d/e").file("d/e/y", b"1").file("top", b"");
+    let later = Tar::default().file("d/later", b"").file("d/e/.wh.y", b"");
+    unpack(&[tar, later], |root| {
+        for path in ["d", "d/e"] {
+            assert_eq!(fs::metadata(root.join(path)).unwrap().mtime(), 1_700_000_000, "{path}");
+        }
+        assert_eq!(fs::metadata(root.join("d")).unwrap().permissions().mode() & 0o7777, 0o755);
+    });
+}
+
+#[test]
+fn budget_counts_inodes_and_blocks() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = fs::File::open(dir.path()).unwrap();
+    let mut unpacker = Unpacker::new(root.into(), Options { privileged: false, budget: 10 << 10 });
+    let tar = (0..4).fold(Tar::default(), |tar, i| tar.file(&i.to_string(), b"x")).end();
+    assert!(matches!(unpacker.layer(&mut Archive::new(tar.as_slice())), Err(UnpackError::Budget(10240))));
+}
+
+#[test]
+fn deep_trees_are_refused_not_recursed_into() {
+    let deep = "d/".repeat(600);
+    let dir = tempfile::tempdir().unwrap();
+    let root = fs::File::open(dir.path()).unwrap();
+    let mut unpacker = Unpacker::new(root.into(), Options { privileged: false, budget: 1 << 30 });
+    let tar = Tar::default().pax(&[("path", deep.as_bytes())]).dir("x").end();
+    assert!(matches!(unpacker.layer(&mut Archive::new(tar.as_slice())), Err(UnpackError::Path(..))));
+}

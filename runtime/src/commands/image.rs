@@ -1,0 +1,245 @@
+//! `coffer image`: what an image's owner does with it at home: encrypt, sign, inspect, unpack.
+//!
+//! Owns: the words of these commands and what they print. The work is coffer-layers'.
+
+mod arguments;
+mod progress;
+
+use std::{
+    io::Read,
+    path::{Path, PathBuf},
+    sync::atomic::AtomicU64,
+};
+
+use coffer_layers::{
+    config::ConfigError,
+    digest::Digest,
+    encrypt::{EncryptError, Recipient, encrypt},
+    image::{Image, ImageError, Trust},
+    layout::{BlobError, Layout},
+    manifest::{Descriptor, layer_type},
+    ocicrypt::{
+        KEYS, KeySource,
+        jwe::{JweError, PrivateKey, PublicKey},
+        keyprovider::{ProviderError, answer, read_key},
+    },
+    reference::{Reference, ReferenceError},
+    unpack::Options,
+};
+use thiserror::Error;
+use zeroize::Zeroizing;
+
+use self::{arguments::Arguments, progress::Progress};
+
+/// Shown by `coffer image --help`.
+pub const USAGE: &str = "\
+coffer image: images that only an attested pod can read
+
+  coffer image key FILE                       a new key (32 random bytes) for the KBS
+  coffer image encrypt [--key KID=FILE]... [--jwe PUBLIC.pem]... FROM TO
+                                              encrypt every layer; KID is kbs:///REPOSITORY/TYPE/TAG
+  coffer image inspect IMAGE                  layers, keys that they need, what the image runs
+  coffer image unpack [--key KID=FILE]... [--jwe PRIVATE.pem]... [--most BYTES] IMAGE DIRECTORY
+                                              check, decrypt and unpack, as a pod does
+  coffer image keyprovider [--key FILE]       answer skopeo's key provider protocol on stdin
+
+FROM, TO and IMAGE are [oci:]LAYOUT[:TAG][@DIGEST]. An encrypted image is only unpacked by its digest.";
+
+/// A command failed. One line.
+#[derive(Debug, Error)]
+pub enum Error {
+    /// The command line.
+    #[error("image: {0}: see coffer image --help")]
+    Usage(String),
+    /// A reference.
+    #[error(transparent)]
+    Reference(#[from] ReferenceError),
+    /// A layout.
+    #[error(transparent)]
+    Blob(#[from] BlobError),
+    /// An image.
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    /// A configuration.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// Encrypting.
+    #[error(transparent)]
+    Encrypt(#[from] EncryptError),
+    /// A key provider's request.
+    #[error(transparent)]
+    Provider(#[from] ProviderError),
+    /// A key.
+    #[error("{0}: {1}")]
+    Key(PathBuf, JweError),
+    /// A file.
+    #[error("{0}: {1}")]
+    File(PathBuf, std::io::Error),
+}
+
+/// Runs `coffer image WORDS...`.
+///
+/// # Errors
+/// [`Error`].
+pub fn run(words: &[String]) -> Result<(), Error> {
+    let Some((command, words)) = words.split_first() else {
+        println!("{USAGE}");
+        return Ok(());
+    };
+    let arguments = |flags: &[&'static str], most: usize| Arguments::parse(command, words, flags, most);
+    match command.as_str() {
+        "key" => key(&arguments(&[], 1)?),
+        "encrypt" => encrypt_image(&arguments(&["--key", "--jwe"], 2)?),
+        "inspect" => inspect(&arguments(&[], 1)?),
+        "unpack" => unpack(&arguments(&["--key", "--jwe", "--most"], 2)?),
+        "keyprovider" => keyprovider(&arguments(&["--key"], 0)?),
+        "--help" | "-h" | "help" => {
+            println!("{USAGE}");
+            Ok(())
+        }
+        other => Err(Error::Usage(format!("unknown command {other:?}"))),
+    }
+}
+
+fn key(arguments: &Arguments) -> Result<(), Error> {
+    use std::{io::Write, os::unix::fs::OpenOptionsExt};
+    let path = PathBuf::from(arguments.word(0, "FILE")?);
+    let mut key = Zeroizing::new([0; 32]);
+    let random = std::fs::File::open("/dev/urandom").and_then(|mut file| file.read_exact(&mut *key));
+    random.map_err(|e| Error::File("/dev/urandom".into(), e))?;
+    let file = std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path);
+    file.and_then(|mut file| file.write_all(&*key)).map_err(|e| Error::File(path, e))
+}
+
+/// A resource's name and what the KBS holds there.
+type NamedKey = (String, Zeroizing<Vec<u8>>);
+
+/// `KID=FILE`, once or more often.
+fn named_keys(arguments: &Arguments) -> Result<Vec<NamedKey>, Error> {
+    let mut keys = Vec::new();
+    for value in arguments.values("--key") {
+        let (kid, file) = value
+            .split_once('=')
+            .filter(|(kid, _)| kid.starts_with("kbs://"))
+            .ok_or_else(|| Error::Usage(format!("--key {value:?}: want kbs:///REPOSITORY/TYPE/TAG=FILE")))?;
+        keys.push((kid.to_owned(), read_key(file)?));
+    }
+    Ok(keys)
+}
+
+fn pem<T>(file: &str, read: fn(&str) -> Result<T, JweError>) -> Result<T, Error> {
+    let text = std::fs::read_to_string(file).map_err(|e| Error::File(file.into(), e))?;
+    read(&Zeroizing::new(text)).map_err(|e| Error::Key(file.into(), e))
+}
+
+fn descriptor(layout: &Layout, reference: &Reference) -> Result<Descriptor, Error> {
+    let Some(digest) = &reference.digest else { return Ok(layout.tagged(reference.tag.as_deref())?) };
+    let found = layout.index()?.manifests.into_iter().find(|d| d.digest == *digest);
+    found.ok_or_else(|| Error::Usage(format!("{reference}: the layout's index does not name this digest")))
+}
+
+fn encrypt_image(arguments: &Arguments) -> Result<(), Error> {
+    let from: Reference = arguments.word(0, "FROM")?.parse()?;
+    let to: Reference = arguments.word(1, "TO")?.parse()?;
+    let mut recipients: Vec<Recipient> =
+        named_keys(arguments)?.into_iter().map(|(kid, key)| Recipient::Resource { kid, key }).collect();
+    for file in arguments.values("--jwe") {
+        recipients.push(Recipient::Jwe(pem(file, PublicKey::from_pem)?));
+    }
+    let source = Layout::open(&from.path)?;
+    let image = descriptor(&source, &from)?;
+    let target = Layout::create(&to.path)?;
+    let tag = to.tag.as_deref().or(from.tag.as_deref()).unwrap_or("latest");
+    let bytes = AtomicU64::new(0);
+    let progress = Progress::start("encrypted", &bytes, 0);
+    let made = progress.during(|| encrypt(&source, &image, &target, tag, &recipients, &bytes))?;
+    println!("{}:{tag}@{}", to.path.display(), made.digest);
+    eprintln!("{} layers encrypted; the digest above is what a pod names", made.layers);
+    Ok(())
+}
+
+fn inspect(arguments: &Arguments) -> Result<(), Error> {
+    let reference: Reference = arguments.word(0, "IMAGE")?.parse()?;
+    let layout = Layout::open(&reference.path)?;
+    let named = descriptor(&layout, &reference)?;
+    // Only shown, never run: no pin is asked for.
+    let image = Image::load(&layout, &named.digest, Trust::Pinned)?;
+    println!("image     {}", named.digest);
+    if image.digest != named.digest {
+        println!("manifest  {} (of the index, for this machine)", image.digest);
+    }
+    println!("size      {} bytes in {} layers", image.size(), image.manifest.layers.len());
+    for layer in &image.manifest.layers {
+        let (compression, encrypted) = layer_type(layer).map_err(ImageError::from)?;
+        let packed = format!("{compression:?}").to_lowercase();
+        let wraps: Vec<_> = layer.annotations.keys().filter_map(|name| name.strip_prefix(KEYS)).collect();
+        let how = if encrypted { format!("encrypted for {}", wraps.join(", ")) } else { "plain".into() };
+        println!("layer     {} {} bytes, {packed}, {how}", layer.digest, layer.size);
+    }
+    match image.config.process(None, &[], &[]) {
+        Ok(process) => {
+            println!("runs      {:?} as {:?} in {}", process.args, process.user, process.cwd);
+            process.env.iter().for_each(|entry| println!("env       {entry}"));
+            if let Some(signal) = process.stop_signal {
+                println!("stop      {signal}");
+            }
+        }
+        Err(ConfigError::NoCommand) => println!("runs      nothing by itself"),
+        Err(e) => return Err(e.into()),
+    }
+    Ok(())
+}
+
+/// Keys from files.
+struct Files {
+    named: Vec<NamedKey>,
+    private: Vec<PrivateKey>,
+}
+
+impl KeySource for Files {
+    fn resource(&self, kid: &str) -> Result<Zeroizing<Vec<u8>>, String> {
+        let found = self.named.iter().find(|(have, _)| have == kid);
+        found.map(|(_, key)| key.clone()).ok_or_else(|| format!("no --key {kid}=FILE was given"))
+    }
+
+    fn private_keys(&self) -> Result<Vec<PrivateKey>, String> {
+        Ok(self.private.clone())
+    }
+}
+
+fn unpack(arguments: &Arguments) -> Result<(), Error> {
+    let reference: Reference = arguments.word(0, "IMAGE")?.parse()?;
+    let place = Path::new(arguments.word(1, "DIRECTORY")?);
+    let most = arguments.values("--most").last().map_or(Ok(1 << 40), |text| text.parse::<u64>());
+    let budget = most.map_err(|e| Error::Usage(format!("--most: {e}")))?;
+    let private = arguments.values("--jwe").iter().map(|file| pem(file, PrivateKey::from_pem));
+    let keys = Files { named: named_keys(arguments)?, private: private.collect::<Result<_, _>>()? };
+    let layout = Layout::open(&reference.path)?;
+    let (digest, trust): (Digest, Trust) = match &reference.digest {
+        Some(digest) => (digest.clone(), Trust::Pinned),
+        None => (layout.tagged(reference.tag.as_deref())?.digest, Trust::Unchecked),
+    };
+    let image = Image::load(&layout, &digest, trust)?;
+    let bytes = AtomicU64::new(0);
+    let progress = Progress::start("unpacked", &bytes, image.size());
+    let options = Options { privileged: nix::unistd::geteuid().is_root(), budget };
+    let report = progress.during(|| image.unpack(&layout, &keys, place, options, &bytes))?;
+    eprintln!("{} entries, {} bytes of files", report.entries, report.bytes);
+    for (count, what) in
+        [(report.skipped_xattrs, "extended attributes"), (report.skipped_devices, "device nodes")]
+    {
+        if count > 0 {
+            eprintln!("{count} {what} were left out: this file system or user cannot have them");
+        }
+    }
+    Ok(())
+}
+
+fn keyprovider(arguments: &Arguments) -> Result<(), Error> {
+    let mut request = Zeroizing::new(Vec::new());
+    let stdin = std::io::stdin().lock().take(1 << 20).read_to_end(&mut request);
+    stdin.map_err(|e| Error::File("standard input".into(), e))?;
+    let key = arguments.values("--key").last().map(String::as_str);
+    println!("{}", answer(&request, "attestation-agent", key)?);
+    Ok(())
+}
