@@ -2,6 +2,8 @@
 //!
 //! Owns: words to values. Does not own: what a command does.
 
+mod options;
+
 use std::{collections::HashMap, path::PathBuf};
 
 use crate::error::Error;
@@ -18,8 +20,10 @@ coffer: runs OCI containers in microVMs, with runc's command line
   exec [-p F] [-d] [-t] [--pid-file F] [--console-socket S]
        [-u UID[:GID]] [--cwd D] [-e K=V] ID COMMAND...      one more process
   state ID, ps ID [-f json], list [-f json|table] [-q]      what is there
+  events ID [--stats] [--interval 5s]                       what it uses, and when memory ran out
   kill ID [SIGNAL] [--all]                                  signal it
-  pause ID, resume ID, update -r FILE ID                    freeze, go on, change limits
+  pause ID, resume ID                                       freeze, go on
+  update [-r FILE|-] [--memory BYTES] [--cpu-quota US] ... ID  change limits
   delete [-f] ID                                            remove it
   image COMMAND...                                          encrypt, inspect, unpack images
   features, spec, doctor, --version, --help                 about coffer and this host";
@@ -48,61 +52,6 @@ pub struct Call {
     switches: Vec<&'static str>,
 }
 
-/// Options of a command: long name, other spellings, whether it takes a value.
-type Options = &'static [(&'static str, &'static [&'static str], bool)];
-
-const BUNDLE: (&str, &[&str], bool) = ("bundle", &["-b"], true);
-const CONSOLE: (&str, &[&str], bool) = ("console-socket", &[], true);
-const PID_FILE: (&str, &[&str], bool) = ("pid-file", &[], true);
-const PRESERVE: (&str, &[&str], bool) = ("preserve-fds", &[], true);
-const NO_PIVOT: (&str, &[&str], bool) = ("no-pivot", &[], false);
-const NO_KEYRING: (&str, &[&str], bool) = ("no-new-keyring", &[], false);
-const FORMAT: (&str, &[&str], bool) = ("format", &["-f"], true);
-const DETACH: (&str, &[&str], bool) = ("detach", &["-d"], false);
-
-fn options(command: &str) -> Option<Options> {
-    Some(match command {
-        "create" => &[BUNDLE, CONSOLE, PID_FILE, PRESERVE, NO_PIVOT, NO_KEYRING],
-        "run" => &[
-            BUNDLE,
-            CONSOLE,
-            PID_FILE,
-            PRESERVE,
-            NO_PIVOT,
-            NO_KEYRING,
-            DETACH,
-            ("keep", &[], false),
-            ("no-subreaper", &[], false),
-        ],
-        "start" | "state" | "pause" | "resume" | "features" | "doctor" => &[],
-        "kill" => &[("all", &["-a"], false)],
-        "delete" => &[("force", &["-f"], false)],
-        "exec" => &[
-            CONSOLE,
-            PID_FILE,
-            PRESERVE,
-            DETACH,
-            ("process", &["-p"], true),
-            ("tty", &["-t"], false),
-            ("user", &["-u"], true),
-            ("additional-gids", &["-g"], true),
-            ("cwd", &[], true),
-            ("env", &["-e"], true),
-            ("cap", &["-c"], true),
-            ("no-new-privs", &[], false),
-            ("process-label", &[], true),
-            ("apparmor", &[], true),
-            ("cgroup", &[], true),
-            ("ignore-paused", &[], false),
-        ],
-        "ps" => &[FORMAT],
-        "list" => &[FORMAT, ("quiet", &["-q"], false)],
-        "update" => &[("resources", &["-r"], true)],
-        "spec" => &[BUNDLE, ("rootless", &[], false)],
-        _ => return None,
-    })
-}
-
 impl Call {
     /// The last value of an option.
     #[must_use]
@@ -128,7 +77,7 @@ impl Call {
     /// [`Error::Usage`] when there is none, or more words than the command takes.
     pub fn id(&self) -> Result<&str, Error> {
         let most = match self.command.as_str() {
-            "exec" => usize::MAX,
+            "exec" | "ps" => usize::MAX,
             "kill" => 2,
             _ => 1,
         };
@@ -153,40 +102,15 @@ impl Call {
 pub fn parse(words: impl IntoIterator<Item = String>) -> Result<Call, Error> {
     let mut words = words.into_iter();
     let mut call = Call::default();
-    let unknown =
-        |flag: &str, of: &str| Error::Usage(format!("unknown flag `{flag}`{of}: see coffer --help"));
-    let no_value = |flag: &str| Error::Usage(format!("{flag} wants a value: see coffer --help"));
-    loop {
-        let Some(word) = words.next() else {
-            call.command = "--help".into();
-            return Ok(call);
-        };
-        let (flag, inline) = split(&word);
-        let mut value = || inline.map(str::to_owned).or_else(|| words.next()).ok_or_else(|| no_value(flag));
-        match flag.trim_start_matches('-') {
-            "help" | "h" if flag.starts_with('-') => call.command = "--help".into(),
-            "version" | "v" if flag.starts_with('-') => call.command = "--version".into(),
-            _ if !flag.starts_with('-') => call.command = word.clone(),
-            "root" => call.global.root = Some(value()?.into()),
-            "log" => call.global.log = Some(value()?.into()),
-            "log-format" => call.global.log_json = value()? == "json",
-            "log-level" | "rootless" | "criu" | "cgroup-manager" => drop(value()?),
-            "debug" => call.global.debug = true,
-            "systemd-cgroup" => call.global.systemd_cgroup = true,
-            _ => return Err(unknown(flag, "")),
-        }
-        if !call.command.is_empty() {
-            break;
-        }
-    }
+    call.command = before(&mut words, &mut call.global)?;
     if call.command.starts_with('-') {
         return Ok(call);
     }
     let command = call.command.clone();
-    let known = options(&command).ok_or_else(|| match command.as_str() {
-        "checkpoint" | "restore" => {
-            Error::Usage(format!("{command}: a VM's memory cannot be saved by this runtime"))
-        }
+    let known = options::of(&command).ok_or_else(|| match command.as_str() {
+        "checkpoint" | "restore" => Error::Usage(format!(
+            "{command} is not supported: a VM's memory cannot be saved and restored by coffer"
+        )),
         _ => Error::Usage(format!("unknown command `{command}`: see coffer --help")),
     })?;
     while let Some(word) = words.next() {
@@ -221,6 +145,42 @@ pub fn parse(words: impl IntoIterator<Item = String>) -> Result<Call, Error> {
         }
     }
     Ok(call)
+}
+
+/// The options before the command, as far as they can be read: for saying where the caller listens that the rest cannot.
+pub fn global(words: impl IntoIterator<Item = String>) -> Global {
+    let mut global = Global::default();
+    let _ = before(&mut words.into_iter(), &mut global);
+    global
+}
+
+/// Reads options up to the command, which is returned.
+fn before(words: &mut impl Iterator<Item = String>, global: &mut Global) -> Result<String, Error> {
+    while let Some(word) = words.next() {
+        let (flag, inline) = split(&word);
+        let mut value = || inline.map(str::to_owned).or_else(|| words.next()).ok_or_else(|| no_value(flag));
+        match flag.trim_start_matches('-') {
+            _ if !flag.starts_with('-') => return Ok(word),
+            "help" | "h" => break,
+            "version" | "v" => return Ok("--version".into()),
+            "root" => global.root = Some(value()?.into()),
+            "log" => global.log = Some(value()?.into()),
+            "log-format" => global.log_json = value()? == "json",
+            "log-level" | "rootless" | "criu" | "cgroup-manager" => drop(value()?),
+            "debug" => global.debug = inline != Some("false"),
+            "systemd-cgroup" | "s" => global.systemd_cgroup = inline != Some("false"),
+            _ => return Err(unknown(flag, "")),
+        }
+    }
+    Ok("--help".into())
+}
+
+fn unknown(flag: &str, of: &str) -> Error {
+    Error::Usage(format!("unknown flag `{flag}`{of}: see coffer --help"))
+}
+
+fn no_value(flag: &str) -> Error {
+    Error::Usage(format!("{flag} wants a value: see coffer --help"))
 }
 
 fn split(word: &str) -> (&str, Option<&str>) {

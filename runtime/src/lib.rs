@@ -5,13 +5,16 @@
 pub mod cgroup;
 pub mod cli;
 pub mod client;
+pub mod clock;
 pub mod commands;
 pub mod doctor;
 pub mod error;
 pub mod home;
+pub mod log;
 pub mod network;
 pub mod pid;
 pub mod plan;
+pub mod program;
 pub mod signals;
 pub mod spawn;
 pub mod state;

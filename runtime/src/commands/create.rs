@@ -25,6 +25,7 @@ use crate::{
     cgroup,
     cli::Call,
     client::Connection,
+    clock,
     error::{Error, host},
     home::Home,
     network::{self, Tap},
@@ -130,7 +131,7 @@ impl Making<'_> {
             bundle: self.bundle.clone(),
             rootfs: self.plan.rootfs.clone(),
             annotations: self.plan.spec.annotations().clone().unwrap_or_default(),
-            created: now(),
+            created: clock::now(),
             stub: None,
             vmm: vmm_pid,
             cgroup: None,
@@ -345,26 +346,4 @@ pub(super) fn clone(flags: i32) -> std::io::Result<Option<i32>> {
         pid if pid > 0 => Ok(Some(pid as i32)),
         _ => Err(std::io::Error::last_os_error()),
     }
-}
-
-/// The time as RFC 3339, in UTC.
-fn now() -> String {
-    let mut parts: libc::tm = {
-        // SAFETY: tm is plain data for which zero is valid.
-        unsafe { std::mem::zeroed() }
-    };
-    let elapsed = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    let seconds = elapsed.as_secs() as libc::time_t;
-    // SAFETY: both pointers are valid for the call.
-    unsafe { libc::gmtime_r(&raw const seconds, &raw mut parts) };
-    format!(
-        "{:04}-{:02}-{:02}T{:02}:{:02}:{:02}.{:09}Z",
-        parts.tm_year + 1900,
-        parts.tm_mon + 1,
-        parts.tm_mday,
-        parts.tm_hour,
-        parts.tm_min,
-        parts.tm_sec,
-        elapsed.subsec_nanos()
-    )
 }

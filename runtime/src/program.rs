@@ -1,0 +1,57 @@
+//! The program: from words to an exit code.
+//!
+//! Owns: exit codes, and where a failure is said. Does not own: what a command does.
+
+use std::process::ExitCode;
+
+use crate::{
+    cli::{self, Global},
+    commands, log,
+};
+
+/// Version of the OCI runtime specification, as `--version` and `features` say.
+pub const SPECIFICATION: &str = "1.2.1";
+
+/// Runs this process's command line.
+#[must_use]
+pub fn main() -> ExitCode {
+    let words: Vec<String> = std::env::args().skip(1).collect();
+    if words.first().is_some_and(|word| word == "image") {
+        // The owner's commands, with flags of their own; no caller of a runtime has them.
+        return commands::image::run(&words[1..])
+            .map_or_else(|error| fail(&Global::default(), &error.to_string(), 1), |()| ExitCode::SUCCESS);
+    }
+    let call = match cli::parse(std::env::args().skip(1)) {
+        Ok(call) => call,
+        Err(error) => {
+            // The caller's log may have been named before the word that is wrong.
+            let global = cli::global(std::env::args().skip(1));
+            return fail(&global, &error.to_string(), 1);
+        }
+    };
+    match call.command.as_str() {
+        "--help" => println!("{}", cli::USAGE),
+        "--version" => println!(
+            "coffer version {}\ncommit: {}\nspec: {SPECIFICATION}",
+            env!("CARGO_PKG_VERSION"),
+            option_env!("COFFER_COMMIT").unwrap_or("unknown")
+        ),
+        _ => {
+            let words: Vec<String> = std::env::args().skip(1).collect();
+            log::say(&call.global, log::Level::Debug, &format!("called as {words:?}"));
+            return match commands::run(&call) {
+                Ok(code) => ExitCode::from(u8::try_from(code).unwrap_or(1)),
+                // runc gives 255 when a process could not be set up.
+                Err(error) => {
+                    fail(&call.global, &error.to_string(), if call.command == "exec" { 255 } else { 1 })
+                }
+            };
+        }
+    }
+    ExitCode::SUCCESS
+}
+
+fn fail(global: &Global, message: &str, code: u8) -> ExitCode {
+    log::say(global, log::Level::Error, message);
+    ExitCode::from(code)
+}

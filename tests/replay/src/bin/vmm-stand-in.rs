@@ -1,0 +1,234 @@
+//! Stands in for `coffer-vmm`: takes its arguments, and in place of a guest runs init's own server in namespaces of the
+//! host. The same containers are made by the same code, without KVM.
+//!
+//! It isolates nothing worth the name. What it does differently from a VM is said where it does it.
+
+use std::{
+    collections::HashMap,
+    fs::{self, File},
+    io::{self, Read, Write},
+    net::Shutdown,
+    os::{
+        fd::{AsRawFd, FromRawFd, OwnedFd},
+        unix::net::{UnixListener, UnixStream},
+    },
+    path::{Path, PathBuf},
+    process::exit,
+    sync::atomic::{AtomicUsize, Ordering},
+    thread,
+};
+
+use coffer_init::{boot, network, server::Server};
+use coffer_protocol::{Decoder, Kind, Request, SHARE_DIR, encode};
+use nix::{
+    mount::{MsFlags, mount},
+    sched::{CloneFlags, unshare},
+    sys::wait::{WaitStatus, waitpid},
+    unistd::{ForkResult, fork},
+};
+use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, TargetArch};
+
+/// Connections of the host.
+static OPEN: AtomicUsize = AtomicUsize::new(0);
+
+fn main() {
+    let words: Vec<String> = std::env::args().skip(1).collect();
+    let flags: HashMap<&str, &str> =
+        words.chunks(2).filter_map(|p| Some((p.first()?.as_str(), p.get(1)?.as_str()))).collect();
+    let get = |name: &str| flags.get(name).copied().unwrap_or_else(|| panic!("{name} is missing"));
+    // What a broken image does, for tests: no guest comes up.
+    if fs::read(get("--image")).is_ok_and(|image| image == b"broken") {
+        report(Path::new(get("--exit-report")), "panic", 70, "the guest's kernel or init failed");
+        exit(70);
+    }
+    let socket = PathBuf::from(get("--vsock"));
+    let inner = socket.with_extension("inner");
+    let listener = UnixListener::bind(&inner).expect("bind the inner socket");
+    let group = group();
+    // SAFETY: this process has one thread so far.
+    let guest = match unsafe { fork() }.expect("fork") {
+        ForkResult::Parent { child } => child,
+        ForkResult::Child => exit(match guest(listener.into(), get("--fs"), group.as_deref()) {
+            Ok(()) => 0,
+            Err(error) => {
+                let _ = fs::write(get("--log"), format!("stand-in: {error}\n"));
+                1
+            }
+        }),
+    };
+    let abandoned = get("--exit-report").to_owned();
+    let lifeline = get("--lifeline-fd").parse().expect("a descriptor");
+    let account = group.clone();
+    thread::spawn(move || {
+        // SAFETY: the caller left this descriptor open for us alone.
+        let mut lifeline = unsafe { File::from_raw_fd(lifeline) };
+        let _ = lifeline.read(&mut [0]);
+        // SAFETY: signals our own child.
+        unsafe { libc::kill(guest.as_raw(), libc::SIGKILL) };
+        report(Path::new(&abandoned), "abandoned", 0, "nobody waits for this pod any more");
+        remove(account.as_deref());
+        exit(0);
+    });
+    let outer = UnixListener::bind(&socket).expect("bind --vsock");
+    thread::spawn(move || {
+        for (number, host) in outer.incoming().flatten().enumerate() {
+            let inner = inner.clone();
+            OPEN.fetch_add(1, Ordering::SeqCst);
+            thread::spawn(move || {
+                connection(host, &inner, number);
+                OPEN.fetch_sub(1, Ordering::SeqCst);
+            });
+        }
+    });
+    let orderly = matches!(waitpid(guest, None), Ok(WaitStatus::Exited(_, 0)));
+    remove(group.as_deref());
+    // What the guest said last is still on its way.
+    for _ in 0..1000 {
+        if OPEN.load(Ordering::SeqCst) == 0 {
+            break;
+        }
+        thread::sleep(std::time::Duration::from_millis(2));
+    }
+    let path = Path::new(get("--exit-report"));
+    if orderly {
+        report(path, "orderly", 0, "the guest ended in good order");
+        exit(0);
+    }
+    report(path, "panic", 70, "the guest's kernel or init failed");
+    exit(70);
+}
+
+fn report(path: &Path, reason: &str, code: u8, message: &str) {
+    let value = serde_json::json!({ "reason": reason, "code": code, "message": message });
+    let _ = fs::write(path, value.to_string());
+}
+
+/// A cgroup of the host's version 2 hierarchy for this guest, where there is such a hierarchy.
+fn group() -> Option<PathBuf> {
+    let root = ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"].map(Path::new);
+    let root = root.into_iter().find(|r| r.join("cgroup.controllers").exists())?;
+    let path = root.join(format!("coffer-stand-in.{}", std::process::id()));
+    fs::create_dir(&path).ok()?;
+    Some(path)
+}
+
+fn remove(group: Option<&Path>) {
+    let Some(group) = group else { return };
+    let _ = fs::write(group.join("cgroup.kill"), "1");
+    for _ in 0..100 {
+        for entry in fs::read_dir(group).into_iter().flatten().flatten() {
+            let _ = fs::remove_dir(entry.path());
+        }
+        if fs::remove_dir(group).is_ok() {
+            return;
+        }
+        thread::sleep(std::time::Duration::from_millis(2));
+    }
+}
+
+/// The guest's PID 1, but for the boot.
+fn guest(listener: OwnedFd, share: &str, group: Option<&Path>) -> Result<(), Box<dyn std::error::Error>> {
+    let group = group.ok_or("the host has no cgroup hierarchy of version 2")?;
+    fs::write(group.join("cgroup.procs"), "0")?;
+    let flags = CloneFlags::CLONE_NEWPID
+        | CloneFlags::CLONE_NEWNS
+        | CloneFlags::CLONE_NEWUTS
+        | CloneFlags::CLONE_NEWIPC
+        | CloneFlags::CLONE_NEWNET
+        | CloneFlags::CLONE_NEWCGROUP;
+    unshare(flags)?;
+    // SAFETY: this process has one thread.
+    if let ForkResult::Parent { child } = unsafe { fork() }? {
+        die_with_parent();
+        return match waitpid(child, None)? {
+            WaitStatus::Exited(_, 0) => Ok(()),
+            other => Err(format!("PID 1: {other:?}").into()),
+        };
+    }
+    die_with_parent();
+    let none = None::<&str>;
+    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)?;
+    let share = File::open(share)?;
+    mount(Some("tmpfs"), "/run", Some("tmpfs"), MsFlags::empty(), none)?;
+    fs::create_dir_all(SHARE_DIR)?;
+    let from = format!("/proc/self/fd/{}", share.as_raw_fd());
+    mount(Some(from.as_str()), SHARE_DIR, none, MsFlags::MS_BIND | MsFlags::MS_REC, none)?;
+    mount(Some("proc"), "/proc", Some("proc"), MsFlags::empty(), none)?;
+    mount(Some("cgroup2"), "/sys/fs/cgroup", Some("cgroup2"), MsFlags::empty(), none)?;
+    fs::create_dir_all("/sys/fs/cgroup/init")?;
+    fs::write("/sys/fs/cgroup/init/cgroup.procs", "0")?;
+    boot::delegate_controllers("/sys/fs/cgroup");
+    keep_the_hosts_clock()?;
+    network::loopback_up()?;
+    Server::new(listener)?.run()?;
+    exit(0)
+}
+
+fn die_with_parent() {
+    // SAFETY: asks for a signal when the parent ends.
+    unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL, 0, 0, 0) };
+}
+
+/// init sets the machine's clock; here that is the host's: the call does nothing, successfully.
+fn keep_the_hosts_clock() -> Result<(), Box<dyn std::error::Error>> {
+    let rules = [(libc::SYS_clock_settime, Vec::new())].into();
+    let filter =
+        SeccompFilter::new(rules, SeccompAction::Allow, SeccompAction::Errno(0), TargetArch::x86_64)?;
+    let program = BpfProgram::try_from(filter)?;
+    let mut filters: Vec<libc::sock_filter> =
+        program.iter().map(|i| libc::sock_filter { code: i.code, jt: i.jt, jf: i.jf, k: i.k }).collect();
+    let program = libc::sock_fprog { len: u16::try_from(filters.len())?, filter: filters.as_mut_ptr() };
+    // SAFETY: the program outlives the call. Without no_new_privs, which containers would inherit.
+    let result =
+        unsafe { libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, 0, &raw const program) };
+    if result < 0 { Err(io::Error::last_os_error().into()) } else { Ok(()) }
+}
+
+/// The VMM's part of a connection: the handshake, then bytes both ways.
+fn connection(mut host: UnixStream, inner: &Path, number: usize) -> Option<()> {
+    let mut line = Vec::new();
+    let mut byte = [0];
+    while host.read(&mut byte).ok()? == 1 && byte[0] != b'\n' {
+        line.push(byte[0]);
+    }
+    if line != b"CONNECT 1024" {
+        return None;
+    }
+    let mut guest = UnixStream::connect(inner).ok()?;
+    host.write_all(format!("OK {number}\n").as_bytes()).ok()?;
+    let request = first_frame(&mut host)?;
+    guest.write_all(&request).ok()?;
+    let (mut from_host, mut to_guest) = (host.try_clone().ok()?, guest.try_clone().ok()?);
+    thread::spawn(move || {
+        let _ = io::copy(&mut from_host, &mut to_guest);
+        let _ = to_guest.shutdown(Shutdown::Write);
+    });
+    let _ = io::copy(&mut guest, &mut host);
+    let _ = host.shutdown(Shutdown::Both);
+    Some(())
+}
+
+/// The request and what came with it. A hybrid host's controllers are not in the hierarchy that this guest has: limits
+/// that no file stands for are left out, where a guest's kernel has them all.
+fn first_frame(host: &mut UnixStream) -> Option<Vec<u8>> {
+    let mut decoder = Decoder::default();
+    let mut raw = Vec::new();
+    let mut buffer = vec![0; 64 * 1024];
+    let frame = loop {
+        if let Some(frame) = decoder.next_frame().ok()? {
+            break frame;
+        }
+        let count = host.read(&mut buffer).ok().filter(|n| *n > 0)?;
+        raw.extend_from_slice(&buffer[..count]);
+        decoder.push(&buffer[..count]);
+    };
+    let Ok(Request::Create(mut create)) = Request::from_payload(&frame.payload) else { return Some(raw) };
+    let rest = raw.split_off(5 + frame.payload.len());
+    if !Path::new("/sys/fs/cgroup/cgroup.controllers").exists() {
+        create.spec["linux"].as_object_mut().map(|linux| linux.remove("resources"));
+    }
+    let mut bytes = Vec::new();
+    encode(Kind::Request, &Request::Create(create).to_payload(), &mut bytes);
+    bytes.extend_from_slice(&rest);
+    Some(bytes)
+}
