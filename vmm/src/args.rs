@@ -27,6 +27,7 @@ coffer-vmm: boots an IGVM image in a microVM
   --policy HEX           SNP guest policy, in place of the image's
   --host-data HEX        32 bytes that the guest's attestation reports carry
   --certificates FILE    certificate table that extended guest requests get
+  --probe                can this host's KVM run a guest? exit code 0 or 1, and why not
   --version, --help";
 
 /// What is wrong with a command line. One line, exit code 64.
@@ -108,6 +109,8 @@ pub enum Command {
     Help,
     /// Print the version.
     Version,
+    /// Say whether this host's KVM can run a stock guest.
+    Probe,
 }
 
 /// Reads the words after the program's name.
@@ -127,6 +130,9 @@ pub fn parse(words: impl IntoIterator<Item = String>) -> Result<Command, ArgsErr
         }
         if flag == "--version" {
             return Ok(Command::Version);
+        }
+        if flag == "--probe" {
+            return Ok(Command::Probe);
         }
         let known = [
             "--image",

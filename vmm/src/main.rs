@@ -22,6 +22,13 @@ fn main() -> ExitCode {
             println!("coffer-vmm version {}", env!("CARGO_PKG_VERSION"));
             ExitCode::SUCCESS
         }
+        Ok(Command::Probe) => match coffer_probe::stock_guest() {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                eprintln!("coffer-vmm: {error}");
+                ExitCode::FAILURE
+            }
+        },
         Ok(Command::Run(args)) => run(&args, began),
         Err(error) => {
             eprintln!("coffer-vmm: {error}");

@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# ./make [PROFILE...]: builds Coffer into target/home: bin/{coffer,coffer-vmm,coffer-image} and images/PROFILE.igvm.
+# Profiles: up (one processor, no TEE), smp, and up-debug and smp-debug, which have a serial console. Without words: up smp.
+# Installs the Debian packages that are missing. A kernel takes some minutes once per machine; without changes this takes a second.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+profiles=("$@")
+[ $# -gt 0 ] || profiles=(up smp)
+for p in "${profiles[@]}"; do
+    case $p in
+    up | smp | up-debug | smp-debug) ;;
+    -h | --help) sed -n '2,4s/^# //p' "$0"; exit 0 ;;
+    *) echo "make: unknown profile \`$p\`: name up, smp, up-debug or smp-debug" >&2; exit 2 ;;
+    esac
+done
+command -v cargo >/dev/null || { echo "make: no cargo: install Rust 1.95 or later (https://rustup.rs)" >&2; exit 1; }
+# /usr/src has the source as an archive; a shallow clone of this repository has no kernel in it.
+tests/install gcc libc6-dev linux-source-6.12 make flex bison bc libelf-dev xz-utils
+
+# Static programs: init has no library in the guest, and coffer and coffer-vmm start in mount namespaces that show others.
+triple=x86_64-unknown-linux-gnu
+export CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUSTFLAGS="-C target-feature=+crt-static"
+target=${CARGO_TARGET_DIR:-target}
+built=$target/$triple/release
+cargo build -q --release --target $triple -p coffer -p coffer-vmm -p coffer-init -p coffer-image
+# The shim is a flat program with its own linker script, which takes no other flags.
+CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUSTFLAGS="" cargo build -q --release -p coffer-shim
+shim=$target/release/coffer-shim
+
+home=target/home
+mkdir -p $home/bin $home/images
+for program in coffer coffer-vmm coffer-image; do
+    # A new file under the old name: one that runs keeps its own.
+    if [ "$built/$program" -nt $home/bin/$program ]; then
+        cp "$built/$program" $home/bin/$program.new
+        mv $home/bin/$program.new $home/bin/$program
+    fi
+done
+for p in "${profiles[@]}"; do
+    guest-kernel-config/build "$p"
+    kernel=target/kernel/$p/vmlinux image=$home/images/$p.igvm fresh=
+    for input in "$kernel" "$shim" "$built/coffer-init" "$built/coffer-image"; do
+        [ "$image" -nt "$input" ] || fresh=1
+    done
+    [ -z "$fresh" ] || "$built/coffer-image" build --shim "$shim" --kernel "$kernel" --init "$built/coffer-init" --profile "$p" -o "$image"
+done
