@@ -26,6 +26,7 @@ coffer: runs OCI containers in microVMs, with runc's command line
   update [-r FILE|-] [--memory BYTES] [--cpu-quota US] ... ID  change limits
   delete [-f] ID                                            remove it
   image COMMAND...                                          encrypt, inspect, unpack images
+  boot-chart [-o FILE] ID                                   its last start, stage by stage, as an SVG
   features, spec, doctor, --version, --help                 about coffer and this host";
 
 /// Options before the command.

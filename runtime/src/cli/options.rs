@@ -50,6 +50,7 @@ pub(super) fn of(command: &str) -> Option<&'static [Flag]> {
             ("cgroup", &[], true),
             ("ignore-paused", &[], false),
         ],
+        "boot-chart" => &[("output", &["-o"], true)],
         "ps" => &[FORMAT],
         "list" => &[FORMAT, ("quiet", &["-q"], false)],
         "events" => &[("stats", &[], false), ("interval", &[], true)],

@@ -20,7 +20,7 @@ use nix::{
 };
 use oci_spec::runtime::LinuxNamespaceType as Kind;
 
-use super::{config, delete, hooks, start, terminal};
+use super::{boot_chart, config, delete, hooks, start, terminal};
 use crate::{
     cgroup,
     cli::Call,
@@ -176,10 +176,11 @@ impl Making<'_> {
         }
     }
 
-    /// Boot stages are written when somebody asks for them.
+    /// Boot stages are always written, for `boot-chart`: a dozen lines; somebody may want them elsewhere.
     fn trace(&self) -> Option<PathBuf> {
         let annotation = self.plan.spec.annotations().as_ref().and_then(|a| a.get("io.coffer.trace"));
-        annotation.map(PathBuf::from).or_else(|| std::env::var_os("COFFER_TRACE").map(PathBuf::from))
+        let elsewhere = std::env::var_os("COFFER_TRACE").map(PathBuf::from).filter(|_| annotation.is_none());
+        elsewhere.or_else(|| Some(boot_chart::trace_of(self.directory, annotation)))
     }
 
     /// Sets the pod up and makes the container in the guest, as soon as it has booted.

@@ -2,6 +2,7 @@
 //!
 //! Owns: what each does to a container's state. Does not own: processes' insides (`stub`, `spawn`).
 
+mod boot_chart;
 mod create;
 mod exec;
 mod hooks;
@@ -58,6 +59,7 @@ pub fn run(call: &Call) -> Result<i32, Error> {
         "resume" => freeze(&root, call.id()?, false).map(|()| 0),
         "update" => update(call, &root).map(|()| 0),
         "features" => print(&features()),
+        "boot-chart" => boot_chart::boot_chart(call, &root).map(|()| 0),
         "spec" => spec(call).map(|()| 0),
         "doctor" => Ok(crate::doctor::run()),
         other => Err(Error::Usage(format!("unknown command `{other}`: see coffer --help"))),
