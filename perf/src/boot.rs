@@ -1,29 +1,35 @@
-//! One boot: start a VMM, wait for init's mark, look at its memory, end it.
+//! One start of a VM: exec a VMM, wait for the guest's mark, look at what it cost, end it.
 //!
-//! Owns: the measured window. Does not own: which VMM, how often.
+//! Owns: the measured windows of VMs. Does not own: which VMM, how often.
+//!
+//! Every VMM is watched in the same way: the guest writes one byte to the mark port, the VMM passes it on through a
+//! pipe, and the harness takes the time when it reads it. Where our VMM writes its own times they are kept as stages.
 
 use std::{
+    collections::BTreeMap,
     ffi::CString,
     fs::{self, File},
     io::Read,
-    os::unix::ffi::OsStrExt,
+    os::unix::{ffi::OsStrExt, process::ExitStatusExt},
     path::Path,
     process::{Child, Command, Stdio},
-    sync::mpsc,
+    sync::mpsc::{self, RecvTimeoutError},
     thread,
     time::{Duration, Instant},
 };
 
 use coffer_layout::mark;
-use serde::Serialize;
 use thiserror::Error;
 
 use crate::{
-    memory::{self, Resident},
+    counts,
+    figures::{self, Figures},
     peers::{Guest, Peer},
+    record::{Stage, Window},
+    tiny,
 };
 
-/// Why a boot gave no figure.
+/// Why a start gave no figure.
 #[derive(Debug, Error)]
 pub enum BootError {
     /// The operating system refused something.
@@ -35,41 +41,47 @@ pub enum BootError {
         source: std::io::Error,
     },
     /// The guest did not mark in time, or the VMM ended.
-    #[error("{vmm}: no mark from init within {seconds} s; its messages: {messages}")]
+    #[error("{vmm}: no mark `{mark}` from the guest within {seconds} s{end}; its messages: {messages}")]
     NoMark {
         /// Which VMM.
         vmm: &'static str,
+        /// What was waited for.
+        mark: &'static str,
         /// Time limit.
         seconds: u64,
+        /// How it ended, when it did.
+        end: String,
         /// What it wrote on stderr.
         messages: String,
     },
 }
 
-/// What one boot cost.
-#[derive(Clone, Debug, Serialize)]
-pub struct Boot {
-    /// Which VMM.
-    pub vmm: &'static str,
-    /// Milliseconds from exec of the VMM to init's first mark, read by the harness.
-    pub exec_to_pid1_ms: f64,
-    /// KiB of the VMM's process that are not guest RAM, when init ran.
-    pub vmm_kib: u64,
-    /// KiB of guest RAM that were resident then.
-    pub guest_kib: u64,
-    /// Milliseconds of CPU time of the VMM's process, guest included.
-    pub cpu_ms: f64,
+/// What one start showed.
+#[derive(Clone, Debug, Default)]
+pub struct Started {
+    /// Milliseconds since the exec.
+    pub windows: BTreeMap<Window, f64>,
+    /// From our VMM's trace.
+    pub stages: Vec<Stage>,
+    /// Counts and sizes.
+    pub figures: Figures,
 }
 
-fn system(stage: &'static str) -> impl FnOnce(std::io::Error) -> BootError {
+pub(crate) fn system(stage: &'static str) -> impl FnOnce(std::io::Error) -> BootError {
     move |source| BootError::System { stage, source }
 }
 
-/// Boots `guest` once under `peer`; `directory` is scratch.
+/// A mark that passed by.
+struct Seen {
+    name: &'static str,
+    at: Instant,
+}
+
+/// Boots `guest` once under `peer`; `directory` is scratch of this start alone.
 ///
 /// # Errors
 /// [`BootError`] when there is no figure to give.
-pub fn measure(peer: &Peer, guest: &Guest, directory: &Path, limit: Duration) -> Result<Boot, BootError> {
+pub fn measure(peer: &Peer, guest: &Guest, directory: &Path, limit: Duration) -> Result<Started, BootError> {
     let fifo = directory.join("marks");
     let vsock = directory.join("vsock");
     for path in [&fifo, &vsock] {
@@ -86,97 +98,124 @@ pub fn measure(peer: &Peer, guest: &Guest, directory: &Path, limit: Duration) ->
     let reader = File::options().read(true).write(true).open(&fifo).map_err(system("open the fifo"))?;
     let (sender, receiver) = mpsc::channel();
     let waiter = thread::spawn(move || watch(reader, &sender));
+    let last = if guest.tiny { "kernel-entry" } else { "init-entry" };
 
     let argv = peer.command(guest, &fifo.to_string_lossy(), &vsock.to_string_lossy());
-    let began = Instant::now();
-    let mut child = Command::new(&argv[0])
-        .args(&argv[1..])
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(stderr)
-        .spawn()
-        .map_err(system("start the VMM"))?;
-    let marked = wait(&receiver, &mut child, began, limit);
-    let resident = resident(child.id(), guest.memory_mib);
-    let cpu_ms = cpu_ms(child.id());
-    // Ends the watcher too: its read returns a byte that is no mark it waits for.
+    let mut command = Command::new(&argv[0]);
+    command.args(&argv[1..]).stdin(Stdio::null()).stdout(Stdio::null()).stderr(stderr);
+    counts::begin();
+    let (began_ns, began) = (figures::monotonic_ns(), Instant::now());
+    let mut child = command.spawn().map_err(system("start the VMM"))?;
+    let seen = wait(&receiver, &mut child, began, limit, last);
+    // It must not go on while its memory is looked at.
+    figures::signal(child.id(), libc::SIGSTOP);
+    counts::end();
+    let reached = seen.iter().any(|s| s.name == last);
+    let mut started = Started { figures: figures::of_vm(child.id(), guest.memory_mib), ..Started::default() };
+    let ended = child.try_wait().ok().flatten();
+    let ending = Instant::now();
     let _ = child.kill();
-    let _ = child.wait();
-    if marked.is_none() {
-        let _ = File::options()
-            .write(true)
-            .open(&fifo)
-            .and_then(|mut f| std::io::Write::write_all(&mut f, b"\0end\n"));
-    }
-    let _ = waiter.join();
-    let Some(at) = marked else {
+    figures::reap(&mut child, &mut started.figures);
+    started.figures.insert("end-us".into(), ending.elapsed().as_micros() as u64);
+    // The watcher reads until this byte, which no VMM writes.
+    let end = File::options().write(true).open(&fifo);
+    let _ = end.and_then(|mut f| std::io::Write::write_all(&mut f, &[END]));
+    let bytes = waiter.join().unwrap_or_default();
+    if !reached {
         return Err(BootError::NoMark {
-            vmm: peer.name(),
+            vmm: peer.kind().word(),
+            mark: last,
             seconds: limit.as_secs(),
+            end: ended
+                .map(|e| format!(" (exit code {:?}, signal {:?})", e.code(), e.signal()))
+                .unwrap_or_default(),
             messages: fs::read_to_string(&messages).unwrap_or_default().trim().to_owned(),
         });
-    };
-    Ok(Boot {
-        vmm: peer.name(),
-        exec_to_pid1_ms: at.duration_since(began).as_secs_f64() * 1e3,
-        vmm_kib: resident.vmm_kib,
-        guest_kib: resident.guest_kib,
-        cpu_ms,
-    })
+    }
+    for mark in &seen {
+        if let Some(window) = Window::of_stage(mark.name) {
+            let ms = mark.at.duration_since(began).as_secs_f64() * 1e3;
+            started.windows.entry(window).or_insert(ms);
+        }
+    }
+    started.stages = trace_stages(&bytes, began_ns);
+    Ok(started)
 }
 
-/// Reads until init's mark passes by: QEMU writes the raw byte, our trace a line that names it.
-fn watch(mut reader: File, sender: &mpsc::Sender<Option<Instant>>) {
-    let mut seen = Vec::new();
+const END: u8 = 0xff;
+
+/// Reads until [`END`], and tells of every mark when it passes by: QEMU writes the raw byte, our trace a line that
+/// names it, Cloud Hypervisor a line with the number. Returns all that was read.
+fn watch(mut reader: File, sender: &mpsc::Sender<Seen>) -> Vec<u8> {
+    let (mut all, mut told) = (Vec::new(), Vec::new());
     let mut buffer = [0; 4096];
     while let Ok(count) = reader.read(&mut buffer) {
-        let now = Instant::now();
-        seen.extend_from_slice(&buffer[..count]);
-        if marks_init(&seen) {
-            let _ = sender.send(Some(now));
-            return;
+        let at = Instant::now();
+        all.extend_from_slice(&buffer[..count]);
+        for name in marks(&all) {
+            if !told.contains(&name) {
+                told.push(name);
+                let _ = sender.send(Seen { name, at });
+            }
         }
-        if count == 0 || seen.ends_with(b"\0end\n") {
+        if count == 0 || all.last() == Some(&END) {
             break;
         }
     }
-    let _ = sender.send(None);
+    all
 }
 
-fn marks_init(seen: &[u8]) -> bool {
-    const LINE: &[u8] = b"\"init-entry\"";
-    seen.contains(&mark::INIT_ENTRY) || seen.windows(LINE.len()).any(|w| w == LINE)
+const MARKS: [(u8, &str); 4] = [
+    (mark::SHIM_ENTRY, "shim-entry"),
+    (mark::KERNEL_ENTRY, "kernel-entry"),
+    (mark::INIT_ENTRY, "init-entry"),
+    (mark::INIT_READY, "init-ready"),
+];
+
+fn marks(seen: &[u8]) -> Vec<&'static str> {
+    let mentions = |text: String| seen.windows(text.len()).any(|w| w == text.as_bytes());
+    let reached = |(byte, name): &&(u8, &str)| {
+        seen.contains(byte) || mentions(format!("\"{name}\"")) || mentions(format!("code 0x{byte:x}"))
+    };
+    MARKS.iter().filter(reached).map(|(_, name)| *name).collect()
 }
 
+/// Marks up to `last`, the time limit, or the end of the VMM.
 fn wait(
-    receiver: &mpsc::Receiver<Option<Instant>>,
+    receiver: &mpsc::Receiver<Seen>,
     child: &mut Child,
     began: Instant,
     limit: Duration,
-) -> Option<Instant> {
-    while began.elapsed() < limit {
+    last: &str,
+) -> Vec<Seen> {
+    let mut seen: Vec<Seen> = Vec::new();
+    while began.elapsed() < limit && !seen.iter().any(|s| s.name == last) {
         match receiver.recv_timeout(Duration::from_millis(100)) {
-            Ok(at) => return at,
-            Err(mpsc::RecvTimeoutError::Timeout) if matches!(child.try_wait(), Ok(None)) => {}
-            Err(_) => return None,
+            Ok(mark) => seen.push(mark),
+            Err(RecvTimeoutError::Timeout) if matches!(child.try_wait(), Ok(None)) => {}
+            Err(_) => break,
         }
     }
-    None
+    seen
 }
 
-fn resident(pid: u32, memory_mib: u64) -> Resident {
-    // The kernel may split guest RAM where it is mapped differently; half of it is still longer than anything else.
-    memory::split(&fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap_or_default(), memory_mib * 512)
+/// The lines of our VMM's trace, in milliseconds since the exec.
+pub(crate) fn trace_stages(bytes: &[u8], began_ns: u64) -> Vec<Stage> {
+    #[derive(serde::Deserialize)]
+    struct Line {
+        stage: String,
+        ns: u64,
+    }
+    let lines = bytes.split(|b| *b == b'\n').filter_map(|l| serde_json::from_slice::<Line>(l).ok());
+    lines.map(|l| Stage { stage: l.stage, ms: l.ns.saturating_sub(began_ns) as f64 / 1e6 }).collect()
 }
 
-fn cpu_ms(pid: u32) -> f64 {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    let fields: Vec<&str> = stat.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
-    // utime and stime are the 14th and 15th field of the line, the 12th and 13th after the name.
-    let ticks: u64 = fields.iter().skip(11).take(2).filter_map(|f| f.parse::<u64>().ok()).sum();
-    // SAFETY: sysconf reads a constant of the system.
-    let per_second = unsafe { libc::sysconf(libc::_SC_CLK_TCK) };
-    ticks as f64 * 1e3 / per_second as f64
+/// Writes the kernel that reports at once to `path`, for [`Guest::tiny`].
+///
+/// # Errors
+/// The system's.
+pub fn write_tiny_kernel(path: &Path) -> Result<(), BootError> {
+    fs::write(path, tiny::kernel()).map_err(system("write the tiny kernel"))
 }
 
 #[cfg(test)]
@@ -184,9 +223,44 @@ mod tests {
     use super::*;
 
     #[test]
-    fn both_forms_of_the_mark_are_seen_and_nothing_else_is() {
-        assert!(marks_init(&[1, 2, mark::INIT_ENTRY]));
-        assert!(marks_init(b"{\"stage\":\"init-entry\",\"ns\":5}\n"));
-        assert!(!marks_init(b"{\"stage\":\"kernel-entry\",\"ns\":5}\n"));
+    fn every_form_of_a_mark_is_seen_and_nothing_else_is() {
+        assert_eq!(marks(&[1, 2, mark::INIT_ENTRY]), ["init-entry"]);
+        assert_eq!(marks(b"{\"stage\":\"init-entry\",\"ns\":5}\n"), ["init-entry"]);
+        assert_eq!(marks(b"[Userspace code 0xc2] 0.5 seconds"), ["init-entry"]);
+        assert_eq!(marks(b"{\"stage\":\"kernel-entry\",\"ns\":5}\n"), ["kernel-entry"]);
+        assert!(marks(b"\x00code 0x1").is_empty());
+    }
+
+    #[test]
+    fn a_trace_is_counted_from_the_exec() {
+        let stages = trace_stages(b"x\n{\"stage\":\"a\",\"ns\":3000000}\n{\"counts\":{}}\n\xff", 1_000_000);
+        assert_eq!(stages, [Stage { stage: "a".into(), ms: 2.0 }]);
+    }
+
+    #[test]
+    fn a_vmm_that_ends_is_named_with_its_words() {
+        let directory = tempfile::tempdir().unwrap();
+        let script = directory.path().join("vmm");
+        fs::write(&script, "#!/bin/sh\necho no luck >&2\nexit 3\n").unwrap();
+        fs::set_permissions(&script, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+        let peer = Peer::new(crate::plan::Kind::CofferVmm, script).unwrap();
+        let error = measure(&peer, &Guest::default(), directory.path(), Duration::from_secs(60)).unwrap_err();
+        assert!(error.to_string().contains("no luck"), "{error}");
+    }
+
+    #[test]
+    fn a_vmm_that_marks_has_windows_in_order() {
+        let directory = tempfile::tempdir().unwrap();
+        let script = directory.path().join("vmm");
+        // The last word of the command line is the fifo.
+        let text =
+            "#!/bin/sh\nfor f; do :; done\nprintf '\\300' >$f\nsleep 0.05\nprintf '\\302' >$f\nsleep 60\n";
+        fs::write(&script, text).unwrap();
+        fs::set_permissions(&script, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+        let peer = Peer::new(crate::plan::Kind::CofferVmm, script).unwrap();
+        let started = measure(&peer, &Guest::default(), directory.path(), Duration::from_secs(60)).unwrap();
+        let window = |w| started.windows[&w];
+        assert!(window(Window::FirstGuestInstruction) + 50.0 <= window(Window::Pid1) + 1.0, "{started:?}");
+        assert!(started.figures["page-faults"] > 10, "{started:?}");
     }
 }

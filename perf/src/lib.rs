@@ -1,11 +1,20 @@
-//! The boot-latency harness: starts VMMs, one boot each, and says when PID 1 ran and what the VMM cost.
+//! The boot-latency harness: starts VMMs and containers as a plan says, and tells when each stage was reached and what
+//! it cost.
 //!
-//! Owns: how a boot is measured, the peers' command lines, the statistics. Must not change the product for a benchmark.
-//!
-//! Every VMM is watched in the same way: init writes one byte to the mark port, the VMM passes it on through a pipe,
-//! and the harness takes the time when it reads it. The window is always "exec of the VMM → init's first mark".
+//! Owns: how a start is measured, the peers' command lines, statistics, tables. Must not change the product for a benchmark.
+//! Every time has a window (`record::Window`), and classes (`plan::Class`) are never put into one sample.
 
+pub mod baseline;
 pub mod boot;
+pub mod container;
+pub mod counts;
+pub mod figures;
+pub mod fingerprint;
 pub mod memory;
 pub mod peers;
+pub mod plan;
+pub mod record;
+pub mod report;
+pub mod run;
 pub mod stats;
+pub mod tiny;

@@ -1,108 +1,174 @@
-//! `coffer-bench boot`: boots the same kernel and initramfs under every VMM, interleaved, and prints a table.
+//! `coffer-bench`: runs a plan, shows what was measured, compares counts with a baseline.
 
-use std::{path::PathBuf, time::Duration};
+use std::{
+    fs::{self, File},
+    io::Write,
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
 
 use anyhow::{Context, Result, bail};
 use coffer_perf::{
-    boot::{self, Boot},
-    peers::{Guest, Peer},
-    stats::Samples,
+    baseline::Baseline,
+    counts,
+    fingerprint::{self, Fingerprint},
+    plan::Plan,
+    record::Record,
+    report, run,
 };
 
-const USAGE: &str = "usage: coffer-bench --image F.igvm --kernel vmlinux --initramfs F.cpio --command-line TEXT \
-[--coffer-vmm PATH] [--qemu PATH] [--memory-mib N] [--runs N] [--raw FILE]";
+const USAGE: &str = "\
+coffer-bench: boot latency, measured (perf/run and perf/check call it)
 
-struct Options {
-    guest: Guest,
-    peers: Vec<Peer>,
-    runs: usize,
-    raw: Option<PathBuf>,
-}
+  coffer-bench run PLAN.toml --out DIR --stamp FILE   every start of a plan: DIR/raw.jsonl and DIR/machine.json
+  coffer-bench report DIR                             DIR/summary.md and plots, from those two files
+  coffer-bench check DIR BASELINE.json [--write]      counts against the baseline; with --write it becomes the baseline
 
-fn options() -> Result<Options> {
-    let mut guest = Guest {
-        kernel: PathBuf::new(),
-        initramfs: PathBuf::new(),
-        image: PathBuf::new(),
-        command_line: String::new(),
-        memory_mib: 128,
-    };
-    let (mut peers, mut runs, mut raw) = (Vec::new(), 7, None);
-    let mut words = std::env::args().skip(1);
-    while let Some(flag) = words.next() {
-        let mut value = || words.next().with_context(|| format!("{flag} wants a value; {USAGE}"));
-        match flag.as_str() {
-            "--image" => guest.image = value()?.into(),
-            "--kernel" => guest.kernel = value()?.into(),
-            "--initramfs" => guest.initramfs = value()?.into(),
-            "--command-line" => guest.command_line = value()?,
-            "--memory-mib" => guest.memory_mib = value()?.parse().context("--memory-mib wants a number")?,
-            "--coffer-vmm" => peers.push(Peer::Coffer(value()?.into())),
-            "--qemu" => peers.push(Peer::QemuMicrovm(value()?.into())),
-            "--runs" => runs = value()?.parse().context("--runs wants a number")?,
-            "--raw" => raw = Some(value()?.into()),
-            _ => bail!("unknown flag `{flag}`; {USAGE}"),
+DIR/counts.jsonl, when it is there, is the QEMU plugin's: then times are not shown.";
+
+fn main() -> ExitCode {
+    match try_main() {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("coffer-bench: {error:#}");
+            ExitCode::from(2)
         }
     }
-    if peers.is_empty() || runs == 0 {
-        bail!("nothing to run; {USAGE}");
-    }
-    Ok(Options { guest, peers, runs, raw })
 }
 
-fn main() -> Result<()> {
-    let options = options()?;
-    let scratch = std::env::temp_dir().join(format!("coffer-bench-{}", std::process::id()));
-    std::fs::create_dir(&scratch).with_context(|| format!("make {}", scratch.display()))?;
-    let result = run(&options, &scratch);
-    std::fs::remove_dir_all(&scratch).with_context(|| format!("remove {}", scratch.display()))?;
-    let boots = result?;
-    if let Some(path) = &options.raw {
-        let lines: Vec<String> = boots.iter().map(serde_json::to_string).collect::<Result<_, _>>()?;
-        std::fs::write(path, lines.join("\n") + "\n").with_context(|| format!("write {}", path.display()))?;
+fn try_main() -> Result<bool> {
+    let words: Vec<String> = std::env::args().skip(1).collect();
+    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    match words.as_slice() {
+        ["run", plan, "--out", out, "--stamp", stamp] => {
+            measure(Path::new(plan), Path::new(out), Path::new(stamp)).map(|()| true)
+        }
+        ["report", directory] => show(Path::new(directory)).map(|()| true),
+        ["check", directory, baseline] => check(Path::new(directory), Path::new(baseline), false),
+        ["check", directory, baseline, "--write"] => check(Path::new(directory), Path::new(baseline), true),
+        ["--help"] => {
+            println!("{USAGE}");
+            Ok(true)
+        }
+        _ => bail!("what is to be done?\n{USAGE}"),
     }
-    print!("{}", table(&options.peers, &boots));
+}
+
+fn measure(plan_file: &Path, out: &Path, stamp: &Path) -> Result<()> {
+    let text = fs::read_to_string(plan_file).with_context(|| format!("read {}", plan_file.display()))?;
+    let plan = Plan::parse(&text).with_context(|| plan_file.display().to_string())?;
+    fs::create_dir_all(out).with_context(|| format!("make {}", out.display()))?;
+    let programs: Vec<String> = plan.runtime.iter().map(|r| r.program.display().to_string()).collect();
+    let files: Vec<String> = plan
+        .image
+        .iter()
+        .flat_map(|i| [&i.igvm, &i.kernel, &i.initramfs])
+        .filter(|p| p.exists())
+        .map(|p| p.display().to_string())
+        .collect();
+    let mut print = fingerprint::read(&programs, &files);
+    print.insert("plan".into(), plan.name.clone());
+    if let Ok(note) = std::env::var("COFFER_PERF_NOTE") {
+        print.insert("note".into(), note);
+    }
+    let scratch = std::env::temp_dir().join(format!("coffer-bench-{}", std::process::id()));
+    fs::create_dir(&scratch).with_context(|| format!("make {}", scratch.display()))?;
+    let raw_path = out.join("raw.jsonl");
+    let mut raw = File::create(&raw_path).with_context(|| format!("make {}", raw_path.display()))?;
+    let result = run::run(&plan, stamp, &scratch, &mut raw);
+    fs::remove_dir_all(&scratch).with_context(|| format!("remove {}", scratch.display()))?;
+    let load = fs::read_to_string("/proc/loadavg").unwrap_or_default();
+    print.insert("load average at the end".into(), load.trim().to_owned());
+    let print = serde_json::to_vec_pretty(&print)?;
+    fs::write(out.join("machine.json"), print).context("write machine.json")?;
+    raw.flush()?;
+    let records = result?;
+    println!("{} starts in {}", records.len(), raw_path.display());
     Ok(())
 }
 
-fn run(options: &Options, scratch: &std::path::Path) -> Result<Vec<Boot>> {
-    let mut boots = Vec::new();
-    // Round 0 warms the page cache and is thrown away; the VMMs take turns, so that drift hits all alike.
-    for round in 0..=options.runs {
-        for peer in &options.peers {
-            let boot = boot::measure(peer, &options.guest, scratch, Duration::from_secs(60))?;
-            if round > 0 {
-                boots.push(boot);
+struct Results {
+    print: Fingerprint,
+    records: Vec<Record>,
+    counted: bool,
+}
+
+/// What a run left, with the plugin's counts in their records.
+fn read(directory: &Path) -> Result<Results> {
+    let text = |name: &str| -> Result<String> {
+        let path: PathBuf = directory.join(name);
+        fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))
+    };
+    let print = serde_json::from_str(&text("machine.json")?).context("machine.json")?;
+    let raw = text("raw.jsonl")?;
+    let parse = |(n, line)| serde_json::from_str(line).with_context(|| format!("raw.jsonl, line {}", n + 1));
+    let mut records: Vec<Record> = raw.lines().enumerate().map(parse).collect::<Result<_>>()?;
+    let counted = directory.join("counts.jsonl").exists();
+    if counted {
+        let counts = counts::parse(&text("counts.jsonl")?)?;
+        for record in &mut records {
+            let figures = counts
+                .get(record.sequence)
+                .with_context(|| format!("counts.jsonl has no record of start {}", record.sequence))?;
+            record.figures.extend(figures.clone());
+        }
+    }
+    Ok(Results { print, records, counted })
+}
+
+fn show(directory: &Path) -> Result<()> {
+    let results = read(directory)?;
+    let name = results.print.get("plan").map_or("run", String::as_str).to_owned();
+    let text = report::summary(&name, &results.print, &results.records, results.counted);
+    fs::write(directory.join("summary.md"), &text).context("write summary.md")?;
+    if !results.counted {
+        report::plots(directory, &results.records).context("write plots")?;
+    }
+    print!("{text}");
+    Ok(())
+}
+
+fn check(directory: &Path, file: &Path, write: bool) -> Result<bool> {
+    let results = read(directory)?;
+    if !results.counted {
+        bail!("{}: counts.jsonl is missing: run it with perf/check", directory.display());
+    }
+    if write {
+        let text = serde_json::to_string_pretty(&Baseline::of(&results.records))? + "\n";
+        fs::write(file, text).with_context(|| format!("write {}", file.display()))?;
+        println!("{} is the baseline now", file.display());
+        return Ok(true);
+    }
+    let text = fs::read_to_string(file)
+        .with_context(|| format!("read {}: perf/check --write makes it", file.display()))?;
+    let baseline: Baseline = serde_json::from_str(&text).with_context(|| file.display().to_string())?;
+    let findings = baseline.compare(&results.records);
+    if findings.is_empty() {
+        bail!("{}: holds nothing to compare with", file.display());
+    }
+    let mut good = true;
+    for finding in findings {
+        match finding {
+            Err(missing) => {
+                good = false;
+                println!("MISSING {missing}");
+            }
+            Ok(f) => {
+                good &= !f.is_regression();
+                let word = if f.is_regression() { "GREW" } else { "ok" };
+                println!(
+                    "{word:4} {:+6.2} %  {:>10} (was {:>10}, this run {}–{})  {}: {}",
+                    f.growth(),
+                    f.now,
+                    f.before,
+                    f.spread.0,
+                    f.spread.1,
+                    f.stage,
+                    f.cell
+                );
             }
         }
     }
-    Ok(boots)
-}
-
-fn table(peers: &[Peer], boots: &[Boot]) -> String {
-    let column = |name: &str, of: fn(&Boot) -> f64| {
-        Samples::new(boots.iter().filter(|b| b.vmm == name).map(of).collect())
-    };
-    let mut text = String::from("exec of the VMM -> PID 1, warm page cache, one vCPU\n\n");
-    text += "| VMM | runs | ms p50 | min | max | ratio | CPU ms p50 | VMM KiB beyond guest RAM, max |\n|---|---|---|---|---|---|---|---|\n";
-    // The ratio is to the last peer of the command line.
-    let base = peers.last().and_then(|p| column(p.name(), |b| b.exec_to_pid1_ms)).map(|s| s.median());
-    for peer in peers {
-        let times = column(peer.name(), |b| b.exec_to_pid1_ms);
-        let cpu = column(peer.name(), |b| b.cpu_ms);
-        let memory = column(peer.name(), |b| b.vmm_kib as f64);
-        let (Some(times), Some(cpu), Some(memory), Some(base)) = (times, cpu, memory, base) else { continue };
-        text += &format!(
-            "| {} | {} | {:.0} | {:.0} | {:.0} | {:.2} | {:.0} | {:.0} |\n",
-            peer.name(),
-            times.count(),
-            times.median(),
-            times.min(),
-            times.max(),
-            times.median() / base,
-            cpu.median(),
-            memory.max()
-        );
-    }
-    text
+    Ok(good)
 }

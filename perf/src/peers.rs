@@ -2,12 +2,14 @@
 //!
 //! Owns: command lines. Does not own: running them.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use coffer_layout::MARK_PORT;
 
+use crate::plan::Kind;
+
 /// The files of one comparison: every VMM boots the same kernel with the same initramfs.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Guest {
     /// Uncompressed ELF kernel.
     pub kernel: PathBuf,
@@ -19,54 +21,106 @@ pub struct Guest {
     pub command_line: String,
     /// MiB of RAM.
     pub memory_mib: u64,
+    /// Processors.
+    pub vcpus: u32,
+    /// The kernel is one that marks its entry and halts: no PID 1 is waited for.
+    pub tiny: bool,
 }
 
 /// One VMM.
 #[derive(Clone, Debug)]
-pub enum Peer {
-    /// Ours: the path of `coffer-vmm`.
-    Coffer(PathBuf),
-    /// QEMU's microvm machine, with the settings of its manual's page on microvm for the shortest start.
-    QemuMicrovm(PathBuf),
+pub struct Peer {
+    kind: Kind,
+    program: PathBuf,
 }
 
 impl Peer {
-    /// Name in tables.
+    /// `None` for what is no VMM.
     #[must_use]
-    pub fn name(&self) -> &'static str {
-        match self {
-            Self::Coffer(_) => "coffer-vmm",
-            Self::QemuMicrovm(_) => "QEMU microvm",
-        }
+    pub fn new(kind: Kind, program: PathBuf) -> Option<Self> {
+        let vmm = matches!(kind, Kind::CofferVmm | Kind::QemuMicrovm | Kind::CloudHypervisor | Kind::Alioth);
+        vmm.then_some(Self { kind, program })
+    }
+
+    /// Which one.
+    #[must_use]
+    pub fn kind(&self) -> Kind {
+        self.kind
     }
 
     /// Program and arguments. `marks` is a fifo to which the VMM writes what the guest marks, `vsock` a free path.
     #[must_use]
     pub fn command(&self, guest: &Guest, marks: &str, vsock: &str) -> Vec<String> {
-        let mut argv = Vec::new();
+        let mut argv = vec![text(&self.program)];
         let mut add = |words: &[&str]| argv.extend(words.iter().map(|w| (*w).to_owned()));
-        match self {
-            Self::Coffer(program) => {
-                add(&[&program.to_string_lossy(), "--image", &guest.image.to_string_lossy()]);
-                add(&["--memory-mib", &guest.memory_mib.to_string(), "--vcpus", "1"]);
-                add(&["--vsock", vsock, "--trace", marks]);
-            }
-            Self::QemuMicrovm(program) => {
-                add(&[&program.to_string_lossy(), "-M"]);
-                add(&["microvm,x-option-roms=off,pit=off,pic=off,isa-serial=off,rtc=off,acpi=off"]);
-                add(&["-accel", "kvm", "-cpu", "host", "-smp", "1", "-m", &guest.memory_mib.to_string()]);
+        let (memory, vcpus) = (guest.memory_mib.to_string(), guest.vcpus.to_string());
+        let (kernel, initramfs) = (text(&guest.kernel), text(&guest.initramfs));
+        match self.kind {
+            // QEMU's manual, "microvm": the shortest start is without legacy devices and option ROMs.
+            Kind::QemuMicrovm => {
+                add(&["-M", "microvm,x-option-roms=off,pit=off,pic=off,isa-serial=off,rtc=off,acpi=off"]);
+                add(&["-accel", "kvm", "-cpu", "host", "-smp", &vcpus, "-m", &memory]);
                 add(&["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]);
-                add(&[
-                    "-kernel",
-                    &guest.kernel.to_string_lossy(),
-                    "-initrd",
-                    &guest.initramfs.to_string_lossy(),
-                ]);
-                add(&["-append", &guest.command_line]);
+                add(&["-kernel", &kernel]);
+                if !guest.tiny {
+                    add(&["-initrd", &initramfs, "-append", &guest.command_line]);
+                }
                 add(&["-chardev", &format!("file,id=marks,path={marks}")]);
                 add(&["-device", &format!("isa-debugcon,iobase={MARK_PORT:#x},chardev=marks")]);
             }
+            // Its log names writes to port 0x80 at level warn.
+            Kind::CloudHypervisor => {
+                add(&["--kernel", &kernel, "--cpus", &format!("boot={vcpus}")]);
+                if !guest.tiny {
+                    add(&["--initramfs", &initramfs, "--cmdline", &guest.command_line]);
+                }
+                add(&["--memory", &format!("size={memory}M"), "--console", "off", "--serial", "off"]);
+                add(&["--log-file", marks]);
+            }
+            // It has no device that passes marks on: only its process and memory can be looked at.
+            Kind::Alioth => {
+                add(&["boot", "--kernel", &kernel, "--memory", &format!("size={memory}M")]);
+                add(&["--cpu", &format!("count={vcpus}")]);
+                if !guest.tiny {
+                    add(&["--initramfs", &initramfs, "--cmdline", &guest.command_line]);
+                }
+            }
+            _ => {
+                add(&["--image", &text(&guest.image), "--memory-mib", &memory, "--vcpus", &vcpus]);
+                add(&["--vsock", vsock, "--trace", marks]);
+            }
         }
         argv
+    }
+}
+
+fn text(path: &Path) -> String {
+    path.to_string_lossy().into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_vmm_gets_the_same_guest() {
+        let guest = Guest {
+            kernel: "K".into(),
+            initramfs: "R".into(),
+            image: "I".into(),
+            command_line: "C".into(),
+            memory_mib: 77,
+            vcpus: 3,
+            tiny: false,
+        };
+        for kind in [Kind::QemuMicrovm, Kind::CloudHypervisor, Kind::Alioth] {
+            let line = Peer::new(kind, "vmm".into()).unwrap().command(&guest, "M", "V").join(" ");
+            for word in ["K", "R", "C", "77", "3"] {
+                assert!(line.split([' ', '=']).any(|w| w.trim_end_matches('M') == word), "{word}: {line}");
+            }
+        }
+        let ours = Peer::new(Kind::CofferVmm, "vmm".into()).unwrap().command(&guest, "M", "V").join(" ");
+        assert_eq!(ours, "vmm --image I --memory-mib 77 --vcpus 3 --vsock V --trace M");
+        assert!(Peer::new(Kind::Crun, "crun".into()).is_none());
     }
 }

@@ -1,0 +1,101 @@
+//! What a process cost: faults, processor time, memory, and what KVM counted for its VM.
+//!
+//! Owns: reading them. Does not own: when. Names say the unit; what has none is a count.
+
+use std::{collections::BTreeMap, fs, io, process::Child};
+
+use crate::memory;
+
+/// Names with values.
+pub type Figures = BTreeMap<String, u64>;
+
+/// CLOCK_MONOTONIC, the clock of our VMM's trace.
+#[must_use]
+pub fn monotonic_ns() -> u64 {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: `time` is a valid timespec; the clock always exists.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut time) };
+    time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
+}
+
+/// Sends a signal to a child that has not been reaped.
+pub fn signal(pid: u32, number: i32) {
+    // SAFETY: sends a signal; a process that is gone is an error that means nothing here.
+    unsafe { libc::kill(pid as i32, number) };
+}
+
+/// Memory of a VMM's process that is alive, and KVM's counters of its VM.
+#[must_use]
+pub fn of_vm(pid: u32, memory_mib: u64) -> Figures {
+    let mut figures = Figures::new();
+    // The kernel may split guest RAM where it is mapped differently; half of it is still longer than anything else.
+    let smaps = fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap_or_default();
+    if !smaps.is_empty() {
+        let resident = memory::split(&smaps, memory_mib.max(2) * 512);
+        figures.insert("vmm-resident-kib".into(), resident.vmm_kib);
+        figures.insert("vmm-private-kib".into(), resident.vmm_private_kib);
+        figures.insert("guest-resident-kib".into(), resident.guest_kib);
+    }
+    let threads = fs::read_dir(format!("/proc/{pid}/task")).map(Iterator::count).unwrap_or(0);
+    figures.insert("threads".into(), threads as u64);
+    for (name, value) in kvm(pid) {
+        figures.insert(format!("kvm-{}", name.replace('_', "-")), value);
+    }
+    figures
+}
+
+/// KVM's counters of the VM that a process made, those over 0 (debugfs: `kvm/PID-FD/NAME`).
+fn kvm(pid: u32) -> Vec<(String, u64)> {
+    let prefix = format!("{pid}-");
+    let entries = fs::read_dir("/sys/kernel/debug/kvm").into_iter().flatten().flatten();
+    let directory = entries
+        .map(|e| e.path())
+        .find(|p| p.file_name().is_some_and(|n| n.to_string_lossy().starts_with(&prefix)));
+    let files = directory.and_then(|d| fs::read_dir(d).ok()).into_iter().flatten().flatten();
+    files
+        .filter_map(|file| {
+            let value = fs::read_to_string(file.path()).ok()?.trim().parse().ok().filter(|v| *v > 0)?;
+            Some((file.file_name().to_string_lossy().into_owned(), value))
+        })
+        .collect()
+}
+
+/// Waits for a child that was told to end, and adds what it used in its life.
+pub fn reap(child: &mut Child, figures: &mut Figures) {
+    let mut status = 0;
+    // SAFETY: an all-zero rusage is one, and the kernel fills it.
+    let mut usage: libc::rusage = unsafe { std::mem::zeroed() };
+    loop {
+        // SAFETY: both outlive the call; the child is ours and nobody else waits for it.
+        let pid = unsafe { libc::wait4(child.id() as i32, &raw mut status, 0, &raw mut usage) };
+        if pid >= 0 || io::Error::last_os_error().kind() != io::ErrorKind::Interrupted {
+            break;
+        }
+    }
+    let microseconds = |t: libc::timeval| t.tv_sec as u64 * 1_000_000 + t.tv_usec as u64;
+    for (name, value) in [
+        ("page-faults", usage.ru_minflt as u64),
+        ("page-faults-with-io", usage.ru_majflt as u64),
+        ("peak-resident-kib", usage.ru_maxrss as u64),
+        ("cpu-user-us", microseconds(usage.ru_utime)),
+        ("cpu-system-us", microseconds(usage.ru_stime)),
+        ("switches-voluntary", usage.ru_nvcsw as u64),
+        ("switches-involuntary", usage.ru_nivcsw as u64),
+    ] {
+        figures.insert(name.into(), value);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::process::Command;
+
+    #[test]
+    fn a_child_has_used_something() {
+        let mut child = Command::new("sh").args(["-c", "exit 0"]).spawn().unwrap();
+        let mut figures = of_vm(child.id(), 128);
+        reap(&mut child, &mut figures);
+        assert!(figures["page-faults"] > 10 && figures["peak-resident-kib"] > 100, "{figures:?}");
+    }
+}

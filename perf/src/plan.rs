@@ -1,0 +1,302 @@
+//! What is run: a small TOML file, checked before anything starts.
+//!
+//! Owns: the file's format and the cells it stands for. Does not own: how a cell is run.
+//!
+//! Every list is multiplied with every other. Paths are relative to the repository's root, from which `perf/run` starts.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+/// What is wrong with a plan.
+#[derive(Debug, Error)]
+pub enum PlanError {
+    /// Not TOML, or not these fields.
+    #[error("plan: {0}")]
+    Format(#[from] toml::de::Error),
+    /// Fields that mean nothing together.
+    #[error("plan: {0}")]
+    Meaning(String),
+}
+
+/// A start's class. Classes are never put into one sample.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Class {
+    /// The host's page cache is dropped before every round.
+    Cold,
+    /// The page cache holds every file.
+    Warm,
+    /// Restored from a snapshot.
+    Template,
+}
+
+impl Class {
+    /// In tables and file names.
+    #[must_use]
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Cold => "cold",
+            Self::Warm => "warm",
+            Self::Template => "template",
+        }
+    }
+}
+
+/// What starts something.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Kind {
+    /// Our VMM.
+    CofferVmm,
+    /// QEMU's microvm machine.
+    QemuMicrovm,
+    /// alioth-cli from crates.io.
+    Alioth,
+    /// Cloud Hypervisor, when a path is given.
+    CloudHypervisor,
+    /// Our runtime with a container.
+    Coffer,
+    /// crun with a container.
+    Crun,
+    /// runc with a container.
+    Runc,
+    /// gVisor with a container.
+    Runsc,
+}
+
+impl Kind {
+    /// As in plans.
+    #[must_use]
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::CofferVmm => "coffer-vmm",
+            Self::QemuMicrovm => "qemu-microvm",
+            Self::Alioth => "alioth",
+            Self::CloudHypervisor => "cloud-hypervisor",
+            Self::Coffer => "coffer",
+            Self::Crun => "crun",
+            Self::Runc => "runc",
+            Self::Runsc => "runsc",
+        }
+    }
+
+    /// It starts a container, not only a VM.
+    #[must_use]
+    pub fn is_container_runtime(self) -> bool {
+        matches!(self, Self::Coffer | Self::Crun | Self::Runc | Self::Runsc)
+    }
+}
+
+/// A runtime with its program.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Runtime {
+    /// Which one.
+    pub kind: Kind,
+    /// Its program; a name without a slash is looked up in PATH.
+    pub program: PathBuf,
+}
+
+/// What a VM boots: every VMM the same kernel and initramfs.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Image {
+    /// Name in tables.
+    pub name: String,
+    /// The IGVM image made of the two files below.
+    pub igvm: PathBuf,
+    /// Uncompressed ELF kernel.
+    pub kernel: PathBuf,
+    /// The initramfs.
+    pub initramfs: PathBuf,
+    /// A file with the kernel's command line, without the devices of our machine.
+    pub command_line: PathBuf,
+}
+
+/// A checked plan.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Plan {
+    /// Name in tables.
+    pub name: String,
+    /// Measured starts of each cell.
+    pub repetitions: usize,
+    /// Rounds before them that are thrown away.
+    #[serde(default = "one")]
+    pub warm_up: usize,
+    /// Seconds that one start may take.
+    #[serde(default = "limit")]
+    pub time_limit_s: u64,
+    /// Classes.
+    pub classes: Vec<Class>,
+    /// MiB of RAM of a guest.
+    pub memory_mib: Vec<u64>,
+    /// Processors of a guest.
+    #[serde(default = "one_vcpu")]
+    pub vcpus: Vec<u32>,
+    /// Starts at the same time.
+    #[serde(default = "one_at_a_time")]
+    pub parallel: Vec<usize>,
+    /// What starts them. The first one is what the others are compared with.
+    pub runtime: Vec<Runtime>,
+    /// What VMs boot. A container runtime takes none of them.
+    #[serde(default)]
+    pub image: Vec<Image>,
+}
+
+fn one() -> usize {
+    1
+}
+
+fn limit() -> u64 {
+    60
+}
+
+fn one_vcpu() -> Vec<u32> {
+    vec![1]
+}
+
+fn one_at_a_time() -> Vec<usize> {
+    vec![1]
+}
+
+/// One combination, without the runtime: these are run in turns.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Cell<'a> {
+    /// Its class.
+    pub class: Class,
+    /// The image, none for containers.
+    pub image: Option<&'a Image>,
+    /// MiB of RAM.
+    pub memory_mib: u64,
+    /// Processors.
+    pub vcpus: u32,
+    /// Starts at the same time.
+    pub parallel: usize,
+    /// Who takes part.
+    pub runtimes: Vec<&'a Runtime>,
+}
+
+impl Plan {
+    /// Reads and checks.
+    ///
+    /// # Errors
+    /// [`PlanError`], naming the field.
+    pub fn parse(text: &str) -> Result<Self, PlanError> {
+        let plan: Self = toml::from_str(text)?;
+        let wrong = |words: &str| Err(PlanError::Meaning(words.to_owned()));
+        if !(1..=100_000).contains(&plan.repetitions) {
+            return wrong("repetitions: 1 to 100000");
+        }
+        if plan.classes.contains(&Class::Template) {
+            return wrong("classes: no runtime here starts from a template yet: take cold and warm");
+        }
+        if plan.classes.is_empty() || plan.memory_mib.is_empty() || plan.vcpus.is_empty() {
+            return wrong("classes, memory_mib and vcpus want one value each at least");
+        }
+        if plan.parallel.iter().any(|n| !(1..=256).contains(n)) || plan.parallel.is_empty() {
+            return wrong("parallel: numbers from 1 to 256");
+        }
+        if plan.runtime.is_empty() {
+            return wrong("[[runtime]] is missing");
+        }
+        if plan.image.is_empty() && plan.runtime.iter().any(|r| !r.kind.is_container_runtime()) {
+            return wrong("a VMM wants an [[image]]");
+        }
+        Ok(plan)
+    }
+
+    /// All cells, in the plan's order.
+    #[must_use]
+    pub fn cells(&self) -> Vec<Cell<'_>> {
+        let mut cells = Vec::new();
+        let (containers, vmms): (Vec<_>, Vec<_>) =
+            self.runtime.iter().partition(|r| r.kind.is_container_runtime());
+        for &class in &self.classes {
+            for &parallel in &self.parallel {
+                for &memory_mib in &self.memory_mib {
+                    for &vcpus in &self.vcpus {
+                        let cell = |image, runtimes: &Vec<&'_ Runtime>| Cell {
+                            class,
+                            image,
+                            memory_mib,
+                            vcpus,
+                            parallel,
+                            runtimes: runtimes.iter().map(|r| &self.runtime[self.index(r)]).collect(),
+                        };
+                        if !vmms.is_empty() {
+                            cells.extend(self.image.iter().map(|image| cell(Some(image), &vmms)));
+                        }
+                        if !containers.is_empty() {
+                            cells.push(cell(None, &containers));
+                        }
+                    }
+                }
+            }
+        }
+        cells
+    }
+
+    fn index(&self, runtime: &Runtime) -> usize {
+        self.runtime.iter().position(|r| r == runtime).unwrap_or(0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const TEXT: &str = r#"
+        name = "x"
+        repetitions = 3
+        classes = ["cold", "warm"]
+        memory_mib = [128, 256]
+        parallel = [1, 4]
+        [[runtime]]
+        kind = "coffer-vmm"
+        program = "a"
+        [[runtime]]
+        kind = "crun"
+        program = "crun"
+        [[image]]
+        name = "up"
+        igvm = "i"
+        kernel = "k"
+        initramfs = "r"
+        command_line = "c"
+    "#;
+
+    #[test]
+    fn lists_are_multiplied_and_containers_have_cells_of_their_own() {
+        let plan = Plan::parse(TEXT).unwrap();
+        let cells = plan.cells();
+        assert_eq!(cells.len(), 2 * 2 * 2 * 2);
+        let kinds = |c: &Cell<'_>| c.runtimes.iter().map(|r| r.kind).collect::<Vec<_>>();
+        assert_eq!((kinds(&cells[0]), cells[0].image.is_some()), (vec![Kind::CofferVmm], true));
+        assert_eq!((kinds(&cells[1]), cells[1].image.is_some()), (vec![Kind::Crun], false));
+    }
+
+    #[test]
+    fn what_cannot_be_run_is_refused_with_the_field() {
+        for (from, to, words) in [
+            ("repetitions = 3", "repetitions = 0", "repetitions"),
+            ("\"cold\", \"warm\"", "\"template\"", "template"),
+            ("[1, 4]", "[0]", "parallel"),
+            ("kind = \"crun\"", "kind = \"krun\"", "krun"),
+            ("name = \"x\"", "name = \"x\"\nspeed = 1", "speed"),
+        ] {
+            let error = Plan::parse(&TEXT.replace(from, to)).unwrap_err().to_string();
+            assert!(error.contains(words), "{error}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_text_is_a_plan_or_an_error(text in "\\PC*") {
+            let _ = Plan::parse(&text);
+        }
+    }
+}

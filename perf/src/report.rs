@@ -1,0 +1,262 @@
+//! From records to tables and plots.
+//!
+//! Owns: what is shown. Does not own: what was measured, and how a plot is drawn.
+
+use std::{collections::BTreeMap, fmt::Write, fs, io, path::Path};
+
+use coffer_chart::{Bar, Curve, bars, cdf, lines};
+
+use crate::{
+    fingerprint::Fingerprint,
+    plan::Kind,
+    record::{Group, Record, Window},
+    stats::{Samples, ratio},
+};
+
+/// Records of one group by runtime, in the order in which they first appear.
+type Runtimes<'a> = Vec<(Kind, Vec<&'a Record>)>;
+
+fn grouped(records: &[Record]) -> BTreeMap<Group, Runtimes<'_>> {
+    let mut groups: BTreeMap<Group, Runtimes<'_>> = BTreeMap::new();
+    for record in records {
+        let runtimes = groups.entry(record.group()).or_default();
+        match runtimes.iter_mut().find(|(kind, _)| *kind == record.runtime) {
+            Some((_, list)) => list.push(record),
+            None => runtimes.push((record.runtime, vec![record])),
+        }
+    }
+    for runtimes in groups.values_mut() {
+        runtimes.sort_by_key(|(kind, _)| *kind);
+    }
+    groups
+}
+
+fn window(records: &[&Record], window: Window) -> Option<Samples> {
+    Samples::new(records.iter().filter_map(|r| r.windows.get(&window).copied()).collect())
+}
+
+/// The whole summary as Markdown. Times are left out when instructions were counted: the plugin slows everything down.
+#[must_use]
+pub fn summary(name: &str, print: &Fingerprint, records: &[Record], counted: bool) -> String {
+    let mut text = format!("# {name}\n\n");
+    for (group, runtimes) in grouped(records) {
+        let _ = writeln!(text, "## {}\n", group.words());
+        if !counted {
+            times(&mut text, &runtimes);
+        }
+        figures(&mut text, &runtimes);
+    }
+    let _ = writeln!(text, "## Machine\n");
+    for (key, value) in print {
+        let _ = writeln!(text, "- {key}: {value}");
+    }
+    text
+}
+
+fn times(text: &mut String, runtimes: &Runtimes<'_>) {
+    let Some((base_kind, base)) = runtimes.first() else { return };
+    let _ = writeln!(
+        text,
+        "| window | runtime | n | p50 ms | p90 | p99 | max | {} / it, 95 % interval |\n|---|---|---|---|---|---|---|---|",
+        base_kind.word()
+    );
+    for which in Window::ALL {
+        for (kind, records) in runtimes {
+            let Some(samples) = window(records, which) else { continue };
+            let against = window(base, which).filter(|_| kind != base_kind).map(|b| ratio(&b, &samples));
+            let against =
+                against.map_or("–".to_owned(), |r| format!("{:.2} [{:.2}–{:.2}]", r.value, r.low, r.high));
+            let p = |percent| samples.percentile(percent);
+            let _ = writeln!(
+                text,
+                "| {} | {} | {} | {:.1} | {:.1} | {:.1} | {:.1} | {against} |",
+                which.words(),
+                kind.word(),
+                samples.count(),
+                p(50.0),
+                p(90.0),
+                p(99.0),
+                samples.max()
+            );
+        }
+    }
+    let _ = writeln!(text);
+}
+
+/// Medians with the smallest and the largest.
+fn figures(text: &mut String, runtimes: &Runtimes<'_>) {
+    let mut names: Vec<&String> =
+        runtimes.iter().flat_map(|(_, l)| l.iter().flat_map(|r| r.figures.keys())).collect();
+    names.sort();
+    names.dedup();
+    let _ = write!(text, "| figure, median [min–max] |");
+    runtimes.iter().for_each(|(kind, _)| text.push_str(&format!(" {} |", kind.word())));
+    let _ = writeln!(text, "\n|---|{}", "---|".repeat(runtimes.len()));
+    for name in names {
+        let _ = write!(text, "| {name} |");
+        for (_, records) in runtimes {
+            let values = records.iter().filter_map(|r| r.figures.get(name)).map(|v| *v as f64).collect();
+            let cell = Samples::new(values).map_or("–".to_owned(), |s| {
+                if s.min() == s.max() {
+                    format!("{:.0}", s.min())
+                } else {
+                    format!("{:.0} [{:.0}–{:.0}]", s.median(), s.min(), s.max())
+                }
+            });
+            let _ = write!(text, " {cell} |");
+        }
+        let _ = writeln!(text);
+    }
+    let _ = writeln!(text);
+}
+
+/// Writes all plots that the records allow into a directory; the names of the files.
+///
+/// # Errors
+/// The system's.
+pub fn plots(directory: &Path, records: &[Record]) -> io::Result<Vec<String>> {
+    let mut files = Vec::new();
+    let mut write = |name: String, svg: String| {
+        files.push(name.clone());
+        fs::write(directory.join(name), svg)
+    };
+    let groups = grouped(records);
+    for (group, runtimes) in &groups {
+        let which = if group.image.is_empty() { Window::Output } else { Window::Pid1 };
+        let which = if runtimes.iter().any(|(_, l)| window(l, which).is_some()) {
+            which
+        } else {
+            Window::KernelEntry
+        };
+        let curves: Vec<Curve> = runtimes
+            .iter()
+            .map(|(kind, list)| {
+                let samples: Vec<f64> = list.iter().filter_map(|r| r.windows.get(&which).copied()).collect();
+                Curve::of_samples(kind.word(), &samples)
+            })
+            .collect();
+        let title = format!("{}: {}", which.words(), group.words());
+        write(format!("cdf-{}.svg", group.file_name()), cdf(&title, "ms", &curves))?;
+    }
+    let stacked: Vec<Bar> = groups.iter().flat_map(|(group, runtimes)| stage_bars(group, runtimes)).collect();
+    if !stacked.is_empty() {
+        write(
+            "stages.svg".into(),
+            bars("Where the time goes, median of each stage", "ms from exec of the VMM", &stacked),
+        )?;
+    }
+    let slopes = slopes(&groups);
+    if !slopes.is_empty() {
+        let svg = lines(
+            "Starts at the same time: until the last guest is at PID 1, p50",
+            "starts at the same time",
+            "ms",
+            &slopes,
+        );
+        write("parallel.svg".into(), svg)?;
+    }
+    Ok(files)
+}
+
+/// A bar for each runtime whose stages are known; for the others one part up to PID 1.
+fn stage_bars(group: &Group, runtimes: &Runtimes<'_>) -> Vec<Bar> {
+    let bar = |(kind, list): &(Kind, Vec<&Record>)| {
+        let name = format!("{} {} {} MiB", kind.word(), group.image, group.memory_mib);
+        let names: Vec<&str> = list.first()?.stages.iter().map(|s| s.stage.as_str()).collect();
+        let mut parts = Vec::new();
+        for (index, stage) in names.iter().enumerate() {
+            let length = |r: &&Record| {
+                let at = |i: usize| r.stages.get(i).map(|s| s.ms);
+                Some(at(index)? - if index == 0 { 0.0 } else { at(index - 1)? })
+            };
+            let samples = Samples::new(list.iter().filter_map(length).collect())?;
+            parts.push((format!("→ {stage}"), samples.median()));
+        }
+        if parts.is_empty() {
+            parts.push((Window::Pid1.words().to_owned(), window(list, Window::Pid1)?.median()));
+        }
+        Some(Bar { name, parts })
+    };
+    if group.parallel == 1 { runtimes.iter().filter_map(bar).collect() } else { Vec::new() }
+}
+
+/// For each runtime: number of parallel starts → median over rounds of the slowest of them.
+fn slopes(groups: &BTreeMap<Group, Runtimes<'_>>) -> Vec<Curve> {
+    let mut curves: BTreeMap<String, Vec<(f64, f64)>> = BTreeMap::new();
+    for (group, runtimes) in groups {
+        for (kind, list) in runtimes {
+            let mut slowest: BTreeMap<usize, f64> = BTreeMap::new();
+            for record in list {
+                if let Some(ms) = record.windows.get(&Window::Pid1).or(record.windows.get(&Window::Output)) {
+                    let most = slowest.entry(record.round).or_insert(0.0);
+                    *most = most.max(*ms);
+                }
+            }
+            if let Some(samples) = Samples::new(slowest.into_values().collect()) {
+                let name = format!(
+                    "{} {} {} {} MiB",
+                    kind.word(),
+                    group.image,
+                    group.class.word(),
+                    group.memory_mib
+                );
+                curves.entry(name).or_default().push((group.parallel as f64, samples.median()));
+            }
+        }
+    }
+    let mut curves: Vec<Curve> = curves
+        .into_iter()
+        .filter(|(_, p)| p.len() > 1)
+        .map(|(name, points)| Curve { name, points })
+        .collect();
+    curves.iter_mut().for_each(|c| c.points.sort_by(|a, b| a.0.total_cmp(&b.0)));
+    curves
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{plan::Class, record::Stage};
+
+    fn record(runtime: Kind, round: usize, parallel: usize, ms: f64) -> Record {
+        Record {
+            sequence: 0,
+            runtime,
+            image: "up".into(),
+            class: Class::Warm,
+            memory_mib: 128,
+            vcpus: 1,
+            parallel,
+            round,
+            windows: [(Window::Pid1, ms)].into(),
+            stages: vec![Stage { stage: "init-entry".into(), ms }],
+            figures: [("page-faults".to_owned(), round as u64)].into(),
+        }
+    }
+
+    #[test]
+    fn a_table_compares_within_a_group_only() {
+        let records: Vec<Record> = (1..=3)
+            .flat_map(|n| {
+                let n64 = n as f64;
+                [
+                    record(Kind::CofferVmm, n, 1, 10.0 + n64),
+                    record(Kind::QemuMicrovm, n, 1, 20.0 + 2.0 * n64),
+                    record(Kind::CofferVmm, n, 4, 40.0 + n64),
+                ]
+            })
+            .collect();
+        let text = summary("x", &Fingerprint::new(), &records, false);
+        assert!(text.contains("| exec → PID 1 | qemu-microvm | 3 | 24.0 |"), "{text}");
+        assert!(text.contains("| 0.50 [0."), "{text}");
+        assert!(text.contains("warm, 128 MiB, 1 vCPU, 4 at once"), "{text}");
+        assert!(text.contains("| page-faults | 2 [1–3] | 2 [1–3] |"), "{text}");
+        assert!(!summary("x", &Fingerprint::new(), &records, true).contains("p50 ms"));
+        let directory = tempfile::tempdir().unwrap();
+        let files = plots(directory.path(), &records).unwrap();
+        assert!(
+            files.contains(&"parallel.svg".to_owned()) && files.contains(&"stages.svg".to_owned()),
+            "{files:?}"
+        );
+    }
+}

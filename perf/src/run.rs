@@ -1,0 +1,170 @@
+//! A plan's starts, in turns.
+//!
+//! Owns: order, classes, scratch directories. Does not own: one start (`boot`, `container`).
+
+use std::{
+    fs,
+    io::{self, Write},
+    path::{Path, PathBuf},
+    thread,
+    time::Duration,
+};
+
+use thiserror::Error;
+
+use crate::{
+    boot::{self, BootError, Started},
+    container,
+    peers::{Guest, Peer},
+    plan::{Cell, Class, Image, Plan, Runtime},
+    record::Record,
+};
+
+/// A run cannot go on.
+#[derive(Debug, Error)]
+pub enum RunError {
+    /// A start gave no figure.
+    #[error("{runtime}: {source}")]
+    Start {
+        /// Which runtime.
+        runtime: &'static str,
+        /// Why.
+        source: BootError,
+    },
+    /// The operating system refused something.
+    #[error("{stage}: {source}")]
+    System {
+        /// What was being done.
+        stage: String,
+        /// Its answer.
+        source: io::Error,
+    },
+}
+
+fn system(stage: impl Into<String>) -> impl FnOnce(io::Error) -> RunError {
+    move |source| RunError::System { stage: stage.into(), source }
+}
+
+/// Runs all of a plan and writes each record to `raw` when it is known. Warm-ups are run and not written.
+///
+/// # Errors
+/// The first start that gives no figure ends the run: a sample without its failures would lie.
+pub fn run(plan: &Plan, stamp: &Path, scratch: &Path, raw: &mut impl Write) -> Result<Vec<Record>, RunError> {
+    let mut records = Vec::new();
+    let mut sequence = 0;
+    let limit = Duration::from_secs(plan.time_limit_s);
+    for cell in plan.cells() {
+        for round in 0..plan.warm_up + plan.repetitions {
+            for turn in 0..cell.runtimes.len() {
+                // Each round another one begins, so that nobody always follows the same neighbour.
+                let runtime = cell.runtimes[(turn + round) % cell.runtimes.len()];
+                if cell.class == Class::Cold {
+                    drop_caches()?;
+                }
+                let started = starts(runtime, &cell, stamp, scratch, limit)?;
+                for started in started {
+                    if round >= plan.warm_up {
+                        let record = to_record(&cell, runtime, sequence, round - plan.warm_up + 1, started);
+                        let line = serde_json::to_string(&record).map_err(io::Error::from);
+                        let line = line.map_err(system("write a record"))?;
+                        writeln!(raw, "{line}").map_err(system("write raw.jsonl"))?;
+                        records.push(record);
+                    }
+                    sequence += 1;
+                }
+            }
+        }
+    }
+    Ok(records)
+}
+
+fn to_record(cell: &Cell<'_>, runtime: &Runtime, sequence: usize, round: usize, started: Started) -> Record {
+    Record {
+        sequence,
+        runtime: runtime.kind,
+        image: cell.image.map(|i| i.name.clone()).unwrap_or_default(),
+        class: cell.class,
+        memory_mib: cell.memory_mib,
+        vcpus: cell.vcpus,
+        parallel: cell.parallel,
+        round,
+        windows: started.windows,
+        stages: started.stages,
+        figures: started.figures,
+    }
+}
+
+/// All starts of one runtime in one round, at the same time when the cell says so.
+fn starts(
+    runtime: &Runtime,
+    cell: &Cell<'_>,
+    stamp: &Path,
+    scratch: &Path,
+    limit: Duration,
+) -> Result<Vec<Started>, RunError> {
+    let one = |index: usize| -> Result<Started, RunError> {
+        let directory = scratch.join(index.to_string());
+        fs::create_dir(&directory).map_err(system(format!("make {}", directory.display())))?;
+        let started = start(runtime, cell, stamp, &directory, index, limit);
+        fs::remove_dir_all(&directory).map_err(system(format!("remove {}", directory.display())))?;
+        started.map_err(|source| RunError::Start { runtime: runtime.kind.word(), source })
+    };
+    if cell.parallel == 1 {
+        return Ok(vec![one(0)?]);
+    }
+    thread::scope(|scope| {
+        let threads: Vec<_> = (0..cell.parallel).map(|i| scope.spawn(move || one(i))).collect();
+        let panicked = |_| system("a start's thread")(io::Error::other("it panicked"));
+        threads.into_iter().map(|t| t.join().map_err(panicked)?).collect()
+    })
+}
+
+fn start(
+    runtime: &Runtime,
+    cell: &Cell<'_>,
+    stamp: &Path,
+    directory: &Path,
+    index: usize,
+    limit: Duration,
+) -> Result<Started, BootError> {
+    match (cell.image, Peer::new(runtime.kind, runtime.program.clone())) {
+        (Some(image), Some(peer)) => {
+            let guest = guest(image, cell, directory)?;
+            boot::measure(&peer, &guest, directory, limit)
+        }
+        _ => {
+            let trace = directory.join("trace");
+            container::make_bundle(&directory.join("bundle"), stamp, &trace)?;
+            let id = format!("bench-{}-{index}", std::process::id());
+            container::measure(runtime.kind, &runtime.program, directory, &id, limit)
+        }
+    }
+}
+
+/// The name of the image whose kernel this harness makes itself.
+pub const TINY: &str = "tiny";
+
+fn guest(image: &Image, cell: &Cell<'_>, directory: &Path) -> Result<Guest, BootError> {
+    let tiny = image.name == TINY;
+    let kernel: PathBuf = if tiny { directory.join("kernel") } else { image.kernel.clone() };
+    if tiny {
+        boot::write_tiny_kernel(&kernel)?;
+    }
+    let command_line =
+        fs::read_to_string(&image.command_line).map_err(boot::system("read the command line"))?;
+    Ok(Guest {
+        kernel,
+        initramfs: image.initramfs.clone(),
+        image: image.igvm.clone(),
+        command_line: command_line.trim().to_owned(),
+        memory_mib: cell.memory_mib,
+        vcpus: cell.vcpus,
+        tiny,
+    })
+}
+
+fn drop_caches() -> Result<(), RunError> {
+    // SAFETY: writes dirty pages back; nothing else.
+    unsafe { libc::sync() };
+    fs::write("/proc/sys/vm/drop_caches", "3").map_err(system("drop the page cache (class cold needs root)"))
+}
