@@ -1,0 +1,246 @@
+//! The entries of initdata that configure: `aa.toml`, `cdh.toml`, and Coffer's own `coffer.toml`.
+//!
+//! Owns: the fields that a guest of ours obeys, under upstream's names. Unknown fields are upstream's daemons' business
+//! and are passed over; in `coffer.toml` they are refused.
+
+use serde::Deserialize;
+use thiserror::Error;
+
+use crate::{initdata::Initdata, key::KeyAlgorithm};
+
+/// An entry that cannot be read.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+pub enum ConfigError {
+    /// Not of the form.
+    #[error("initdata: {entry}: {message}")]
+    Form {
+        /// Entry of initdata.
+        entry: &'static str,
+        /// What is wrong.
+        message: String,
+    },
+    /// Two entries contradict each other.
+    #[error("initdata: aa.toml says the KBS is {aa}, cdh.toml says {cdh}: name one")]
+    TwoKbs {
+        /// From `aa.toml`.
+        aa: String,
+        /// From `cdh.toml`.
+        cdh: String,
+    },
+}
+
+/// Where the KBS is and how it is known.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Kbs {
+    /// Base URL.
+    pub url: String,
+    /// PEM certificates to trust, and no others. Without them the system's would be trusted, and a guest has none.
+    pub certificate: Option<String>,
+    /// Kind of TEE key.
+    pub key: KeyAlgorithm,
+}
+
+/// A resource to fetch into a file at boot.
+#[derive(Clone, Debug, Deserialize, PartialEq, Eq)]
+pub struct Credential {
+    /// Absolute path below `/run/confidential-containers/cdh/`.
+    pub path: String,
+    /// `kbs:///…`.
+    pub resource_uri: String,
+}
+
+/// `[image]` of `cdh.toml`, for the layer pipeline.
+#[derive(Clone, Debug, Default, Deserialize, PartialEq, Eq)]
+#[serde(default)]
+pub struct Image {
+    /// Where containers-policy.json(5) is: `kbs:///…` or a file.
+    pub image_security_policy_uri: Option<String>,
+    /// That file's text itself.
+    pub image_security_policy: Option<String>,
+    /// Where the registry credentials are.
+    pub authenticated_registry_credentials_uri: Option<String>,
+    /// PEM certificates that registries may use.
+    pub extra_root_certificates: Vec<String>,
+}
+
+/// `coffer.toml`: what upstream has no name for.
+#[derive(Clone, Debug, Default, Deserialize, PartialEq, Eq)]
+#[serde(default, deny_unknown_fields)]
+pub struct Coffer {
+    /// Serve `/aa/token` and `/aa/evidence` to the workload. Upstream has this as a word of the kernel's command line.
+    pub attestation_api: bool,
+    /// Speak plain HTTP with the KBS: whoever is between can then make the guest use a wrong secret, not read one.
+    pub allow_plain_http: bool,
+}
+
+/// All of it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Config {
+    /// The KBS, when one is named.
+    pub kbs: Option<Kbs>,
+    /// Files to fetch at boot.
+    pub credentials: Vec<Credential>,
+    /// For the layer pipeline.
+    pub image: Image,
+    /// Our own.
+    pub coffer: Coffer,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct AaToml {
+    token_configs: TokenConfigs,
+    tee_key_algorithm: Option<KeyAlgorithm>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct TokenConfigs {
+    kbs: Option<TokenKbs>,
+}
+
+#[derive(Deserialize)]
+struct TokenKbs {
+    url: String,
+    #[serde(default)]
+    cert: Option<String>,
+    #[serde(default)]
+    tee_key_algorithm: Option<KeyAlgorithm>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct CdhToml {
+    kbc: Option<Kbc>,
+    credentials: Vec<Credential>,
+    image: Image,
+}
+
+#[derive(Deserialize)]
+struct Kbc {
+    name: String,
+    #[serde(default)]
+    url: String,
+    #[serde(default)]
+    kbs_cert: Option<String>,
+}
+
+fn read<T: Default + serde::de::DeserializeOwned>(
+    initdata: &Initdata,
+    entry: &'static str,
+) -> Result<T, ConfigError> {
+    let Some(text) = initdata.entry(entry) else { return Ok(T::default()) };
+    toml::from_str(text).map_err(|e| ConfigError::Form { entry, message: e.message().to_owned() })
+}
+
+impl Config {
+    /// Reads the three entries.
+    ///
+    /// # Errors
+    /// [`ConfigError`].
+    pub fn from_initdata(initdata: &Initdata) -> Result<Self, ConfigError> {
+        let aa: AaToml = read(initdata, "aa.toml")?;
+        let cdh: CdhToml = read(initdata, "cdh.toml")?;
+        let coffer = read(initdata, "coffer.toml")?;
+        let algorithm = aa.tee_key_algorithm;
+        let from_aa = aa.token_configs.kbs.map(|kbs| Kbs {
+            url: base(&kbs.url),
+            certificate: kbs.cert,
+            key: kbs.tee_key_algorithm.or(algorithm).unwrap_or_default(),
+        });
+        let from_cdh = match cdh.kbc {
+            Some(kbc) if kbc.name == "cc_kbc" => Some(Kbs {
+                url: base(&kbc.url),
+                certificate: kbc.kbs_cert,
+                key: algorithm.unwrap_or_default(),
+            }),
+            Some(kbc) => {
+                let message = format!("kbc.name {:?} is not supported: use cc_kbc", kbc.name);
+                return Err(ConfigError::Form { entry: "cdh.toml", message });
+            }
+            None => None,
+        };
+        let kbs = match (from_aa, from_cdh) {
+            (Some(aa), Some(cdh)) if aa.url != cdh.url => {
+                return Err(ConfigError::TwoKbs { aa: aa.url, cdh: cdh.url });
+            }
+            (Some(aa), Some(cdh)) => Some(Kbs { certificate: aa.certificate.or(cdh.certificate), ..aa }),
+            (aa, cdh) => aa.or(cdh),
+        };
+        Ok(Self { kbs, credentials: cdh.credentials, image: cdh.image, coffer })
+    }
+}
+
+fn base(url: &str) -> String {
+    url.trim_end_matches('/').to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn initdata(entries: &[(&str, &str)]) -> Initdata {
+        let mut text = String::from("version = \"0.1.0\"\nalgorithm = \"sha256\"\n[data]\n");
+        for (name, entry) in entries {
+            text += &format!("\"{name}\" = '''\n{entry}'''\n");
+        }
+        Initdata::parse(text.as_bytes()).unwrap()
+    }
+
+    fn config(entries: &[(&str, &str)]) -> Result<Config, ConfigError> {
+        Config::from_initdata(&initdata(entries))
+    }
+
+    #[test]
+    fn upstreams_files_are_read() {
+        let config = config(&[
+            (
+                "aa.toml",
+                "[token_configs]\n[token_configs.coco_as]\nurl = 'http://as'\n[token_configs.kbs]\nurl = 'https://kbs:8080/'\ncert = 'PEM'\n[eventlog_config]\ninit_pcr = 17\n",
+            ),
+            (
+                "cdh.toml",
+                "socket = 'unix:///x'\n[kbc]\nname = 'cc_kbc'\nurl = 'https://kbs:8080'\n[[credentials]]\npath = '/run/confidential-containers/cdh/a'\nresource_uri = 'kbs:///a/b/c'\n[image]\nimage_security_policy_uri = 'kbs:///default/security-policy/test'\n",
+            ),
+        ])
+        .unwrap();
+        let kbs = config.kbs.unwrap();
+        assert_eq!((kbs.url.as_str(), kbs.certificate.as_deref()), ("https://kbs:8080", Some("PEM")));
+        assert_eq!(kbs.key, KeyAlgorithm::P256);
+        assert_eq!(config.credentials[0].resource_uri, "kbs:///a/b/c");
+        assert!(config.image.image_security_policy_uri.is_some());
+        assert!(!config.coffer.attestation_api && !config.coffer.allow_plain_http);
+    }
+
+    #[test]
+    fn without_entries_there_is_no_kbs() {
+        assert_eq!(config(&[]).unwrap(), Config::default());
+    }
+
+    #[test]
+    fn contradictions_and_unknown_words_of_ours_are_named() {
+        let two = config(&[
+            ("aa.toml", "[token_configs.kbs]\nurl = 'http://a'\n"),
+            ("cdh.toml", "[kbc]\nname = 'cc_kbc'\nurl = 'http://b'\n"),
+        ]);
+        assert!(matches!(two, Err(ConfigError::TwoKbs { .. })));
+        let message = config(&[("coffer.toml", "atestation_api = true\n")]).unwrap_err().to_string();
+        assert!(message.contains("coffer.toml") && message.contains("atestation_api"), "{message}");
+        let offline = config(&[("cdh.toml", "[kbc]\nname = 'offline_fs_kbc'\n")]).unwrap_err().to_string();
+        assert!(offline.contains("offline_fs_kbc"));
+    }
+
+    #[test]
+    fn a_key_of_another_kind_is_asked_for_by_its_name() {
+        let text = "[token_configs.kbs]\nurl = 'http://a'\ntee_key_algorithm = 'ECDH-ES+A256KW-P521'\n";
+        assert_eq!(config(&[("aa.toml", text)]).unwrap().kbs.unwrap().key, KeyAlgorithm::P521);
+    }
+
+    proptest! {
+        #[test]
+        fn any_entry_is_read_or_refused(text in "[a-z_=\\[\\]\"\n .]{0,120}") {
+            let _ = config(&[("aa.toml", &text), ("cdh.toml", &text), ("coffer.toml", &text)]);
+        }
+    }
+}

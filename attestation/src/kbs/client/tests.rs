@@ -1,0 +1,214 @@
+//! The state machine against answers made by hand: no server of ours decides what is right here.
+
+use super::*;
+use crate::{
+    evidence::{Attesters, Sample},
+    jwe::encrypt,
+    jws::sign,
+};
+use proptest::prelude::*;
+use serde_json::json;
+
+fn client(credential: Credential) -> Client {
+    Client::new("sample", KeyAlgorithm::P256, Some("initdata text".into()), credential).unwrap()
+}
+
+fn answer(status: u16, body: Value) -> Response {
+    Response { status, headers: Vec::new(), body: body.to_string().into_bytes() }
+}
+
+fn challenge() -> Response {
+    let mut response =
+        answer(200, json!({ "nonce": crate::encoding::to_base64(&[1; 32]), "extra-params": "" }));
+    response.headers.push(("Set-Cookie".into(), "kbs-session-id=00ff; Expires=Thu, 01 Jan 2026".into()));
+    response
+}
+
+fn token() -> Response {
+    let TeeKey::P256(key) = TeeKey::generate(KeyAlgorithm::P256).unwrap() else { unreachable!() };
+    answer(200, json!({ "token": sign(&key, json!({ "alg": "ES256" }).as_object().unwrap(), b"{}") }))
+}
+
+fn refusal(variant: &str, detail: &str) -> Response {
+    let kind = format!("https://github.com/confidential-containers/kbs/errors/{variant}");
+    answer(401, json!({ "type": kind, "detail": detail }))
+}
+
+fn uri() -> ResourceUri {
+    "kbs:///one/2/trois".parse().unwrap()
+}
+
+/// Drives with a server that is a function; gives the paths that were asked, waits as `wait`.
+fn drive(
+    client: &mut Client,
+    mut server: impl FnMut(&Request, &Client) -> Result<Response, String>,
+) -> (Vec<String>, Result<Outcome, ClientError>) {
+    let mut asked = Vec::new();
+    let mut attesters = Attesters::of(Sample);
+    for _ in 0..200 {
+        match client.step() {
+            Step::Send(request) => {
+                asked.push(request.path.clone());
+                match server(&request, client) {
+                    Ok(response) => client.received(&response),
+                    Err(message) => client.failed(&message),
+                }
+            }
+            Step::Measure(nonce) => {
+                let evidence = attesters.collect(&nonce, &client.key().public());
+                client.measured(evidence.map_err(|e| e.to_string()));
+            }
+            Step::Wait(_) => asked.push("wait".into()),
+            Step::Finished(result) => return (asked, result),
+        }
+    }
+    panic!("the client never ends: {asked:?}");
+}
+
+fn honest(request: &Request, client: &Client) -> Result<Response, String> {
+    Ok(match request.path.as_str() {
+        "/kbs/v0/auth" => challenge(),
+        "/kbs/v0/attest" => token(),
+        _ => {
+            let message = encrypt(&client.key().public(), b"secret").unwrap();
+            answer(200, serde_json::to_value(message).unwrap())
+        }
+    })
+}
+
+#[test]
+fn a_resource_costs_one_handshake_and_the_next_none() {
+    let mut client = client(Credential::Cookie);
+    client.fetch(uri());
+    let (asked, result) = drive(&mut client, honest);
+    assert_eq!(asked, ["/kbs/v0/auth", "/kbs/v0/attest", "/kbs/v0/resource/one/2/trois"]);
+    assert_eq!(result, Ok(Outcome::Resource(b"secret".to_vec().into())));
+    client.fetch(uri());
+    assert_eq!(drive(&mut client, honest).0, ["/kbs/v0/resource/one/2/trois"]);
+}
+
+#[test]
+fn messages_are_what_kbs_types_reads() {
+    let mut client = client(Credential::Cookie);
+    client.fetch(uri());
+    let (_, result) = drive(&mut client, |request, client| {
+        if request.path == "/kbs/v0/auth" {
+            let body: kbs_types::Request = serde_json::from_slice(&request.body).unwrap();
+            assert_eq!((body.version.as_str(), body.tee), ("0.4.0", kbs_types::Tee::Sample));
+            assert_eq!(
+                request.body,
+                br#"{"version":"0.4.0","tee":"sample","extra-params":{"supported-hash-algorithms":["sha256","sha384","sha512"]}}"#
+            );
+        } else if request.path == "/kbs/v0/attest" {
+            let body: kbs_types::Attestation = serde_json::from_slice(&request.body).unwrap();
+            assert_eq!(body.init_data.unwrap().body, "initdata text");
+            assert_eq!(body.tee_evidence.additional_evidence, "");
+            assert!(request.headers.contains(&("Cookie", "kbs-session-id=00ff".into())));
+        }
+        honest(request, client)
+    });
+    result.unwrap();
+}
+
+#[test]
+fn a_bearer_client_sends_the_token_and_no_cookie() {
+    let mut client = client(Credential::Bearer);
+    client.fetch(uri());
+    let (_, result) = drive(&mut client, |request, client| {
+        if request.path.contains("resource") {
+            let names: Vec<_> = request.headers.iter().map(|(name, _)| *name).collect();
+            assert!(names.contains(&"Authorization") && !names.contains(&"Cookie"), "{names:?}");
+        }
+        honest(request, client)
+    });
+    result.unwrap();
+}
+
+#[test]
+fn a_refused_resource_leads_to_another_attestation_but_not_for_ever() {
+    let mut client = client(Credential::Cookie);
+    client.fetch(uri());
+    let mut refusals = 1;
+    let (asked, result) = drive(&mut client, |request, client| {
+        if request.path.contains("resource") && refusals > 0 {
+            refusals -= 1;
+            return Ok(refusal("TokenNotFound", "session expired"));
+        }
+        honest(request, client)
+    });
+    assert_eq!(asked.len(), 6, "{asked:?}");
+    result.unwrap();
+    client.fetch(uri());
+    let (asked, result) = drive(&mut client, |request, client| {
+        if request.path.contains("resource") {
+            return Ok(refusal("PolicyDeny", "resource policy"));
+        }
+        honest(request, client)
+    });
+    assert_eq!(asked.iter().filter(|p| p.contains("/auth")).count(), 3);
+    let message = result.unwrap_err().to_string();
+    assert_eq!(message, "KBS: resource refused: kbs:///one/2/trois: PolicyDeny: resource policy");
+}
+
+#[test]
+fn another_version_is_said_in_words_and_not_tried_again() {
+    let mut client = client(Credential::Cookie);
+    client.fetch(uri());
+    let (asked, result) = drive(&mut client, |_, _| {
+        Ok(refusal("AttestationError", "KBS Client Protocol Version Mismatch: expect =0.5.0"))
+    });
+    assert_eq!(asked, ["/kbs/v0/auth"]);
+    let message = result.unwrap_err().to_string();
+    assert!(message.starts_with("KBS: it does not speak protocol version 0.4.0"), "{message}");
+}
+
+#[test]
+fn handshakes_that_fail_are_tried_five_times_with_pauses() {
+    let mut client = client(Credential::Cookie);
+    client.attest();
+    let (asked, result) = drive(&mut client, |_, _| Err("connection refused".into()));
+    assert_eq!(asked.iter().filter(|p| *p == "wait").count(), 4);
+    assert_eq!(asked.iter().filter(|p| p.contains("auth")).count(), 5);
+    assert_eq!(result.unwrap_err().to_string(), "KBS: challenge: connection refused");
+}
+
+#[test]
+fn a_resource_for_another_key_is_no_secret() {
+    let other = TeeKey::generate(KeyAlgorithm::P256).unwrap();
+    let mut client = client(Credential::Cookie);
+    client.fetch(uri());
+    let (_, result) = drive(&mut client, |request, client| {
+        if request.path.contains("resource") {
+            let message = encrypt(&other.public(), b"secret").unwrap();
+            return Ok(answer(200, serde_json::to_value(message).unwrap()));
+        }
+        honest(request, client)
+    });
+    assert!(matches!(result, Err(ClientError::Decrypt { .. })), "{result:?}");
+}
+
+#[test]
+fn a_cookie_that_would_write_headers_is_not_taken() {
+    for value in ["a\r\nX: y", "", "a b"] {
+        let mut response = challenge();
+        response.headers = vec![("Set-Cookie".into(), format!("kbs-session-id={value}"))];
+        assert_eq!(session_cookie(&response), None, "{value:?}");
+    }
+}
+
+proptest! {
+    #[test]
+    fn no_answers_make_it_panic_or_go_on_for_ever(
+        answers in prop::collection::vec((prop::sample::select(vec![200u16, 401, 404, 500]), "\\PC{0,60}"), 1..8),
+    ) {
+        let mut client = client(Credential::Cookie);
+        client.fetch(uri());
+        let mut next = answers.iter().cycle();
+        let (asked, result) = drive(&mut client, |_, _| {
+            let (status, body) = next.next().unwrap();
+            Ok(Response { status: *status, headers: Vec::new(), body: body.clone().into_bytes() })
+        });
+        prop_assert!(asked.len() < 60);
+        prop_assert!(result.is_err());
+    }
+}

@@ -1,0 +1,261 @@
+//! The blocking driver: carries a client's requests over a stream, with a limit on time.
+//!
+//! Owns: URLs, one kept connection, the loop around the state machine. Does not own: how a stream is made (`Connect`), so
+//! that a test can be one, or TLS's decisions (`tls`).
+
+use std::{
+    io::{self, Read, Write},
+    net::{TcpStream, ToSocketAddrs},
+    time::Duration,
+};
+
+use thiserror::Error;
+
+use super::{Client, ClientError, HttpError, Request, Response, ResponseReader, Step, client::Outcome};
+use crate::evidence::Attesters;
+
+/// No single wait for the server is longer, as upstream's client.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Why nothing came back.
+#[derive(Debug, Error)]
+pub enum TransportError {
+    /// Not a URL of a KBS.
+    #[error("KBS URL {0:?}: not http://host[:port] or https://host[:port]")]
+    Url(String),
+    /// Not reached.
+    #[error("{address}: {source}")]
+    Connect {
+        /// Host and port.
+        address: String,
+        /// Why.
+        source: io::Error,
+    },
+    /// Broke off.
+    #[error("connection: {0}")]
+    Io(#[from] io::Error),
+    /// Not HTTP.
+    #[error(transparent)]
+    Http(#[from] HttpError),
+}
+
+/// Where a KBS is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Url {
+    /// `https`.
+    pub tls: bool,
+    /// Name or address.
+    pub host: String,
+    /// Given, or the scheme's.
+    pub port: u16,
+    /// Path before the protocol's own, without a `/` at its end.
+    pub prefix: String,
+}
+
+impl Url {
+    /// Takes a base URL apart.
+    ///
+    /// # Errors
+    /// [`TransportError::Url`].
+    pub fn parse(url: &str) -> Result<Self, TransportError> {
+        let wrong = || TransportError::Url(url.chars().take(200).collect());
+        let (scheme, rest) = url.split_once("://").ok_or_else(wrong)?;
+        let tls = match scheme {
+            "https" => true,
+            "http" => false,
+            _ => return Err(wrong()),
+        };
+        let (authority, prefix) = rest.find('/').map_or((rest, ""), |at| rest.split_at(at));
+        let (host, port) = match authority.strip_prefix('[') {
+            Some(v6) => {
+                let (host, after) = v6.split_once(']').ok_or_else(wrong)?;
+                host.parse::<std::net::Ipv6Addr>().map_err(|_| wrong())?;
+                (host, after.strip_prefix(':').or(after.is_empty().then_some("")).ok_or_else(wrong)?)
+            }
+            None => authority.split_once(':').unwrap_or((authority, "")),
+        };
+        let port = match port {
+            "" if tls => 443,
+            "" => 80,
+            text => text.parse().map_err(|_| wrong())?,
+        };
+        let named = |c: char| c.is_ascii_alphanumeric() || "-._:".contains(c);
+        let pathed = |c: char| c.is_ascii_alphanumeric() || "-._~/".contains(c);
+        if host.is_empty() || !host.chars().all(named) || !prefix.chars().all(pathed) {
+            return Err(wrong());
+        }
+        Ok(Self { tls, host: host.into(), port, prefix: prefix.trim_end_matches('/').into() })
+    }
+
+    /// As `Host:` has it.
+    #[must_use]
+    pub fn authority(&self) -> String {
+        let host = if self.host.contains(':') { format!("[{}]", self.host) } else { self.host.clone() };
+        format!("{host}:{}", self.port)
+    }
+}
+
+/// A connection: plain or under TLS, a test's or a socket.
+pub trait Stream: Read + Write {}
+impl<T: Read + Write> Stream for T {}
+
+/// Makes connections to the KBS.
+pub trait Connect {
+    /// One more.
+    ///
+    /// # Errors
+    /// The system's.
+    fn connect(&mut self, url: &Url) -> io::Result<Box<dyn Stream>>;
+}
+
+/// TCP from here.
+#[derive(Clone, Copy, Debug)]
+pub struct Tcp;
+
+impl Connect for Tcp {
+    fn connect(&mut self, url: &Url) -> io::Result<Box<dyn Stream>> {
+        tcp(url).map(|stream| Box::new(stream) as Box<dyn Stream>)
+    }
+}
+
+/// A TCP connection with limits on every wait.
+pub(super) fn tcp(url: &Url) -> io::Result<TcpStream> {
+    let mut last = io::Error::other("the name has no address");
+    for address in (url.host.as_str(), url.port).to_socket_addrs()? {
+        match TcpStream::connect_timeout(&address, PATIENCE) {
+            Ok(stream) => {
+                stream.set_read_timeout(Some(PATIENCE))?;
+                stream.set_write_timeout(Some(PATIENCE))?;
+                stream.set_nodelay(true)?;
+                return Ok(stream);
+            }
+            Err(error) => last = error,
+        }
+    }
+    Err(last)
+}
+
+/// Carries requests.
+pub struct Transport {
+    url: Url,
+    connect: Box<dyn Connect>,
+    kept: Option<Box<dyn Stream>>,
+}
+
+impl Transport {
+    /// To this KBS.
+    #[must_use]
+    pub fn new(url: Url, connect: Box<dyn Connect>) -> Self {
+        Self { url, connect, kept: None }
+    }
+
+    /// Over plain TCP.
+    #[must_use]
+    pub fn plain(url: Url) -> Self {
+        Self::new(url, Box::new(Tcp))
+    }
+
+    /// One request, one answer. A kept connection that the server has closed meanwhile is made anew, once.
+    ///
+    /// # Errors
+    /// [`TransportError`].
+    pub fn exchange(&mut self, request: &Request) -> Result<Response, TransportError> {
+        let bytes = request.encode(&self.url.authority(), &self.url.prefix);
+        if let Some(mut stream) = self.kept.take()
+            && let Ok(response) = carry(stream.as_mut(), &bytes)
+        {
+            self.keep(stream, &response);
+            return Ok(response);
+        }
+        let mut stream = self
+            .connect
+            .connect(&self.url)
+            .map_err(|source| TransportError::Connect { address: self.url.authority(), source })?;
+        let response = carry(stream.as_mut(), &bytes)?;
+        self.keep(stream, &response);
+        Ok(response)
+    }
+
+    fn keep(&mut self, stream: Box<dyn Stream>, response: &Response) {
+        let closes = response.headers("connection").any(|v| v.eq_ignore_ascii_case("close"));
+        self.kept = (!closes).then_some(stream);
+    }
+
+    /// Drives a client to its end.
+    ///
+    /// # Errors
+    /// The client's.
+    pub fn run(&mut self, client: &mut Client, attesters: &mut Attesters) -> Result<Outcome, ClientError> {
+        loop {
+            match client.step() {
+                Step::Send(request) => match self.exchange(&request) {
+                    Ok(response) => client.received(&response),
+                    Err(error) => {
+                        self.kept = None;
+                        client.failed(&error.to_string());
+                    }
+                },
+                Step::Measure(nonce) => {
+                    let evidence = attesters.collect(&nonce, &client.key().public());
+                    client.measured(evidence.map_err(|e| e.to_string()));
+                }
+                Step::Wait(time) => std::thread::sleep(time),
+                Step::Finished(result) => return result,
+            }
+        }
+    }
+}
+
+fn carry(stream: &mut dyn Stream, request: &[u8]) -> Result<Response, TransportError> {
+    stream.write_all(request)?;
+    stream.flush()?;
+    let mut reader = ResponseReader::default();
+    let mut buffer = [0; 16 * 1024];
+    loop {
+        let count = match stream.read(&mut buffer) {
+            Ok(0) => return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into()),
+            Ok(count) => count,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            Err(error) => return Err(error.into()),
+        };
+        if let Some(response) = reader.push(&buffer[..count])? {
+            return Ok(response);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn urls_are_taken_apart() {
+        let url = Url::parse("https://kbs.example:8443/base/").unwrap();
+        assert_eq!(
+            (url.tls, url.host.as_str(), url.port, url.prefix.as_str()),
+            (true, "kbs.example", 8443, "/base")
+        );
+        assert_eq!(Url::parse("http://[fd00::1]:81").unwrap().authority(), "[fd00::1]:81");
+        assert_eq!(Url::parse("http://10.0.0.1").unwrap().port, 80);
+        for wrong in [
+            "kbs",
+            "ftp://a",
+            "http://",
+            "http://a b",
+            "http://a:b",
+            "http://u@h",
+            "http://[a]",
+            "http://a/\r\n",
+        ] {
+            assert!(Url::parse(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_text_is_a_url_or_an_error(text in "(https?://)?[ -~]{0,40}") {
+            let _ = Url::parse(&text);
+        }
+    }
+}
