@@ -258,8 +258,9 @@ impl Server {
                 self.get(&id)?.cgroup.apply(&resources)?;
             }
             Request::Processes { id } => {
-                return Ok(Reply::Processes { pids: self.get(&id)?.cgroup.processes() });
+                return Ok(Reply::Processes { list: self.get(&id)?.cgroup.list() });
             }
+            Request::Stats { id } => return Ok(Reply::Stats(Box::new(self.get(&id)?.cgroup.stats()))),
             Request::Delete { id } => {
                 let container = self.containers.get(&id).ok_or_else(|| no_container(&id))?;
                 if !container.ended {
@@ -296,7 +297,7 @@ impl Server {
             if let Some(resources) = spec.linux().as_ref().and_then(|l| l.resources().as_ref()) {
                 cgroup.apply(resources)?;
             }
-            container::launch(&spec, &cgroup, window)
+            container::launch(&id, &spec, &cgroup, window)
         })();
         self.had_container = true;
         let launched = match made {

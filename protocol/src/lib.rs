@@ -8,9 +8,11 @@
 //! closes, the guest kills the process.
 #![forbid(unsafe_code)]
 
+mod account;
 mod frame;
 mod message;
 
+pub use account::{CpuStats, Device, MemoryStats, ProcessInfo, Stats};
 pub use frame::{Decoder, Frame, FrameError, Kind, MAX_PAYLOAD, encode};
 pub use message::{
     BindSource, CreateContainer, Ended, ErrorKind, Exec, Interface, Network, Reply, Request, Route, Sandbox,

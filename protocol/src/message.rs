@@ -6,7 +6,7 @@
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use serde_json::Value;
 
-use crate::FrameError;
+use crate::{FrameError, ProcessInfo, Stats};
 
 /// First frame of a connection.
 #[derive(Clone, Debug, Serialize, Deserialize, PartialEq)]
@@ -46,8 +46,13 @@ pub enum Request {
         /// OCI `LinuxResources` as JSON.
         resources: Value,
     },
-    /// Lists the guest's process ids of a container.
+    /// Lists a container's processes.
     Processes {
+        /// Container.
+        id: String,
+    },
+    /// Asks what a container uses.
+    Stats {
         /// Container.
         id: String,
     },
@@ -175,9 +180,11 @@ pub enum Reply {
     Done,
     /// Process ids in the guest.
     Processes {
-        /// Guest process ids.
-        pids: Vec<u32>,
+        /// What is known of them.
+        list: Vec<ProcessInfo>,
     },
+    /// What a container uses.
+    Stats(Box<Stats>),
     /// Not done.
     Failed {
         /// What kind of failure, for the caller's exit code.

@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use oci_spec::runtime::Spec;
+use oci_spec::runtime::{LinuxResources, Spec};
 
 use crate::error::{Error, host};
 
@@ -44,7 +44,8 @@ pub fn create(spec: &Spec) -> Result<Option<PathBuf>, Error> {
             return Err(host(format!("make cgroup {}", path.display()))(e));
         }
     }
-    limit(&path, spec)?;
+    let resources = spec.linux().as_ref().and_then(|l| l.resources().as_ref());
+    resources.map_or(Ok(()), |r| apply(&path, r))?;
     Ok(Some(path))
 }
 
@@ -55,21 +56,35 @@ fn delegate(path: &Path) {
     }
 }
 
-fn limit(path: &Path, spec: &Spec) -> Result<(), Error> {
-    let Some(resources) = spec.linux().as_ref().and_then(|l| l.resources().as_ref()) else { return Ok(()) };
-    let mut settings = Vec::new();
-    if let Some(limit) = resources.memory().as_ref().and_then(|m| m.limit()).filter(|l| *l > 0) {
-        settings.push(("memory.max", limit.saturating_add(OVERHEAD).to_string()));
-    }
-    if let Some(quota) = resources.cpu().as_ref().and_then(|c| c.quota()).filter(|q| *q > 0) {
-        let period = resources.cpu().as_ref().and_then(|c| c.period()).unwrap_or(100_000);
-        settings.push(("cpu.max", format!("{quota} {period}")));
-    }
-    for (file, value) in settings {
+/// Sets what the host can enforce of these limits.
+///
+/// # Errors
+/// The system's, naming file and value.
+pub fn apply(path: &Path, resources: &LinuxResources) -> Result<(), Error> {
+    for (file, value) in settings(resources) {
         fs::write(path.join(file), &value)
             .map_err(host(format!("set {file} to {value} in {}", path.display())))?;
     }
     Ok(())
+}
+
+fn settings(resources: &LinuxResources) -> Vec<(&'static str, String)> {
+    let mut list = Vec::new();
+    if let Some(limit) = resources.memory().as_ref().and_then(|m| m.limit()).filter(|l| *l != 0) {
+        let whole = if limit < 0 { "max".to_owned() } else { limit.saturating_add(OVERHEAD).to_string() };
+        list.push(("memory.max", whole));
+    }
+    let Some(cpu) = resources.cpu() else { return list };
+    if let Some(quota) = cpu.quota().filter(|q| *q != 0) {
+        let quota = if quota < 0 { "max".to_owned() } else { quota.to_string() };
+        list.push(("cpu.max", format!("{quota} {}", cpu.period().filter(|p| *p > 0).unwrap_or(100_000))));
+    }
+    for (file, value) in [("cpuset.cpus", cpu.cpus()), ("cpuset.mems", cpu.mems())] {
+        if let Some(value) = value.as_ref().filter(|v| !v.is_empty()) {
+            list.push((file, value.clone()));
+        }
+    }
+    list
 }
 
 /// Puts a process into it.
@@ -88,5 +103,27 @@ pub fn remove(path: &Path) {
             Err(e) if e.raw_os_error() == Some(libc::EBUSY) => thread::sleep(Duration::from_millis(2)),
             _ => return,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_host_adds_what_the_vm_needs_to_memory_and_leaves_the_rest() {
+        let of = |value| settings(&serde_json::from_value(value).unwrap());
+        assert_eq!(
+            of(serde_json::json!({
+                "memory": { "limit": 67_108_864 }, "cpu": { "quota": 50_000, "cpus": "0-1", "shares": 2 },
+                "pids": { "limit": 3 }
+            })),
+            [
+                ("memory.max", (67_108_864 + OVERHEAD).to_string()),
+                ("cpu.max", "50000 100000".to_owned()),
+                ("cpuset.cpus", "0-1".to_owned())
+            ]
+        );
+        assert_eq!(of(serde_json::json!({ "memory": { "limit": -1 } })), [("memory.max", "max".to_owned())]);
     }
 }

@@ -136,8 +136,14 @@ pub fn parse(words: impl IntoIterator<Item = String>) -> Result<Call, Error> {
         let is = |(name, others, _): &&(&str, &[&str], bool)| {
             flag.strip_prefix("--") == Some(*name) || others.contains(&flag)
         };
-        let (name, _, takes) =
-            known.iter().find(is).ok_or_else(|| unknown(flag, &format!(" of {command}")))?;
+        let Some((name, _, takes)) = known.iter().find(is) else {
+            // runc hands these to ps(1).
+            if command == "ps" && !call.words.is_empty() {
+                call.words.push(word);
+                continue;
+            }
+            return Err(unknown(flag, &format!(" of {command}")));
+        };
         if *takes {
             let value = inline.map(str::to_owned).or_else(|| words.next()).ok_or_else(|| no_value(flag))?;
             call.values.entry(name).or_default().push(value);

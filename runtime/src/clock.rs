@@ -9,6 +9,12 @@ pub fn now() -> String {
     rfc3339(elapsed.as_secs() as libc::time_t, elapsed.subsec_nanos())
 }
 
+/// Hours and minutes of a time in seconds since 1970, in UTC.
+#[must_use]
+pub fn time_of_day(seconds: u64) -> String {
+    format!("{:02}:{:02}", seconds / 3600 % 24, seconds / 60 % 60)
+}
+
 fn rfc3339(seconds: libc::time_t, nanoseconds: u32) -> String {
     // SAFETY: tm is plain data for which zero is valid.
     let mut parts: libc::tm = unsafe { std::mem::zeroed() };

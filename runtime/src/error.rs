@@ -56,3 +56,35 @@ pub enum Error {
 pub fn host<E: Into<io::Error>>(stage: impl Into<String>) -> impl FnOnce(E) -> Error {
     move |e| Error::Host { stage: stage.into(), source: e.into() }
 }
+
+impl Error {
+    /// The line for callers. podman takes "no such file or directory" for a command that is not there, so these words stay
+    /// for that alone.
+    #[must_use]
+    pub fn line(&self) -> String {
+        const TAKEN: &str = "no such file or directory";
+        let mut text = self.to_string();
+        if matches!(self, Self::Guest { kind: ErrorKind::NotFound | ErrorKind::NotExecutable, .. }) {
+            return text;
+        }
+        while let Some(at) = text.to_ascii_lowercase().find(TAKEN) {
+            text.replace_range(at..at + TAKEN.len(), "it is not there");
+        }
+        text
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_missing_command_has_podmans_words_for_one() {
+        let missing = io::Error::from_raw_os_error(libc::ENOENT);
+        let error = host::<io::Error>("open /dev/kvm")(missing);
+        assert_eq!(error.line(), "open /dev/kvm: it is not there (os error 2)");
+        let message = "exec: \"x\": stat x: no such file or directory".to_owned();
+        assert_eq!(Error::Guest { kind: ErrorKind::NotFound, message: message.clone() }.line(), message);
+        assert!(!Error::Guest { kind: ErrorKind::Guest, message }.line().contains("no such file"));
+    }
+}

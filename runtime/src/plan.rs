@@ -116,8 +116,13 @@ fn rewrite(
         });
     }
     // What only the host can do, or must not be known.
+    let last = value["hooks"]["startContainer"].take();
     if let Some(object) = value.as_object_mut() {
         object.remove("hooks");
+        // The one that runs inside the container.
+        if last.as_array().is_some_and(|list| !list.is_empty()) {
+            object.insert("hooks".into(), serde_json::json!({ "startContainer": last }));
+        }
     }
     if let Some(linux) = value.get_mut("linux").and_then(Value::as_object_mut) {
         linux.remove("cgroupsPath");
@@ -134,6 +139,12 @@ fn rewrite(
         }
     }
     (binds, sources)
+}
+
+/// Whether a configuration asks for a terminal.
+#[must_use]
+pub fn wants_terminal(config: &[u8]) -> bool {
+    serde_json::from_slice::<Value>(config).is_ok_and(|c| c["process"]["terminal"] == true)
 }
 
 fn annotation<'a>(spec: &'a Spec, key: &str) -> Option<&'a str> {
@@ -208,7 +219,7 @@ mod tests {
                 { "destination": "/proc", "type": "proc", "source": "proc" },
                 { "destination": "/data", "type": "bind", "source": "/srv", "options": ["rbind", "ro"] }
             ],
-            "hooks": { "poststop": [{ "path": "/bin/true" }] },
+            "hooks": { "poststop": [{ "path": "/bin/true" }], "startContainer": [{ "path": "/bin/in" }] },
             "linux": { "cgroupsPath": "/x", "namespaces": [{ "type": "network", "path": "/run/netns/a" }] }
         });
         for (key, entry) in extra.as_object().unwrap() {
@@ -223,7 +234,7 @@ mod tests {
         assert_eq!(plan.guest_spec["root"]["path"], "/run/coffer/share/c1/rootfs");
         assert_eq!(plan.guest_spec["mounts"][1]["source"], "/run/coffer/share/c1/mounts/1");
         assert_eq!(plan.guest_spec["mounts"][0]["source"], "proc");
-        assert!(plan.guest_spec.get("hooks").is_none());
+        assert_eq!(plan.guest_spec["hooks"], json!({ "startContainer": [{ "path": "/bin/in" }] }));
         assert!(
             !plan.guest_spec.to_string().contains("/run/netns")
                 && !plan.guest_spec.to_string().contains("/merged")

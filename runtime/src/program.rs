@@ -26,7 +26,7 @@ pub fn main() -> ExitCode {
         Err(error) => {
             // The caller's log may have been named before the word that is wrong.
             let global = cli::global(std::env::args().skip(1));
-            return fail(&global, &error.to_string(), 1);
+            return fail(&global, &error.line(), 1);
         }
     };
     match call.command.as_str() {
@@ -42,9 +42,7 @@ pub fn main() -> ExitCode {
             return match commands::run(&call) {
                 Ok(code) => ExitCode::from(u8::try_from(code).unwrap_or(1)),
                 // runc gives 255 when a process could not be set up.
-                Err(error) => {
-                    fail(&call.global, &error.to_string(), if call.command == "exec" { 255 } else { 1 })
-                }
+                Err(error) => fail(&call.global, &error.line(), if call.command == "exec" { 255 } else { 1 }),
             };
         }
     }

@@ -19,13 +19,14 @@ use nix::{
 use oci_spec::runtime::{Process, Spec};
 
 use super::{
-    ContainerError, mounts,
+    ContainerError, hooks, mounts,
     process::{fork, message},
     security,
 };
 
 /// The container's first process.
 pub(super) fn first(
+    id: &str,
     spec: &Spec,
     process: &Process,
     stdio: &[OwnedFd],
@@ -42,7 +43,7 @@ pub(super) fn first(
             fs::write(&file, value).map_err(|e| ContainerError::guest(&format!("set sysctl {key}"), e))?;
         }
         mounts::protect(spec)?;
-        become_program(process, spec, stdio, window, sync)
+        become_program(Some(id), process, spec, stdio, window, sync)
     })();
     give_up(sync, result)
 }
@@ -80,7 +81,7 @@ pub(super) fn further(
                 say(sync, message::PID, &pid.to_string(), None);
                 std::process::exit(0)
             }
-            None => become_program(process, spec, stdio, window, sync),
+            None => become_program(None, process, spec, stdio, window, sync),
         }
     })();
     give_up(sync, result)
@@ -111,7 +112,9 @@ fn say(sync: &OwnedFd, kind: u8, text: &str, fd: Option<RawFd>) {
     );
 }
 
+/// `first` is the container's id for its first process.
 fn become_program(
+    first: Option<&str>,
     process: &Process,
     spec: &Spec,
     stdio: &[OwnedFd],
@@ -146,6 +149,9 @@ fn become_program(
         Ok(1) => {}
         // PID 1 does not want this process any more.
         _ => std::process::exit(1),
+    }
+    if let Some(id) = first {
+        hooks::start_container(spec, id)?;
     }
     if late {
         security::filter(spec, process)?;

@@ -5,8 +5,10 @@
 //! Written here rather than taken from `libcontainer`: that is 4.3 MB by itself, forks helpers that it waits for, and
 //! wants state on disk, where PID 1 is to stay small and reap every child itself.
 
+mod accounting;
 mod cgroup;
 mod child;
+mod hooks;
 mod mounts;
 mod path;
 mod process;

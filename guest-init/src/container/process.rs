@@ -106,7 +106,12 @@ fn socket_pair() -> Result<(OwnedFd, OwnedFd), ContainerError> {
 ///
 /// # Errors
 /// [`ContainerError`], of kind `NotFound` or `NotExecutable` for the program; the child is gone then.
-pub fn launch(spec: &Spec, cgroup: &Cgroup, window: Option<WindowSize>) -> Result<Launched, ContainerError> {
+pub fn launch(
+    id: &str,
+    spec: &Spec,
+    cgroup: &Cgroup,
+    window: Option<WindowSize>,
+) -> Result<Launched, ContainerError> {
     let process = spec
         .process()
         .as_ref()
@@ -133,7 +138,7 @@ pub fn launch(spec: &Spec, cgroup: &Cgroup, window: Option<WindowSize>) -> Resul
     {
         None => {
             drop(ours);
-            child::first(spec, process, &theirs, window, &sync)
+            child::first(id, spec, process, &theirs, window, &sync)
         }
         Some(pid) => {
             drop((sync, theirs));
@@ -165,13 +170,23 @@ pub fn exec(
         }
         Some(middle) => {
             drop((sync, theirs));
-            let (kind, text, _) = receive(&ours, middle)?;
-            let pid = match (kind, text.parse()) {
-                (message::PID, Ok(pid)) => pid,
-                _ => return Err(refusal(kind, text)),
-            };
-            let terminal = wait_ready(&ours, pid)?;
+            let (pid, terminal) = wait_child(&ours, middle)?;
             finish(pid, ours, stdio, terminal)
+        }
+    }
+}
+
+/// The number of a child's child from the one, and that it is ready from the other. Either may be first.
+fn wait_child(socket: &OwnedFd, middle: i32) -> Result<(i32, Option<OwnedFd>), ContainerError> {
+    let (mut pid, mut ready) = (None, None);
+    loop {
+        match receive(socket, middle)? {
+            (message::PID, text, _) => pid = text.parse().ok(),
+            (message::READY, _, terminal) => ready = Some(terminal),
+            (kind, text, _) => return Err(refusal(kind, text)),
+        }
+        if let (Some(pid), Some(_)) = (pid, &ready) {
+            return Ok((pid, ready.flatten()));
         }
     }
 }

@@ -15,12 +15,12 @@ use coffer_protocol::{CreateContainer, Network, Request, Sandbox, VERSION};
 use nix::{
     fcntl::OFlag,
     sched::{CloneFlags, setns},
-    sys::wait::{WaitStatus, waitpid},
+    sys::wait::waitpid,
     unistd::{Pid as NixPid, pipe2},
 };
-use oci_spec::runtime::LinuxNamespaceType as Kind;
+use oci_spec::runtime::{LinuxNamespaceType as Kind, Spec};
 
-use super::{boot_chart, config, delete, hooks, start, terminal};
+use super::{boot_chart, config, delete, foreground, hooks, start, terminal};
 use crate::{
     cgroup,
     cli::Call,
@@ -42,7 +42,13 @@ pub(super) fn create(call: &Call, root: &Path) -> Result<(), Error> {
     let bundle = std::path::absolute(call.value("bundle").unwrap_or(".")).map_err(host("find the bundle"))?;
     let plan = plan::plan(&bundle, &id, &config(&bundle)?)?;
     let console = call.value("console-socket").map(PathBuf::from);
-    if plan.terminal && console.is_none() && call.command == "create" {
+    if call.global.systemd_cgroup {
+        return Err(Error::Usage(
+            "--systemd-cgroup is not supported: use podman --cgroup-manager=cgroupfs, or SystemdCgroup = false of containerd"
+                .into(),
+        ));
+    }
+    if plan.terminal && console.is_none() && (call.command == "create" || call.has("detach")) {
         return Err(Error::Usage("cannot allocate a terminal without --console-socket".into()));
     }
     if !plan.rootfs.is_dir() {
@@ -76,23 +82,14 @@ pub(super) fn run(call: &Call, root: &Path) -> Result<i32, Error> {
     if call.has("detach") {
         return Ok(0);
     }
-    let code = record.stub.map_or(Ok(0), |stub| wait(stub.pid));
+    let wants_terminal =
+        plan::wants_terminal(&config(&record.bundle)?) && call.value("console-socket").is_none();
+    let terminal = if wants_terminal { foreground::terminal()? } else { None };
+    let code = record.stub.map_or(Ok(0), |stub| foreground::wait(stub.pid, terminal));
     if !call.has("keep") {
         delete(root, id, true)?;
     }
     code
-}
-
-/// Waits for a child and gives its code as a shell would.
-pub(super) fn wait(pid: i32) -> Result<i32, Error> {
-    loop {
-        match waitpid(NixPid::from_raw(pid), None) {
-            Ok(WaitStatus::Exited(_, code)) => return Ok(code),
-            Ok(WaitStatus::Signaled(_, signal, _)) => return Ok(128 + signal as i32),
-            Ok(_) | Err(nix::Error::EINTR) => {}
-            Err(e) => return Err(host("wait for the container")(e)),
-        }
-    }
 }
 
 struct Making<'a> {
@@ -146,10 +143,12 @@ impl Making<'_> {
         if !network.interfaces.is_empty() {
             self.directory.mark("networked", true)?;
         }
-        let pty = if self.plan.terminal { Some(terminal::open()?) } else { None };
-        let connection = self.ask_guest(&mut vmm, network, pty.as_ref().map(|(_, slave)| slave))?;
-        let (slave, master) = pty.map_or((None, None), |(master, slave)| (Some(slave), Some(master)));
-        let stub = self.fork_stub(connection, slave, hold, record.cgroup.as_deref())?;
+        let pty = if self.plan.terminal && console.is_some() { Some(terminal::open()?) } else { None };
+        let own = if self.plan.terminal && pty.is_none() { foreground::terminal()? } else { None };
+        let connection =
+            self.ask_guest(&mut vmm, network, pty.as_ref().map(|(_, slave)| slave).or(own.as_ref()))?;
+        let (slave, master) = pty.map_or((own, None), |(master, slave)| (Some(slave), Some(master)));
+        let stub = self.fork_stub(connection, slave, hold, &record)?;
         record.stub = Some(stub);
         self.directory.write(&record)?;
         let spec_hooks = self.plan.spec.hooks().as_ref();
@@ -230,7 +229,7 @@ impl Making<'_> {
         connection: Connection,
         slave: Option<OwnedFd>,
         hold: OwnedFd,
-        group: Option<&Path>,
+        record: &Record,
     ) -> Result<Pid, Error> {
         let (ready, tell_ready) = pipe("make a pipe")?;
         let spec = &self.plan.spec;
@@ -261,7 +260,7 @@ impl Making<'_> {
         match clone(flags).map_err(host("fork the stub"))? {
             Some(pid) => {
                 drop((tell_ready, hold, slave, connection));
-                if let Some(path) = group {
+                if let Some(path) = &record.cgroup {
                     cgroup::join(path, pid)?;
                 }
                 let mut word = Vec::new();
@@ -296,6 +295,7 @@ impl Making<'_> {
                     {
                         nix::unistd::sethostname(name)?;
                     }
+                    create_container_hooks(spec, record)?;
                     let signals = stub::take_signals()?;
                     stub::enter_root(&self.plan.binds, &destinations)?;
                     if let Some(slave) = &slave {
@@ -322,6 +322,15 @@ impl Making<'_> {
             }
         }
     }
+}
+
+/// Runs in the stub: its namespaces are the container's, its root is still the host's.
+fn create_container_hooks(spec: &Spec, record: &Record) -> std::io::Result<()> {
+    let Some(list) = spec.hooks().as_ref().and_then(|h| h.create_container().as_ref()) else { return Ok(()) };
+    // /proc is the host's: this process's number there, not the one of its own namespace.
+    let number = std::fs::read_link("/proc/self")?.to_str().and_then(|n| n.parse().ok());
+    let record = Record { stub: number.and_then(Pid::of), ..record.clone() };
+    hooks::run(Some(list), &record, Status::Created).map_err(std::io::Error::other)
 }
 
 /// Closes what callers leaked: sockets of published ports, a shell's descriptors.

@@ -13,9 +13,9 @@ use nix::{
     sched::{CloneFlags, setns},
     unistd::pipe2,
 };
-use serde_json::{Value, json};
+use serde_json::json;
 
-use super::{config, create, find, terminal};
+use super::{create, find, foreground, process::process, terminal};
 use crate::{
     cgroup,
     cli::Call,
@@ -24,50 +24,6 @@ use crate::{
     state::{self, Status},
     stub::{self, Relay},
 };
-
-/// The process: from a file, or from the container's with what the command line changes.
-fn process(call: &Call, bundle: &Path) -> Result<Value, Error> {
-    if let Some(path) = call.value("process") {
-        let text = std::fs::read(path).map_err(host(format!("read {path}")))?;
-        return serde_json::from_slice(&text).map_err(|e| Error::Usage(format!("exec: {path}: {e}")));
-    }
-    let spec: Value =
-        serde_json::from_slice(&config(bundle)?).map_err(|e| Error::Bundle(format!("config.json: {e}")))?;
-    let mut process = spec["process"].clone();
-    if call.words.len() < 2 {
-        return Err(Error::Usage("exec: a command is missing: see coffer --help".into()));
-    }
-    process["args"] = json!(call.words[1..]);
-    process["terminal"] = json!(call.has("tty"));
-    if let Some(cwd) = call.value("cwd") {
-        process["cwd"] = json!(cwd);
-    }
-    if let Some(user) = call.value("user") {
-        let number = |text: &str| {
-            text.parse::<u32>()
-                .map_err(|_| Error::Usage(format!("exec: --user {user}: numbers UID[:GID] are wanted")))
-        };
-        let (uid, gid) = user.split_once(':').map_or((user, None), |(u, g)| (u, Some(g)));
-        process["user"]["uid"] = json!(number(uid)?);
-        if let Some(gid) = gid {
-            process["user"]["gid"] = json!(number(gid)?);
-        }
-    }
-    if let Value::Array(env) = &mut process["env"] {
-        env.extend(call.values("env").iter().map(|e| json!(e)));
-    }
-    for capability in call.values("cap") {
-        for set in ["bounding", "effective", "permitted"] {
-            if let Value::Array(list) = &mut process["capabilities"][set] {
-                list.push(json!(capability));
-            }
-        }
-    }
-    if call.has("no-new-privs") {
-        process["noNewPrivileges"] = json!(true);
-    }
-    Ok(process)
-}
 
 /// Runs it. With `--detach` this returns when the process runs; otherwise its exit code is ours.
 pub(super) fn exec(call: &Call, root: &Path) -> Result<i32, Error> {
@@ -86,7 +42,13 @@ pub(super) fn exec(call: &Call, root: &Path) -> Result<i32, Error> {
     let process = process(call, &record.bundle)?;
     let wants_terminal = process["terminal"].as_bool().unwrap_or(false) || call.has("tty");
     let console = call.value("console-socket").map(PathBuf::from);
+    if wants_terminal && call.has("detach") && console.is_none() {
+        return Err(Error::Usage(
+            "cannot allocate a terminal with --detach and without --console-socket".into(),
+        ));
+    }
     let pty = if wants_terminal && console.is_some() { Some(terminal::open()?) } else { None };
+    let own = if wants_terminal && pty.is_none() { foreground::terminal()? } else { None };
     let mut process = process;
     process["terminal"] = json!(wants_terminal);
     let names = ["pid", "net", "ipc", "uts", "cgroup", "mnt"];
@@ -97,14 +59,18 @@ pub(super) fn exec(call: &Call, root: &Path) -> Result<i32, Error> {
         .collect::<Result<Vec<_>, _>>()
         .map_err(host("open the container's namespaces"))?;
     let mut connection = Connection::open(&directory.socket(), || false)?;
-    let window = pty.as_ref().and_then(|(_, slave)| stub::window(slave));
+    let window = pty.as_ref().map(|(_, slave)| slave).or(own.as_ref()).and_then(stub::window);
     let exec_id = format!("{}", std::process::id());
     connection.ask(&Request::Exec(Box::new(Exec { id: record.id.clone(), exec_id, process, window })))?;
     let (ready, tell_ready) = pipe2(OFlag::O_CLOEXEC).map_err(host("make a pipe"))?;
     let reports = File::open(directory.file("")).ok();
     // The child is in the container's namespace of processes, as callers expect who look there.
     setns(&namespaces[0], CloneFlags::CLONE_NEWPID).map_err(host("join the container's namespaces"))?;
-    let (master, slave) = pty.map_or((None, None), |(m, s)| (Some(m), Some(s)));
+    let (master, slave) = match (pty, &own) {
+        (Some((master, slave)), _) => (Some(master), Some(slave)),
+        (None, Some(own)) => (None, Some(own.try_clone().map_err(host("take this terminal"))?)),
+        (None, None) => (None, None),
+    };
     let Some(pid) = create::clone(0).map_err(host("fork the stub"))? else {
         drop((ready, master));
         let mut ready = File::from(tell_ready);
@@ -157,5 +123,5 @@ pub(super) fn exec(call: &Call, root: &Path) -> Result<i32, Error> {
     if let Some(path) = call.value("pid-file") {
         state::write_whole(Path::new(path), pid.to_string().as_bytes())?;
     }
-    if call.has("detach") { Ok(0) } else { create::wait(pid) }
+    if call.has("detach") { Ok(0) } else { foreground::wait(pid, own) }
 }

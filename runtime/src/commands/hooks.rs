@@ -1,10 +1,17 @@
 //! Hooks on the host: programs that get the state on stdin.
+//!
+//! Owns: running them, their time limits, what they said when they failed. Does not own: when they run.
 
 use std::{
-    io::Write,
-    process::{Command, Stdio},
+    fs::File,
+    io::{Read, Seek, Write},
+    os::unix::process::CommandExt,
+    process::{Child, Command, ExitStatus, Stdio},
+    thread,
+    time::{Duration, Instant},
 };
 
+use nix::sys::memfd::{MFdFlags, memfd_create};
 use oci_spec::runtime::Hook;
 
 use crate::{
@@ -12,33 +19,65 @@ use crate::{
     state::{self, Record, Status},
 };
 
+/// Bytes of a hook's stderr that its failure shows.
+const MOST_WORDS: u64 = 1024;
+
 /// Runs them in order; the first that fails ends it.
 ///
 /// # Errors
 /// [`Error::State`], naming the hook.
 pub(super) fn run(hooks: Option<&Vec<Hook>>, record: &Record, status: Status) -> Result<(), Error> {
-    for hook in hooks.into_iter().flatten() {
-        let name = hook.path().display();
-        let mut command = Command::new(hook.path());
-        if let Some((first, rest)) = hook.args().as_ref().and_then(|a| a.split_first()) {
-            std::os::unix::process::CommandExt::arg0(&mut command, first);
-            command.args(rest);
-        }
-        command.env_clear();
-        for pair in hook.env().iter().flatten() {
-            if let Some((key, value)) = pair.split_once('=') {
-                command.env(key, value);
-            }
-        }
-        let mut child = command.stdin(Stdio::piped()).spawn().map_err(host(format!("run hook {name}")))?;
-        if let Some(mut stdin) = child.stdin.take() {
-            // A hook need not read it.
-            let _ = stdin.write_all(state::json(record, status).to_string().as_bytes());
-        }
-        let ended = child.wait().map_err(host(format!("wait for hook {name}")))?;
-        if !ended.success() {
-            return Err(Error::State(format!("hook {name}: {ended}")));
-        }
+    let state = state::json(record, status).to_string();
+    hooks.into_iter().flatten().try_for_each(|hook| one(hook, &state))
+}
+
+fn one(hook: &Hook, state: &str) -> Result<(), Error> {
+    let name = hook.path().display();
+    // A file, not a pipe: a hook may leave a daemon that keeps its stderr.
+    let said = memfd_create("hook", MFdFlags::MFD_CLOEXEC).map_err(host("make a file for a hook's words"))?;
+    let mut said = File::from(said);
+    let mut command = Command::new(hook.path());
+    if let Some((first, rest)) = hook.args().as_ref().and_then(|a| a.split_first()) {
+        command.arg0(first).args(rest);
     }
-    Ok(())
+    command.env_clear();
+    command.envs(hook.env().iter().flatten().filter_map(|pair| pair.split_once('=')));
+    let copy = said.try_clone().map_err(host("make a file for a hook's words"))?;
+    command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(copy);
+    let mut child = command.spawn().map_err(host(format!("run hook {name}")))?;
+    if let Some(mut stdin) = child.stdin.take() {
+        // A hook need not read it.
+        let _ = stdin.write_all(state.as_bytes());
+    }
+    let limit =
+        hook.timeout().and_then(|t| u64::try_from(t).ok()).filter(|t| *t > 0).map(Duration::from_secs);
+    let ended = wait(&mut child, limit).map_err(host(format!("wait for hook {name}")))?;
+    let Some(ended) = ended else {
+        let seconds = limit.map_or(0, |l| l.as_secs());
+        return Err(Error::State(format!("hook {name} did not end within its timeout of {seconds} s")));
+    };
+    if ended.success() {
+        return Ok(());
+    }
+    let mut words = String::new();
+    let _ = said.rewind();
+    let _ = said.take(MOST_WORDS).read_to_string(&mut words);
+    Err(Error::State(format!("hook {name}: {ended}: {}", words.trim().replace('\n', "; "))))
+}
+
+/// `None` when it took too long; it is gone then.
+fn wait(child: &mut Child, limit: Option<Duration>) -> std::io::Result<Option<ExitStatus>> {
+    let Some(limit) = limit else { return child.wait().map(Some) };
+    let began = Instant::now();
+    loop {
+        if let Some(ended) = child.try_wait()? {
+            return Ok(Some(ended));
+        }
+        if began.elapsed() >= limit {
+            child.kill()?;
+            child.wait()?;
+            return Ok(None);
+        }
+        thread::sleep(Duration::from_millis(2));
+    }
 }

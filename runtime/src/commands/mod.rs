@@ -4,10 +4,16 @@
 
 mod boot_chart;
 mod create;
+mod events;
 mod exec;
+mod features;
+mod foreground;
 mod hooks;
 pub mod image;
+mod listing;
+mod process;
 mod terminal;
+mod update;
 
 use std::{
     io::Write,
@@ -15,15 +21,14 @@ use std::{
     time::Duration,
 };
 
-use coffer_protocol::{ErrorKind, Reply, Request, SignalTarget};
+use coffer_protocol::{ErrorKind, Request, SignalTarget};
 use oci_spec::runtime::Spec;
-use serde_json::json;
 
 use crate::{
     cgroup,
     cli::Call,
     client,
-    error::{Error, host},
+    error::Error,
     network, signals,
     state::{self, DEFAULT_ROOT, Directory, Record, Status},
 };
@@ -36,11 +41,6 @@ const DEATH_LIMIT: Duration = Duration::from_secs(10);
 /// # Errors
 /// [`Error`]; the caller prints it.
 pub fn run(call: &Call) -> Result<i32, Error> {
-    if call.global.systemd_cgroup {
-        return Err(Error::Usage(
-            "--systemd-cgroup is not supported: use podman --cgroup-manager=cgroupfs".into(),
-        ));
-    }
     let root = call.global.root.clone().unwrap_or_else(|| PathBuf::from(DEFAULT_ROOT));
     match call.command.as_str() {
         "create" => create::create(call, &root).map(|()| 0),
@@ -53,12 +53,13 @@ pub fn run(call: &Call) -> Result<i32, Error> {
         }
         "kill" => kill(call, &root).map(|()| 0),
         "delete" => delete(&root, call.id()?, call.has("force")).map(|()| 0),
-        "list" => list(call, &root),
-        "ps" => ps(call, &root),
+        "list" => listing::list(call, &root),
+        "ps" => listing::ps(call, &root),
+        "events" => events::events(call, &root),
         "pause" => freeze(&root, call.id()?, true).map(|()| 0),
         "resume" => freeze(&root, call.id()?, false).map(|()| 0),
-        "update" => update(call, &root).map(|()| 0),
-        "features" => print(&features()),
+        "update" => update::update(call, &root).map(|()| 0),
+        "features" => print(&features::features()),
         "boot-chart" => boot_chart::boot_chart(call, &root).map(|()| 0),
         "spec" => spec(call).map(|()| 0),
         "doctor" => Ok(crate::doctor::run()),
@@ -165,65 +166,6 @@ fn delete(root: &Path, id: &str, force: bool) -> Result<(), Error> {
     Ok(())
 }
 
-fn list(call: &Call, root: &Path) -> Result<i32, Error> {
-    let all: Vec<_> = state::all(root).into_iter().map(|(d, r)| (d.status(&r), r)).collect();
-    let mut out = std::io::stdout().lock();
-    if call.has("quiet") {
-        for (_, record) in &all {
-            let _ = writeln!(out, "{}", record.id);
-        }
-    } else if call.value("format") == Some("json") {
-        let entries: Vec<_> = all
-            .iter()
-            .map(|(status, record)| {
-                let mut value = state::json(record, *status);
-                value["owner"] = json!("root");
-                value
-            })
-            .collect();
-        let _ = writeln!(out, "{}", if entries.is_empty() { json!(null) } else { json!(entries) });
-    } else {
-        let _ = writeln!(
-            out,
-            "{:<40} {:>8}  {:<8}  {:<40} {:<30} OWNER",
-            "ID", "PID", "STATUS", "BUNDLE", "CREATED"
-        );
-        for (status, r) in &all {
-            let pid = if *status == Status::Stopped { 0 } else { r.stub.map_or(0, |p| p.pid) };
-            let bundle = r.bundle.display().to_string();
-            let _ = writeln!(
-                out,
-                "{:<40} {pid:>8}  {:<8}  {bundle:<40} {:<30} root",
-                r.id,
-                status.word(),
-                r.created
-            );
-        }
-    }
-    Ok(0)
-}
-
-fn ps(call: &Call, root: &Path) -> Result<i32, Error> {
-    let (directory, record) = find(root, call.id()?)?;
-    if directory.status(&record) == Status::Stopped {
-        return Err(Error::NotRunning);
-    }
-    if call.value("format") == Some("json") {
-        // Of the host: callers look these up there.
-        let pids: Vec<i32> = record.stub.iter().map(|p| p.pid).collect();
-        return print(&json!(pids));
-    }
-    if let Reply::Processes { pids } =
-        client::ask(&directory.socket(), &Request::Processes { id: record.id.clone() })?
-    {
-        println!("PID (in the guest)");
-        for pid in pids {
-            println!("{pid}");
-        }
-    }
-    Ok(0)
-}
-
 fn freeze(root: &Path, id: &str, frozen: bool) -> Result<(), Error> {
     let (directory, record) = find(root, id)?;
     match (directory.status(&record), frozen) {
@@ -236,16 +178,6 @@ fn freeze(root: &Path, id: &str, frozen: bool) -> Result<(), Error> {
     directory.mark("paused", frozen)
 }
 
-fn update(call: &Call, root: &Path) -> Result<(), Error> {
-    let (directory, record) = find(root, call.id()?)?;
-    let path = call.value("resources").ok_or_else(|| Error::Usage("update: -r FILE is missing".into()))?;
-    let text =
-        if path == "-" { std::io::read_to_string(std::io::stdin()) } else { std::fs::read_to_string(path) };
-    let text = text.map_err(host(format!("read {path}")))?;
-    let resources = serde_json::from_str(&text).map_err(|e| Error::Usage(format!("update: {path}: {e}")))?;
-    client::ask(&directory.socket(), &Request::Update { id: record.id, resources }).map(drop)
-}
-
 fn spec(call: &Call) -> Result<(), Error> {
     let path = Path::new(call.value("bundle").unwrap_or(".")).join("config.json");
     if path.exists() {
@@ -253,22 +185,4 @@ fn spec(call: &Call) -> Result<(), Error> {
     }
     let text = serde_json::to_vec_pretty(&Spec::default()).map_err(|e| Error::State(e.to_string()))?;
     state::write_whole(&path, &text)
-}
-
-/// What this runtime can do (OCI features.md).
-fn features() -> serde_json::Value {
-    json!({
-        "ociVersionMin": "1.0.0",
-        "ociVersionMax": "1.2.1",
-        "hooks": ["prestart", "createRuntime", "poststart", "poststop"],
-        "mountOptions": ["async", "atime", "bind", "defaults", "dev", "dirsync", "exec", "noatime", "nodev", "nodiratime", "noexec", "nosuid", "private", "rbind", "relatime", "ro", "rprivate", "rshared", "rslave", "rw", "shared", "slave", "strictatime", "suid", "sync", "tmpcopyup"],
-        "linux": {
-            "namespaces": ["cgroup", "ipc", "mount", "network", "pid", "uts"],
-            "cgroup": { "v1": false, "v2": true, "systemd": false, "systemdUser": false },
-            "seccomp": { "enabled": true, "archs": ["SCMP_ARCH_X86_64"] },
-            "apparmor": { "enabled": false },
-            "selinux": { "enabled": false }
-        },
-        "potentiallyUnsafeConfigAnnotations": ["io.coffer."]
-    })
 }

@@ -1,0 +1,127 @@
+//! `list` and `ps`: tables and JSON of what is there.
+
+use std::{io::Write, path::Path};
+
+use coffer_protocol::{ProcessInfo, Reply, Request};
+use serde_json::json;
+
+use super::{find, print};
+use crate::{
+    cli::Call,
+    client, clock,
+    error::Error,
+    state::{self, Record, Status},
+};
+
+/// The format that was asked for: `table` unless `json`.
+fn wants_json(call: &Call) -> Result<bool, Error> {
+    match call.value("format") {
+        None | Some("table") => Ok(false),
+        Some("json") => Ok(true),
+        Some(other) => Err(Error::Usage(format!("invalid format {other:?}: table or json is wanted"))),
+    }
+}
+
+/// A number of zero for what has ended, as runc says it.
+fn pid(record: &Record, status: Status) -> i32 {
+    if status == Status::Stopped { 0 } else { record.stub.map_or(0, |p| p.pid) }
+}
+
+/// All containers of a root directory.
+pub(super) fn list(call: &Call, root: &Path) -> Result<i32, Error> {
+    let json_wanted = wants_json(call)?;
+    let all: Vec<_> = state::all(root).into_iter().map(|(d, r)| (d.status(&r), r)).collect();
+    let mut out = std::io::stdout().lock();
+    if call.has("quiet") {
+        for (_, record) in &all {
+            let _ = writeln!(out, "{}", record.id);
+        }
+    } else if json_wanted {
+        let entry = |(status, record): &(Status, Record)| {
+            let mut value = state::json(record, *status);
+            value["owner"] = json!("root");
+            value
+        };
+        let entries: Vec<_> = all.iter().map(entry).collect();
+        let _ = writeln!(out, "{}", if entries.is_empty() { json!(null) } else { json!(entries) });
+    } else {
+        let cells = all.iter().map(|(status, r)| {
+            let bundle = r.bundle.display().to_string();
+            [
+                r.id.clone(),
+                pid(r, *status).to_string(),
+                status.word().into(),
+                bundle,
+                r.created.clone(),
+                "root".into(),
+            ]
+        });
+        let head = ["ID", "PID", "STATUS", "BUNDLE", "CREATED", "OWNER"].map(String::from);
+        let _ = out.write_all(table(std::iter::once(head).chain(cells).collect()).as_bytes());
+    }
+    Ok(0)
+}
+
+/// Columns as wide as their widest cell, three spaces apart.
+fn table<const N: usize>(rows: Vec<[String; N]>) -> String {
+    let width = |column: usize| rows.iter().map(|r| r[column].chars().count()).max().unwrap_or(0) + 3;
+    let widths: Vec<usize> = (0..N).map(width).collect();
+    let line = |row: &[String; N]| {
+        let cells: String = row.iter().zip(&widths).map(|(cell, width)| format!("{cell:<width$}")).collect();
+        format!("{}\n", cells.trim_end())
+    };
+    rows.iter().map(line).collect()
+}
+
+/// Processes of a container: as JSON those of the host, which callers look up there; as a table those in the guest.
+pub(super) fn ps(call: &Call, root: &Path) -> Result<i32, Error> {
+    let json_wanted = wants_json(call)?;
+    let (directory, record) = find(root, call.id()?)?;
+    if directory.status(&record) == Status::Stopped {
+        return Err(Error::NotRunning);
+    }
+    if json_wanted {
+        let pids: Vec<i32> = record.stub.iter().map(|p| p.pid).collect();
+        return print(&json!(pids));
+    }
+    let reply = client::ask(&directory.socket(), &Request::Processes { id: record.id.clone() })?;
+    let Reply::Processes { list, .. } = reply else {
+        return Err(Error::Vm("the guest answered out of order".into()));
+    };
+    let head = ["UID", "PID", "PPID", "STIME", "TIME", "CMD"].map(String::from);
+    let text = table(std::iter::once(head).chain(list.iter().map(row)).collect());
+    let _ = std::io::stdout().write_all(text.as_bytes());
+    Ok(0)
+}
+
+fn row(process: &ProcessInfo) -> [String; 6] {
+    let seconds = process.cpu_ms / 1000;
+    [
+        process.uid.to_string(),
+        process.pid.to_string(),
+        process.parent.to_string(),
+        clock::time_of_day(process.started),
+        format!("{:02}:{:02}:{:02}", seconds / 3600, seconds / 60 % 60, seconds % 60),
+        // The guest's words end up on a terminal of the host.
+        process.command.chars().map(|c| if c.is_control() { '?' } else { c }).collect(),
+    ]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn columns_are_as_wide_as_they_must_be() {
+        let rows = vec![["ID", "PID"].map(String::from), ["longer", "7"].map(String::from)];
+        assert_eq!(table(rows), "ID       PID\nlonger   7\n");
+    }
+
+    #[test]
+    fn a_guests_words_cannot_steer_the_hosts_terminal() {
+        let process =
+            ProcessInfo { command: "a\x1b[2Jb".into(), cpu_ms: 3_661_000, ..ProcessInfo::default() };
+        assert_eq!(row(&process)[5], "a?[2Jb");
+        assert_eq!(row(&process)[4], "01:01:01");
+    }
+}

@@ -1,0 +1,115 @@
+//! The process that `exec` adds: from a file, or the container's own with what the command line changes.
+
+use std::path::Path;
+
+use serde_json::{Value, json};
+
+use super::config;
+use crate::{
+    cli::Call,
+    error::{Error, host},
+};
+
+/// OCI `process`.
+///
+/// # Errors
+/// [`Error::Usage`], naming the option or file.
+pub(super) fn process(call: &Call, bundle: &Path) -> Result<Value, Error> {
+    if let Some(path) = call.value("process") {
+        let text = std::fs::read(path).map_err(host(format!("read {path}")))?;
+        return serde_json::from_slice(&text).map_err(|e| Error::Usage(format!("exec: {path}: {e}")));
+    }
+    let spec: Value =
+        serde_json::from_slice(&config(bundle)?).map_err(|e| Error::Bundle(format!("config.json: {e}")))?;
+    if call.words.len() < 2 {
+        return Err(Error::Usage("exec: a command is missing: see coffer --help".into()));
+    }
+    changed(call, spec["process"].clone())
+}
+
+/// The container's process with other words, and what flags say.
+fn changed(call: &Call, mut process: Value) -> Result<Value, Error> {
+    process["args"] = json!(call.words[1..]);
+    process["terminal"] = json!(call.has("tty"));
+    if let Some(cwd) = call.value("cwd") {
+        process["cwd"] = json!(cwd);
+    }
+    if let Some(user) = call.value("user") {
+        let (uid, gid) = user.split_once(':').map_or((user, None), |(u, g)| (u, Some(g)));
+        process["user"]["uid"] = json!(number("user", uid)?);
+        if let Some(gid) = gid {
+            process["user"]["gid"] = json!(number("user", gid)?);
+        }
+    }
+    let groups: Vec<u32> = call
+        .values("additional-gids")
+        .iter()
+        .flat_map(|v| v.split(','))
+        .map(|text| number("additional-gids", text))
+        .collect::<Result<_, _>>()?;
+    if !groups.is_empty() {
+        process["user"]["additionalGids"] = json!(groups);
+    }
+    extend(&mut process["env"], call.values("env"));
+    for capability in call.values("cap") {
+        let name = capability.to_ascii_uppercase();
+        let name = if name.starts_with("CAP_") { name } else { format!("CAP_{name}") };
+        for set in ["bounding", "effective", "permitted"] {
+            extend(&mut process["capabilities"][set], std::slice::from_ref(&name));
+        }
+    }
+    if call.has("no-new-privs") {
+        process["noNewPrivileges"] = json!(true);
+    }
+    Ok(process)
+}
+
+/// Adds to a list that need not be there.
+fn extend(list: &mut Value, more: &[String]) {
+    if more.is_empty() {
+        return;
+    }
+    if !list.is_array() {
+        *list = json!([]);
+    }
+    if let Value::Array(list) = list {
+        list.extend(more.iter().map(|word| json!(word)));
+    }
+}
+
+fn number(flag: &str, text: &str) -> Result<u32, Error> {
+    text.parse().map_err(|_| {
+        Error::Usage(format!("exec: --{flag} {text}: a number is wanted, names are the caller's to look up"))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cli;
+
+    fn of(line: &str) -> Result<Value, String> {
+        let call = cli::parse(line.split_whitespace().map(str::to_owned)).unwrap();
+        let own = json!({ "args": ["sh"], "cwd": "/", "env": ["A=1"], "user": { "uid": 0, "gid": 0 } });
+        changed(&call, own).map_err(|e| e.to_string())
+    }
+
+    #[test]
+    fn flags_change_the_containers_own_process() {
+        let line =
+            "exec -u 5:6 -g 7,8 -g 9 --cwd /srv -e B=2 --cap cap_net_raw --cap KILL --no-new-privs c ls -l";
+        let process = of(line).unwrap();
+        assert_eq!(process["args"], json!(["ls", "-l"]));
+        assert_eq!(process["user"], json!({ "uid": 5, "gid": 6, "additionalGids": [7, 8, 9] }));
+        assert_eq!(process["env"], json!(["A=1", "B=2"]));
+        assert_eq!(process["capabilities"]["effective"], json!(["CAP_NET_RAW", "CAP_KILL"]));
+        assert_eq!((&process["cwd"], &process["noNewPrivileges"]), (&json!("/srv"), &json!(true)));
+        assert_eq!(of("exec -t c ls").unwrap()["terminal"], json!(true));
+    }
+
+    #[test]
+    fn a_name_is_no_number() {
+        assert!(of("exec --user app c ls").unwrap_err().contains("--user app"));
+        assert!(of("exec -g x c ls").unwrap_err().contains("--additional-gids x"));
+    }
+}

@@ -1,0 +1,145 @@
+//! `update`: other limits for a container that runs.
+//!
+//! Owns: flags and files to OCI `LinuxResources`. Does not own: setting them, which the guest and the host's cgroup do.
+
+use std::path::Path;
+
+use coffer_protocol::Request;
+use serde_json::{Value, json};
+
+use super::find;
+use crate::{
+    cgroup,
+    cli::Call,
+    client,
+    error::{Error, host},
+    state::Status,
+};
+
+/// Flags whose value is a number, and where it goes.
+const NUMBERS: &[(&str, [&str; 2])] = &[
+    ("memory", ["memory", "limit"]),
+    ("memory-reservation", ["memory", "reservation"]),
+    ("memory-swap", ["memory", "swap"]),
+    ("cpu-period", ["cpu", "period"]),
+    ("cpu-quota", ["cpu", "quota"]),
+    ("cpu-burst", ["cpu", "burst"]),
+    ("cpu-share", ["cpu", "shares"]),
+    ("cpu-idle", ["cpu", "idle"]),
+    ("pids-limit", ["pids", "limit"]),
+    ("blkio-weight", ["blockIO", "weight"]),
+];
+
+/// Flags that mean nothing in a guest: real-time groups and kernel memory are of cgroup version 1, the others of the
+/// host's processor.
+const REFUSED: &[&str] = &["cpu-rt-period", "cpu-rt-runtime", "l3-cache-schema", "mem-bw-schema"];
+
+/// Changes limits in the guest, then the host's.
+pub(super) fn update(call: &Call, root: &Path) -> Result<(), Error> {
+    let (directory, record) = find(root, call.id()?)?;
+    let text = match call.value("resources") {
+        None => None,
+        Some("-") => Some(std::io::read_to_string(std::io::stdin()).map_err(host("read stdin"))?),
+        Some(path) => Some(std::fs::read_to_string(path).map_err(host(format!("read {path}")))?),
+    };
+    let resources = resources(call, text.as_deref())?;
+    if directory.status(&record) == Status::Stopped {
+        return Err(Error::NotRunning);
+    }
+    client::ask(&directory.socket(), &Request::Update { id: record.id, resources: resources.clone() })?;
+    let parsed = serde_json::from_value(resources).map_err(|e| Error::Usage(format!("update: {e}")))?;
+    record.cgroup.map_or(Ok(()), |path| cgroup::apply(&path, &parsed))
+}
+
+/// What the file says, or else the flags; never both, as with runc.
+fn resources(call: &Call, text: Option<&str>) -> Result<Value, Error> {
+    let wrong = |message: String| Error::Usage(format!("update: {message}"));
+    let value: Value = match text {
+        Some(text) => serde_json::from_str(text).map_err(|e| wrong(format!("resources: {e}")))?,
+        None => flags(call)?,
+    };
+    // Their types, before anybody acts on them.
+    serde_json::from_value::<oci_spec::runtime::LinuxResources>(value.clone())
+        .map_err(|e| wrong(format!("resources: {e}")))?;
+    match value.as_object() {
+        Some(object) if text.is_some() || !object.is_empty() => Ok(value),
+        Some(_) => Err(wrong("nothing to change: give -r FILE or a limit".into())),
+        None => Err(wrong("resources: not an object".into())),
+    }
+}
+
+fn flags(call: &Call) -> Result<Value, Error> {
+    let mut value = json!({});
+    if let Some(flag) = REFUSED.iter().find(|f| call.value(f).is_some()) {
+        return Err(Error::Usage(format!("update: --{flag} is not supported in a VM")));
+    }
+    for (flag, [group, field]) in NUMBERS {
+        if let Some(text) = call.value(flag) {
+            value[group][field] = json!(number(flag, text)?);
+        }
+    }
+    for (flag, field) in [("cpuset-cpus", "cpus"), ("cpuset-mems", "mems")] {
+        if let Some(text) = call.value(flag) {
+            value["cpu"][field] = json!(text);
+        }
+    }
+    Ok(value)
+}
+
+/// A number, for memory with a unit as runc takes it: `64m` is 64 MiB.
+fn number(flag: &str, text: &str) -> Result<i64, Error> {
+    let wrong = || Error::Usage(format!("update: --{flag} {text}: a number is wanted"));
+    let lower = text.to_ascii_lowercase();
+    let digits = lower.trim_end_matches("ib").trim_end_matches('b');
+    let (digits, shift) = match digits.chars().last() {
+        Some(unit @ ('k' | 'm' | 'g' | 't')) if flag.starts_with("memory") => {
+            (&digits[..digits.len() - 1], 10 * (1 + "kmgt".find(unit).unwrap_or(0) as u32))
+        }
+        _ if flag.starts_with("memory") => (digits, 0),
+        _ => (lower.as_str(), 0),
+    };
+    digits.parse::<i64>().ok().and_then(|n| n.checked_mul(1 << shift)).ok_or_else(wrong)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cli;
+
+    fn of(line: &str, text: Option<&str>) -> Result<Value, String> {
+        let call = cli::parse(line.split_whitespace().map(str::to_owned)).unwrap();
+        resources(&call, text).map_err(|e| e.to_string())
+    }
+
+    #[test]
+    fn flags_become_the_specifications_fields() {
+        let line =
+            "update --memory 64m --cpu-quota=50000 --cpu-period 100000 --cpuset-cpus 0-1 --pids-limit 20 c";
+        assert_eq!(
+            of(line, None).unwrap(),
+            json!({
+                "memory": { "limit": 67_108_864 },
+                "cpu": { "quota": 50_000, "period": 100_000, "cpus": "0-1" },
+                "pids": { "limit": 20 }
+            })
+        );
+        assert_eq!(of("update c --memory -1", None).unwrap(), json!({ "memory": { "limit": -1 } }));
+    }
+
+    #[test]
+    fn a_file_counts_alone() {
+        let text = r#"{ "cpu": { "shares": 512 }, "unknown": 1 }"#;
+        let value = of("update -r f --memory 64m c", Some(text)).unwrap();
+        assert_eq!(value["cpu"]["shares"], 512);
+        assert!(value.get("memory").is_none());
+    }
+
+    #[test]
+    fn what_cannot_be_is_named() {
+        assert!(of("update c", None).unwrap_err().contains("nothing to change"));
+        assert!(of("update --memory much c", None).unwrap_err().contains("--memory much"));
+        assert!(of("update --cpu-rt-period 1 c", None).unwrap_err().contains("--cpu-rt-period"));
+        assert!(of("update -r f c", Some("[1]")).is_err());
+        assert!(of("update -r f c", Some(r#"{ "memory": { "limit": "x" } }"#)).is_err());
+    }
+}

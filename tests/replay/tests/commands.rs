@@ -1,0 +1,188 @@
+//! The commands that look at a container or change it while it runs.
+
+use std::{fs, io::Write, process::Stdio};
+
+use coffer_replay::{Bench, config, until};
+use serde_json::{Value, json};
+
+/// Says each signal that it gets; 15 ends it with code 3.
+const TRAPS: &str = "trap 'echo got USR1' USR1; trap 'echo got WINCH' WINCH; trap 'exit 3' TERM; echo up; while :; do sleep 0.05; done";
+
+#[test]
+fn signals_by_number_and_by_name_reach_the_first_process() {
+    let bench = Bench::new();
+    bench.start("c", &config(&["sh", "-c", TRAPS]));
+    until(|| bench.read("c.out").contains("up"));
+    for (signal, words) in [("10", "got USR1"), ("SIGWINCH", "got WINCH")] {
+        let _ = bench.call(&["kill", "c", signal]).ok();
+        until(|| bench.read("c.out").contains(words));
+    }
+    assert!(bench.call(&["kill", "c", "NOSUCH"]).failed(1).contains("NOSUCH"));
+    let _ = bench.call(&["kill", "c", "0"]).ok();
+    assert_eq!(bench.status("c"), "running");
+    // No signal named: SIGTERM.
+    let _ = bench.call(&["kill", "c"]).ok();
+    bench.wait_stopped("c");
+}
+
+#[test]
+fn a_signal_to_the_stub_itself_is_handed_on() {
+    let bench = Bench::new();
+    bench.start("c", &config(&["sh", "-c", TRAPS]));
+    until(|| bench.read("c.out").contains("up"));
+    // SAFETY: signals a process of this test's own container.
+    assert_eq!(unsafe { libc::kill(bench.pid("c"), libc::SIGUSR1) }, 0);
+    until(|| bench.read("c.out").contains("got USR1"));
+    // SAFETY: likewise.
+    assert_eq!(unsafe { libc::kill(bench.pid("c"), libc::SIGKILL) }, 0);
+    bench.wait_stopped("c");
+}
+
+#[test]
+fn kill_all_reaches_every_process() {
+    let bench = Bench::new();
+    bench.start("c", &config(&["sh", "-c", "sh -c 'trap \"echo child\" USR1; echo up; while :; do sleep 0.05; done' & trap 'echo parent' USR1; while :; do wait; done"]));
+    until(|| bench.read("c.out").contains("up"));
+    let _ = bench.call(&["kill", "-a", "c", "USR1"]).ok();
+    until(|| bench.read("c.out").contains("child") && bench.read("c.out").contains("parent"));
+}
+
+#[test]
+fn a_paused_container_stands_still_until_it_is_resumed() {
+    let bench = Bench::new();
+    bench.start("c", &config(&["sh", "-c", "while :; do echo x; sleep 0.01; done"]));
+    until(|| bench.read("c.out").len() > 10);
+    let _ = bench.call(&["pause", "c"]).ok();
+    // What was on its way arrives.
+    std::thread::sleep(std::time::Duration::from_millis(200));
+    let before = bench.read("c.out").len();
+    std::thread::sleep(std::time::Duration::from_millis(300));
+    assert_eq!(bench.read("c.out").len(), before);
+    let _ = bench.call(&["resume", "c"]).ok();
+    until(|| bench.read("c.out").len() > before);
+    assert!(bench.call(&["resume", "c"]).failed(1).contains("not paused"));
+    // Paused before its start: it cannot be started until it goes on.
+    let bundle = bench.bundle("d", &config(&["true"]));
+    let _ = bench.create("d", &bundle).ok();
+    let _ = bench.call(&["pause", "d"]).ok();
+    assert!(bench.call(&["start", "d"]).failed(1).contains("cannot start a container in the paused state"));
+    // Whatever its state, it can be removed by force.
+    let _ = bench.call(&["delete", "--force", "d"]).ok();
+    let _ = bench.call(&["pause", "c"]).ok();
+    let _ = bench.call(&["delete", "-f", "c"]).ok();
+}
+
+#[test]
+fn lists_have_runcs_columns_and_fields() {
+    let bench = Bench::new();
+    assert_eq!(bench.call(&["list", "-f", "json"]).ok(), "null\n");
+    bench.start("b", &config(&["sleep", "1000"]));
+    let bundle = bench.bundle("a", &config(&["true"]));
+    let _ = bench.create("a", &bundle).ok();
+    assert_eq!(bench.call(&["list", "-q"]).ok(), "a\nb\n");
+    let list: Value = serde_json::from_str(&bench.call(&["list", "--format=json"]).ok()).unwrap();
+    assert_eq!(
+        (&list[0]["id"], &list[0]["status"], &list[1]["status"], &list[1]["pid"], &list[1]["owner"]),
+        (&json!("a"), &json!("created"), &json!("running"), &json!(bench.pid("b")), &json!("root"))
+    );
+    assert_eq!(list[0]["rootfs"], json!(bundle.join("rootfs")));
+    let table = bench.call(&["list"]).ok();
+    let head: Vec<&str> = table.lines().next().unwrap().split_whitespace().collect();
+    assert_eq!(head, ["ID", "PID", "STATUS", "BUNDLE", "CREATED", "OWNER"]);
+    assert!(bench.call(&["list", "-f", "xml"]).failed(1).contains("xml"));
+}
+
+#[test]
+fn ps_gives_the_hosts_processes_as_json_and_the_guests_as_a_table() {
+    let bench = Bench::new();
+    bench.start("c", &config(&["sh", "-c", "sleep 1234 & wait"]));
+    let pids: Value = serde_json::from_str(&bench.call(&["ps", "--format", "json", "c"]).ok()).unwrap();
+    assert_eq!(pids, json!([bench.pid("c")]));
+    until(|| bench.call(&["ps", "c"]).ok().contains("sleep 1234"));
+    let table = bench.call(&["ps", "c", "-ef"]).ok();
+    assert_eq!(table.lines().next().unwrap().split_whitespace().next_back(), Some("CMD"));
+    assert_eq!(table.lines().count(), 3, "{table}");
+}
+
+#[test]
+fn events_have_runcs_form_and_end_with_the_container() {
+    let bench = Bench::new();
+    bench.start("c", &config(&["sh", "-c", "trap 'exit 0' TERM; while :; do sleep 0.05; done"]));
+    let line = bench.call(&["events", "--stats", "c"]).ok();
+    let event: Value = serde_json::from_str(&line).unwrap();
+    assert_eq!((&event["type"], &event["id"]), (&json!("stats"), &json!("c")));
+    assert!(event["data"]["cpu"]["usage"]["total"].as_u64().unwrap() > 0);
+    for path in
+        ["/data/memory/usage/limit", "/data/memory/raw", "/data/pids/current", "/data/blkio", "/data/hugetlb"]
+    {
+        assert!(event.pointer(path).is_some(), "{path} of {event}");
+    }
+    let out = fs::File::create(bench.path("events")).unwrap();
+    let mut stream = bench.command(&["events", "--interval", "50ms", "c"]).stdout(out).spawn().unwrap();
+    until(|| bench.read("events").lines().count() >= 3);
+    let _ = bench.call(&["kill", "c"]).ok();
+    assert_eq!(coffer_replay::finish(&mut stream), 0);
+}
+
+#[test]
+fn update_takes_a_file_stdin_or_flags() {
+    let bench = Bench::new();
+    bench.start("c", &config(&["sleep", "1000"]));
+    // Limits that set nothing: the host of this test may have no controllers to set.
+    fs::write(bench.path("limits"), "{}").unwrap();
+    let path = bench.path("limits");
+    let _ = bench.call(&["update", "--resources", path.to_str().unwrap(), "c"]).ok();
+    let mut child = bench.command(&["update", "--resources=-", "c"]).stdin(Stdio::piped()).spawn().unwrap();
+    child.stdin.take().unwrap().write_all(b"{}").unwrap();
+    assert_eq!(coffer_replay::finish(&mut child), 0);
+    assert!(bench.call(&["update", "c"]).failed(1).contains("nothing to change"));
+    assert!(bench.call(&["update", "-r", "/no/limits", "c"]).failed(1).contains("/no/limits"));
+}
+
+#[test]
+fn spec_writes_a_configuration_that_runs() {
+    let bench = Bench::new();
+    let bundle = bench.bundle("c", &config(&["true"]));
+    let path = bundle.to_str().unwrap();
+    assert!(bench.call(&["spec", "-b", path]).failed(1).contains("config.json exists"));
+    fs::remove_file(bundle.join("config.json")).unwrap();
+    let _ = bench.call(&["spec", "--bundle", path]).ok();
+    let mut written: Value = serde_json::from_slice(&fs::read(bundle.join("config.json")).unwrap()).unwrap();
+    written["process"]["args"] = json!(["echo", "it runs"]);
+    written["process"]["terminal"] = json!(false);
+    bench.configure("c", &written);
+    let _ = bench.create("c", &bundle).ok();
+    let _ = bench.call(&["start", "c"]).ok();
+    bench.wait_stopped("c");
+    assert_eq!(bench.read("c.out"), "it runs\n");
+}
+
+#[test]
+fn run_in_the_foreground_has_the_programs_stdio_and_code() {
+    let bench = Bench::new();
+    let bundle = bench.bundle("c", &config(&["sh", "-c", "cat; echo err >&2; exit 7"]));
+    let mut command = bench.command(&["run", "-b"]);
+    command.arg(&bundle).arg("c").stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    child.stdin.take().unwrap().write_all(b"from stdin").unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(7));
+    assert_eq!((output.stdout.as_slice(), output.stderr.as_slice()), (&b"from stdin"[..], &b"err\n"[..]));
+    assert!(bench.state("c").is_err());
+    let _ = bench.call(&["features"]).ok();
+}
+
+#[test]
+fn signals_to_run_in_the_foreground_are_the_containers() {
+    let bench = Bench::new();
+    let bundle = bench.bundle("c", &config(&["sh", "-c", TRAPS]));
+    let out = fs::File::create(bench.path("out")).unwrap();
+    let mut child = bench.command(&["run", "c", "-b"]).arg(&bundle).stdout(out).spawn().unwrap();
+    until(|| bench.read("out").contains("up"));
+    // SAFETY: signals our own child.
+    unsafe { libc::kill(child.id() as i32, libc::SIGUSR1) };
+    until(|| bench.read("out").contains("got USR1"));
+    // SAFETY: likewise.
+    unsafe { libc::kill(child.id() as i32, libc::SIGTERM) };
+    assert_eq!(coffer_replay::finish(&mut child), 3);
+}

@@ -1,0 +1,152 @@
+//! Further processes, as podman, containerd and CRI-O add them.
+
+use std::{fs, process::Stdio};
+
+use coffer_replay::{Bench, config, finish, gave, until};
+use serde_json::{Value, json};
+
+fn process(args: &[&str]) -> Value {
+    json!({ "user": { "uid": 0, "gid": 0 }, "args": args, "cwd": "/", "env": ["PATH=/bin"] })
+}
+
+/// `exec` as conmon calls it for podman: detached, with files for stdio; the stub's exit code cannot be waited for by this test.
+fn detached(bench: &Bench, name: &str, process: &Value) -> coffer_replay::Gave {
+    fs::write(bench.path(&format!("{name}.json")), process.to_string()).unwrap();
+    let mut command = bench.command(&["--log-format=json", "--log"]);
+    command.arg(bench.path(&format!("{name}.log"))).arg("exec");
+    command.arg("--pid-file").arg(bench.path(&format!("{name}.pid")));
+    command.arg("--process").arg(bench.path(&format!("{name}.json"))).args(["--detach", "c"]);
+    command.stdout(fs::File::create(bench.path(&format!("{name}.out"))).unwrap());
+    command.stderr(fs::File::create(bench.path(&format!("{name}.err"))).unwrap());
+    let code = finish(&mut command.spawn().unwrap());
+    coffer_replay::Gave { code, out: String::new(), err: bench.read(&format!("{name}.err")) }
+}
+
+#[test]
+fn a_detached_process_has_its_own_stub_in_the_containers_namespaces() {
+    let bench = Bench::new();
+    bench.start("c", &config(&["sleep", "1000"]));
+    let _ = detached(
+        &bench,
+        "e",
+        &process(&["sh", "-c", "trap 'echo term; exit 0' TERM; echo up; while :; do sleep 0.05; done"]),
+    )
+    .ok();
+    let (stub, own) = (bench.pid("e"), bench.pid("c"));
+    assert_ne!(stub, own);
+    for name in ["pid", "net", "ipc", "uts", "mnt"] {
+        let of = |pid| fs::read_link(format!("/proc/{pid}/ns/{name}")).unwrap();
+        assert_eq!(of(stub), of(own), "{name}");
+        assert_ne!(of(stub), fs::read_link(format!("/proc/self/ns/{name}")).unwrap(), "{name}");
+    }
+    until(|| bench.read("e.out").lines().count() == 1);
+    // containerd and podman signal the pid itself.
+    // SAFETY: signals a process of this test's own.
+    unsafe { libc::kill(stub, libc::SIGTERM) };
+    until(|| bench.read("e.out").contains("term"));
+    until(|| {
+        !std::path::Path::new(&format!("/proc/{stub}/root")).exists()
+            || fs::read_to_string(format!("/proc/{stub}/stat")).map_or(true, |s| s.contains(") Z "))
+    });
+    assert_eq!(bench.status("c"), "running");
+}
+
+#[test]
+fn a_stub_that_is_killed_takes_its_process_along() {
+    let bench = Bench::new();
+    bench.start("c", &config(&["sleep", "1000"]));
+    let _ = detached(&bench, "e", &process(&["sleep", "4321"])).ok();
+    until(|| bench.call(&["ps", "c"]).ok().contains("sleep 4321"));
+    // SAFETY: signals a process of this test's own.
+    unsafe { libc::kill(bench.pid("e"), libc::SIGKILL) };
+    until(|| !bench.call(&["ps", "c"]).ok().contains("sleep 4321"));
+}
+
+#[test]
+fn what_cannot_be_executed_writes_no_pid_file() {
+    let bench = Bench::new();
+    bench.start("c", &config(&["sleep", "1000"]));
+    for (args, words) in [
+        ("no-such", "executable file not found in $PATH"),
+        ("/no/such", "no such file or directory"),
+        ("/srv/not-executable", "permission denied"),
+    ] {
+        let said = detached(&bench, "e", &process(&[args])).failed(255);
+        assert!(said.contains(words), "{said}");
+        assert!(bench.logged("e").contains(words));
+        assert!(!bench.path("e.pid").exists());
+    }
+    let mut wrong = process(&["pwd"]);
+    wrong["cwd"] = json!("/etc/passwd");
+    assert!(detached(&bench, "e", &wrong).failed(255).contains("cwd"));
+}
+
+#[test]
+fn in_the_foreground_its_code_is_execs() {
+    let bench = Bench::new();
+    bench.start("c", &config(&["sleep", "1000"]));
+    for (script, code) in [("exit 0", 0), ("exit 255", 255), ("kill -9 $$", 137), ("kill -TERM $$", 143)] {
+        assert_eq!(bench.call(&["exec", "c", "sh", "-c", script]).code, code, "{script}");
+    }
+    // CRI-O's streaming exec: a process file, pipes, no --detach.
+    fs::write(bench.path("p"), process(&["sh", "-c", "cat; exit 5"]).to_string()).unwrap();
+    let mut command = bench.command(&["exec", "--process"]);
+    command.arg(bench.path("p")).arg("c").stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    std::io::Write::write_all(&mut child.stdin.take().unwrap(), b"in").unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert_eq!((output.status.code(), output.stdout.as_slice()), (Some(5), &b"in"[..]));
+}
+
+#[test]
+fn flags_say_who_where_and_with_what() {
+    let bench = Bench::new();
+    bench.start("c", &config(&["sleep", "1000"]));
+    let line = ["exec", "-u", "1000:1001", "-g", "7", "--cwd", "/srv", "-e", "X=y", "c", "sh", "-c"];
+    let script = "id -u; id -g; id -G; pwd; echo $X; grep CapEff /proc/self/status";
+    let out = gave(bench.command(&line).arg(script)).ok();
+    let lines: Vec<&str> = out.lines().collect();
+    assert_eq!(lines[..5], ["1000", "1001", "1001 7", "/srv", "y"], "{out}");
+    let out = bench
+        .call(&[
+            "exec",
+            "--cap",
+            "CAP_NET_RAW",
+            "--no-new-privs",
+            "c",
+            "grep",
+            "-E",
+            "CapPrm|NoNewPrivs",
+            "/proc/self/status",
+        ])
+        .ok();
+    let caps =
+        u64::from_str_radix(out.lines().next().unwrap().split_whitespace().next_back().unwrap(), 16).unwrap();
+    assert!(caps & (1 << 13) != 0 && caps & (1 << 21) == 0, "{out}");
+    assert!(out.contains("NoNewPrivs:\t1"), "{out}");
+}
+
+#[test]
+fn fifty_at_once_all_end_with_their_own_code() {
+    let bench = Bench::new();
+    bench.start("c", &config(&["sleep", "1000"]));
+    let children: Vec<_> = (0..50)
+        .map(|n| {
+            let script = format!("sleep 0.1; exit {n}");
+            bench.command(&["exec", "c", "sh", "-c", &script]).stderr(Stdio::piped()).spawn().unwrap()
+        })
+        .collect();
+    for (n, child) in children.into_iter().enumerate() {
+        let output = child.wait_with_output().unwrap();
+        assert_eq!(output.status.code(), Some(n as i32), "{}", String::from_utf8_lossy(&output.stderr));
+    }
+}
+
+#[test]
+fn it_works_before_the_start_as_with_runc() {
+    let bench = Bench::new();
+    let bundle = bench.bundle("c", &config(&["sleep", "1000"]));
+    let _ = bench.create("c", &bundle).ok();
+    assert_eq!(bench.call(&["exec", "c", "echo", "early"]).ok(), "early\n");
+    assert_eq!(bench.status("c"), "created");
+}
