@@ -170,8 +170,10 @@ impl Session {
         }
     }
 
+    /// Nothing more is to be said here. A process's host closes the connection once it has its end: until then this machine
+    /// must go on, because what the kernel has taken to send is lost when the machine ends.
     pub(crate) fn is_done(&self) -> bool {
-        self.dead || self.finishing && self.waiting() == 0
+        self.dead || self.finishing && self.waiting() == 0 && self.process.is_none()
     }
 
     /// Bytes of the host for stdin. A host that ignores the window is cut off.
@@ -269,4 +271,36 @@ pub(crate) fn unblock(fd: &impl AsFd) -> nix::Result<()> {
     use nix::fcntl::{FcntlArg, OFlag, fcntl};
     let flags = OFlag::from_bits_truncate(fcntl(fd, FcntlArg::F_GETFL)?);
     fcntl(fd, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK)).map(drop)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::net::UnixStream;
+
+    #[test]
+    fn a_process_session_is_over_when_the_host_has_its_end_and_not_before() {
+        let (ours, host) = UnixStream::pair().unwrap();
+        unblock(&ours).unwrap();
+        let mut session = Session::new(ours.into());
+        session.process = Some(Process::new(4711, Stdio::default()));
+        session.process.as_mut().unwrap().ended = Some(Ended::Exited(3));
+        session.finish_process();
+        session.write_host();
+        assert!(session.finishing && session.waiting() == 0 && !session.is_done());
+        drop(host);
+        session.read_host();
+        assert!(session.is_done());
+    }
+
+    #[test]
+    fn a_request_session_is_over_when_its_reply_is_written() {
+        let (ours, _host) = UnixStream::pair().unwrap();
+        unblock(&ours).unwrap();
+        let mut session = Session::new(ours.into());
+        session.reply(&Reply::Done);
+        assert!(!session.is_done());
+        session.write_host();
+        assert!(session.is_done());
+    }
 }

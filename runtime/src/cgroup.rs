@@ -18,15 +18,12 @@ const ROOT: &str = "/sys/fs/cgroup";
 /// What a VM needs of the host beside the container's own limit: guest kernel, page cache of shared files, the VMM.
 const OVERHEAD: i64 = 192 << 20;
 
-/// Makes the cgroup that the configuration names. `None` when it names none, or the host has no version 2.
+/// The cgroup that the configuration names. `None` when it names none, or the host has no version 2.
 ///
 /// # Errors
-/// The system's, naming the directory.
-pub fn create(spec: &Spec) -> Result<Option<PathBuf>, Error> {
+/// [`Error::Bundle`] when it leads elsewhere.
+pub fn path(spec: &Spec) -> Result<Option<PathBuf>, Error> {
     let Some(wanted) = spec.linux().as_ref().and_then(|l| l.cgroups_path().clone()) else { return Ok(None) };
-    if !Path::new(ROOT).join("cgroup.controllers").exists() {
-        return Ok(None);
-    }
     let inside = wanted.strip_prefix("/").unwrap_or(&wanted);
     if inside.components().any(|c| !matches!(c, std::path::Component::Normal(_))) {
         return Err(Error::Bundle(format!(
@@ -34,19 +31,27 @@ pub fn create(spec: &Spec) -> Result<Option<PathBuf>, Error> {
             wanted.display()
         )));
     }
-    let mut path = PathBuf::from(ROOT);
-    for part in inside {
-        delegate(&path);
-        path.push(part);
-        if let Err(e) = fs::create_dir(&path)
+    let unified = Path::new(ROOT).join("cgroup.controllers").exists();
+    Ok(unified.then(|| Path::new(ROOT).join(inside)))
+}
+
+/// Makes a cgroup of [`path`], and its limits.
+///
+/// # Errors
+/// The system's, naming the directory.
+pub fn create(path: &Path, spec: &Spec) -> Result<(), Error> {
+    let mut so_far = PathBuf::from(ROOT);
+    for part in path.strip_prefix(ROOT).unwrap_or(path) {
+        delegate(&so_far);
+        so_far.push(part);
+        if let Err(e) = fs::create_dir(&so_far)
             && e.kind() != std::io::ErrorKind::AlreadyExists
         {
-            return Err(host(format!("make cgroup {}", path.display()))(e));
+            return Err(host(format!("make cgroup {}", so_far.display()))(e));
         }
     }
     let resources = spec.linux().as_ref().and_then(|l| l.resources().as_ref());
-    resources.map_or(Ok(()), |r| apply(&path, r))?;
-    Ok(Some(path))
+    resources.map_or(Ok(()), |r| apply(path, r))
 }
 
 /// Turns the controllers on that limits below need. One that cannot be is noticed when its limit is set.

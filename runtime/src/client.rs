@@ -30,14 +30,14 @@ pub struct Connection {
 
 /// The VMM is gone: only it knows why.
 fn gone() -> Error {
-    Error::Vm("it ended before it answered".into())
+    Error::VmGone
 }
 
 impl Connection {
     /// Connects. While a VM boots its socket may not be there yet; `alive` says whether to go on waiting for it.
     ///
     /// # Errors
-    /// [`Error::Vm`] when there is no VM.
+    /// [`Error::VmGone`] when there is no VM.
     pub fn open(socket: &Path, mut alive: impl FnMut() -> bool) -> Result<Self, Error> {
         let began = Instant::now();
         let mut stream = loop {
@@ -75,7 +75,7 @@ impl Connection {
     /// Sends the request and takes the reply.
     ///
     /// # Errors
-    /// [`Error::Guest`] when init refuses, [`Error::Vm`] when there is no answer.
+    /// [`Error::Guest`] when init refuses, [`Error::Vm`] when there is no answer, [`Error::VmGone`] when there is no VM.
     pub fn ask(&mut self, request: &Request) -> Result<Reply, Error> {
         let mut bytes = Vec::new();
         encode(Kind::Request, &request.to_payload(), &mut bytes);

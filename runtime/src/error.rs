@@ -42,6 +42,9 @@ pub enum Error {
     /// The VM ended or did not start.
     #[error("VM failed: {0}")]
     Vm(String),
+    /// The VM's connection closed: why is in the VMM's report.
+    #[error("VM failed: it ended before it answered")]
+    VmGone,
     /// The guest refused.
     #[error("{message}")]
     Guest {

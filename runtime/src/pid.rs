@@ -1,7 +1,9 @@
 //! Processes of ours by number and start time, so that a number used again is not taken for the old process.
 
 use std::{
-    fs, thread,
+    fs, io,
+    os::fd::{AsRawFd, FromRawFd, OwnedFd},
+    thread,
     time::{Duration, Instant},
 };
 
@@ -46,6 +48,21 @@ impl Pid {
         }
     }
 
+    /// A descriptor of the process itself, which stays right when its number is used again.
+    ///
+    /// # Errors
+    /// The system's; not found when it is gone.
+    pub fn open(&self) -> io::Result<OwnedFd> {
+        // SAFETY: makes a new descriptor, or fails.
+        let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, self.pid, 0) };
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: the call returned a new descriptor that nobody else has.
+        let fd = unsafe { OwnedFd::from_raw_fd(fd as i32) };
+        if self.is_alive() { Ok(fd) } else { Err(io::ErrorKind::NotFound.into()) }
+    }
+
     /// Waits until it is gone. False when it is not in time.
     #[must_use]
     pub fn wait(&self, limit: Duration) -> bool {
@@ -60,6 +77,14 @@ impl Pid {
     }
 }
 
+/// Waits until the process of a descriptor has ended. False when it has not in time. Works from other namespaces, too.
+#[must_use]
+pub fn wait_end(process: &impl AsRawFd, limit: Duration) -> bool {
+    let mut entry = libc::pollfd { fd: process.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+    // SAFETY: one valid entry.
+    unsafe { libc::poll(&raw mut entry, 1, i32::try_from(limit.as_millis()).unwrap_or(i32::MAX)) > 0 }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -70,8 +95,12 @@ mod tests {
         let pid = Pid::of(child.id() as i32).unwrap();
         assert!(pid.is_alive());
         assert!(!Pid { start: pid.start + 1, ..pid }.is_alive());
+        let open = pid.open().unwrap();
+        assert!(!wait_end(&open, Duration::ZERO));
         pid.signal(libc::SIGKILL);
         assert!(pid.wait(Duration::from_secs(5)));
+        assert!(wait_end(&open, Duration::from_secs(5)));
         child.wait().unwrap();
+        assert!(pid.open().is_err());
     }
 }

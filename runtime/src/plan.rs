@@ -5,7 +5,7 @@
 use std::path::{Path, PathBuf};
 
 use coffer_protocol::{BindSource, SHARE_DIR};
-use oci_spec::runtime::{LinuxNamespaceType, Spec};
+use oci_spec::runtime::{LinuxDeviceType, LinuxNamespaceType, Spec};
 use serde_json::Value;
 
 use crate::error::Error;
@@ -73,6 +73,7 @@ pub fn plan(bundle: &Path, id: &str, config: &[u8]) -> Result<Plan, Error> {
         return Err(wrong("config.json: process.args is empty".into()));
     }
     let terminal = process.terminal().unwrap_or(false);
+    devices(&mut value, &spec)?;
     let (binds, bind_sources) = rewrite(&mut value, &spec, bundle, id, &rootfs);
     Ok(Plan {
         guest_spec: value,
@@ -106,6 +107,13 @@ fn rewrite(
         }
         let Some(source) = mount.source() else { continue };
         let source = bundle.join(source);
+        if let Some(kib) = shared_memory(mount.destination(), &source) {
+            value["mounts"][index] = serde_json::json!({
+                "destination": "/dev/shm", "type": "tmpfs", "source": "shm",
+                "options": ["nosuid", "noexec", "nodev", "mode=1777", format!("size={kib}k")],
+            });
+            continue;
+        }
         sources.push(BindSource { mount: index, directory: source.is_dir() });
         value["mounts"][index]["source"] = Value::from(format!("{SHARE_DIR}/{id}/mounts/{index}"));
         binds.push(Bind {
@@ -145,6 +153,55 @@ fn rewrite(
 #[must_use]
 pub fn wants_terminal(config: &[u8]) -> bool {
     serde_json::from_slice::<Value>(config).is_ok_and(|c| c["process"]["terminal"] == true)
+}
+
+/// KiB of a container's shared memory, which callers make as a tmpfs on the host. The guest gets a tmpfs of its own of
+/// that size: memory is shared between processes of one kernel, and not through files of the host. What is the host's own
+/// `/dev/shm` stays a bind.
+fn shared_memory(destination: &Path, source: &Path) -> Option<u64> {
+    if destination != Path::new("/dev/shm") || source == Path::new("/dev/shm") {
+        return None;
+    }
+    let system = nix::sys::statfs::statfs(source).ok()?;
+    let bytes = system.blocks().checked_mul(u64::try_from(system.block_size()).ok()?)?;
+    (system.filesystem_type() == nix::sys::statfs::TMPFS_MAGIC).then_some(bytes / 1024)
+}
+
+/// Character devices that the guest's kernel has itself, as major and minor number: null, zero, full, random, urandom, kmsg,
+/// tty, console, ptmx, tun, fuse. 136 and up are terminals.
+const GUEST_DEVICES: [(i64, i64); 11] =
+    [(1, 3), (1, 5), (1, 7), (1, 8), (1, 9), (1, 11), (5, 0), (5, 1), (5, 2), (10, 200), (10, 229)];
+
+/// Refuses devices that only the host has. A container that may use every device (`--privileged`) asked for none in
+/// particular: it gets those that the guest has.
+fn devices(value: &mut Value, spec: &Spec) -> Result<(), Error> {
+    let Some(linux) = spec.linux() else { return Ok(()) };
+    let rules = linux.resources().as_ref().and_then(|r| r.devices().as_ref());
+    let all = rules.into_iter().flatten().any(|r| r.allow() && r.major().is_none() && r.minor().is_none());
+    let mut kept = Vec::new();
+    for (index, device) in linux.devices().iter().flatten().enumerate() {
+        let here = match device.typ() {
+            LinuxDeviceType::C | LinuxDeviceType::U => {
+                GUEST_DEVICES.contains(&(device.major(), device.minor())) || device.major() == 136
+            }
+            LinuxDeviceType::P => true,
+            _ => false,
+        };
+        if here {
+            kept.push(value["linux"]["devices"][index].clone());
+        } else if !all {
+            return Err(Error::Bundle(format!(
+                "config.json: device {} ({}:{}) is the host's, and a VM has none of those: run without it",
+                device.path().display(),
+                device.major(),
+                device.minor()
+            )));
+        }
+    }
+    if linux.devices().is_some() {
+        value["linux"]["devices"] = Value::from(kept);
+    }
+    Ok(())
 }
 
 fn annotation<'a>(spec: &'a Spec, key: &str) -> Option<&'a str> {
@@ -271,6 +328,38 @@ mod tests {
                 .contains("process.args")
         );
         assert!(plan(Path::new("/b"), "c", b"{").unwrap_err().to_string().contains("config.json"));
+    }
+
+    #[test]
+    fn a_device_of_the_host_is_refused_unless_all_were_allowed() {
+        let with = |rules: Value| {
+            let linux = json!({
+                "devices": [
+                    { "path": "/dev/null2", "type": "c", "major": 1, "minor": 3 },
+                    { "path": "/dev/sda", "type": "b", "major": 8, "minor": 0 }
+                ],
+                "resources": { "devices": rules }
+            });
+            plan(Path::new("/b"), "c", &config(json!({ "linux": linux })))
+        };
+        let one = json!([{ "allow": false, "access": "rwm" }, { "allow": true, "type": "b", "major": 8, "minor": 0 }]);
+        assert!(with(one).unwrap_err().to_string().contains("device /dev/sda (8:0) is the host's"));
+        let every = with(json!([{ "allow": true, "access": "rwm" }])).unwrap().guest_spec;
+        assert_eq!(every["linux"]["devices"].as_array().unwrap().len(), 1);
+        assert_eq!(every["linux"]["devices"][0]["path"], "/dev/null2");
+    }
+
+    #[test]
+    fn shared_memory_is_the_guests_own_in_the_same_size() {
+        let kind = nix::sys::statfs::statfs("/dev/shm").unwrap();
+        if kind.filesystem_type() != nix::sys::statfs::TMPFS_MAGIC {
+            return;
+        }
+        let source = tempfile::tempdir_in("/dev/shm").unwrap();
+        let kib = shared_memory(Path::new("/dev/shm"), source.path()).unwrap();
+        assert_eq!(kib, kind.blocks() * kind.block_size() as u64 / 1024);
+        assert_eq!(shared_memory(Path::new("/data"), source.path()), None);
+        assert_eq!(shared_memory(Path::new("/dev/shm"), Path::new("/proc")), None);
     }
 
     proptest! {

@@ -8,6 +8,7 @@ use std::{
     io::{self, Read, Write},
     os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd},
     path::Path,
+    time::Duration,
 };
 
 use coffer_protocol::{Ended, Frame, Kind, STDIN_WINDOW, WindowSize, encode};
@@ -19,11 +20,13 @@ use nix::{
     },
 };
 
-use crate::{client::Connection, error::Error, plan::Bind};
+use crate::{client::Connection, error::Error, pid, plan::Bind};
 
 /// Exit code when the VM is gone before its process ended, as if it had been killed.
 const VM_GONE: i32 = 137;
 const CHUNK: usize = 64 * 1024;
+/// How long a VMM may take from closing its connections to its end.
+pub const VMM_END_LIMIT: Duration = Duration::from_secs(10);
 const NONE: Option<&str> = None;
 
 /// Enters the container's root on the host: what `podman cp` and `podman top` see.
@@ -101,6 +104,10 @@ pub struct Relay {
     pub terminal: Option<OwnedFd>,
     /// Where the VMM says why it ended; opened before the root changed.
     pub reports: Option<File>,
+    /// The VMM, to wait for what it says at its end.
+    pub vmm: Option<OwnedFd>,
+    /// Where callers look for the file `oom`, for a container's first process; opened before the root changed.
+    pub bundle: Option<File>,
 }
 
 enum Step {
@@ -120,7 +127,7 @@ impl Relay {
             // The terminal's size may have been set before anybody listened.
             match self.frames(&mut credit) {
                 Step::Goes => {}
-                Step::Ended(ended) => return i32::from(ended.exit_code()),
+                Step::Ended(ended) => return self.ended(ended),
                 Step::VmGone => return self.vm_gone(),
             }
             let input = self.terminal.as_ref().map_or(0, AsRawFd::as_raw_fd);
@@ -143,11 +150,28 @@ impl Relay {
             }
             if waits[0].revents != 0 && !self.read() {
                 return match self.frames(&mut credit) {
-                    Step::Ended(ended) => i32::from(ended.exit_code()),
+                    Step::Ended(ended) => self.ended(ended),
                     _ => self.vm_gone(),
                 };
             }
         }
+    }
+
+    /// The exit code. podman 4 takes a container's end for want of memory from a file in the bundle, which conmon writes
+    /// when the host's cgroup says so; here the guest's does.
+    fn ended(&self, ended: Ended) -> i32 {
+        if ended == Ended::OutOfMemory
+            && let Some(bundle) = &self.bundle
+        {
+            let flags = libc::O_CREAT | libc::O_WRONLY | libc::O_CLOEXEC | libc::O_NOFOLLOW;
+            // SAFETY: the name is a C string; the directory is open.
+            let fd = unsafe { libc::openat(bundle.as_raw_fd(), c"oom".as_ptr(), flags, 0o600) };
+            if fd >= 0 {
+                // SAFETY: openat returned a new descriptor.
+                drop(unsafe { OwnedFd::from_raw_fd(fd) });
+            }
+        }
+        i32::from(ended.exit_code())
     }
 
     fn send(&mut self, kind: Kind, payload: &[u8]) {
@@ -234,8 +258,10 @@ impl Relay {
     }
 
     fn vm_gone(&mut self) -> i32 {
-        // The VMM writes its report right before it ends.
-        std::thread::sleep(std::time::Duration::from_millis(20));
+        // The VMM writes its report right before it ends, and its connections close before that.
+        if let Some(vmm) = &self.vmm {
+            let _ = pid::wait_end(vmm, VMM_END_LIMIT);
+        }
         let mut text = String::new();
         if let Some(directory) = &self.reports {
             // SAFETY: the name is a C string; the directory is open.

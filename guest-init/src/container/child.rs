@@ -34,6 +34,8 @@ pub(super) fn first(
     sync: &OwnedFd,
 ) -> ! {
     let result = (|| {
+        // What is made for the container has the modes that are said; the process gets its own mask later.
+        nix::sys::stat::umask(nix::sys::stat::Mode::empty());
         mounts::set_up(spec)?;
         if let Some(name) = spec.hostname() {
             nix::unistd::sethostname(name).map_err(|e| ContainerError::guest("set the host name", e))?;

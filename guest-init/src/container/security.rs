@@ -10,6 +10,9 @@ use oci_spec::runtime::{Capabilities, PosixRlimitType, Process, Spec};
 
 use super::{ContainerError, seccomp};
 
+/// Where the configuration names none: runc's.
+const DEFAULT_UMASK: u32 = 0o022;
+
 /// Rlimits and the OOM score.
 pub(super) fn limits(process: &Process) -> Result<(), ContainerError> {
     for limit in process.rlimits().iter().flatten() {
@@ -79,9 +82,8 @@ pub(super) fn identity(process: &Process) -> Result<(), ContainerError> {
     let (uid, gid) = (Uid::from_raw(user.uid()), Gid::from_raw(user.gid()));
     setresgid(gid, gid, gid).map_err(failed("set the group"))?;
     setresuid(uid, uid, uid).map_err(failed("set the user"))?;
-    if let Some(mask) = user.umask() {
-        nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(mask));
-    }
+    let mask = user.umask().unwrap_or(DEFAULT_UMASK);
+    nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(mask));
     caps::set(None, CapSet::Inheritable, &of(|c| c.inheritable()))
         .map_err(caps_failed("set inheritable capabilities"))?;
     // The effective set first shrinks to what both have, because it must stay within the permitted one.

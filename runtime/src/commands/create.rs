@@ -29,7 +29,7 @@ use crate::{
     error::{Error, host},
     home::Home,
     network::{self, Tap},
-    pid::Pid,
+    pid::{self, Pid},
     plan::{self, Plan, namespace},
     spawn,
     state::{self, Directory, Record, Status},
@@ -56,7 +56,7 @@ pub(super) fn create(call: &Call, root: &Path) -> Result<(), Error> {
     }
     let directory = Directory::of(root, &id)?;
     directory.create()?;
-    let made = Making { plan: &plan, directory: &directory, bundle, id: &id }.all(console.as_deref());
+    let made = Making { root, plan: &plan, directory: &directory, bundle, id: &id }.all(console.as_deref());
     let result = made.and_then(|pid| match call.value("pid-file") {
         // Last: callers take create for done as soon as it is there.
         Some(path) => state::write_whole(Path::new(path), pid.to_string().as_bytes()),
@@ -93,6 +93,7 @@ pub(super) fn run(call: &Call, root: &Path) -> Result<i32, Error> {
 }
 
 struct Making<'a> {
+    root: &'a Path,
     plan: &'a Plan,
     directory: &'a Directory,
     bundle: PathBuf,
@@ -106,6 +107,7 @@ fn pipe(stage: &str) -> Result<(OwnedFd, OwnedFd), Error> {
 impl Making<'_> {
     /// Everything up to the pid file; the stub's pid.
     fn all(&self, console: Option<&Path>) -> Result<i32, Error> {
+        let group = cgroup::path(&self.plan.spec)?;
         let (lifeline, hold) = pipe("make the lifeline")?;
         let (network, taps) = self.network()?;
         let trace = self.trace();
@@ -131,15 +133,14 @@ impl Making<'_> {
             created: clock::now(),
             stub: None,
             vmm: vmm_pid,
-            cgroup: None,
+            cgroup: group,
         };
         // From here on `delete --force` can take everything down, even if this process is killed.
         self.directory.write(&record)?;
-        record.cgroup = cgroup::create(&self.plan.spec)?;
         if let Some(path) = &record.cgroup {
+            cgroup::create(path, &self.plan.spec)?;
             cgroup::join(path, vmm_pid.pid)?;
         }
-        self.directory.write(&record)?;
         if !network.interfaces.is_empty() {
             self.directory.mark("networked", true)?;
         }
@@ -167,12 +168,27 @@ impl Making<'_> {
                 "the host's network cannot be given to a VM: use a bridge network or --network none".into(),
             )),
             Some(None) => Ok((Network::default(), Vec::new())),
+            Some(Some(path)) if self.is_another_pods(&path) => Err(Error::State(format!(
+                "network namespace {} is another VM's, and VMs cannot share an interface: use a network of its own",
+                path.display()
+            ))),
             Some(Some(path)) => network::inside(&path, || {
                 let network = network::look()?;
                 let taps = network::taps(&network)?;
                 Ok((network, taps))
             }),
         }
+    }
+
+    /// A container of ours runs in this network namespace, so that its VM has the namespace's interfaces.
+    fn is_another_pods(&self, namespace: &Path) -> bool {
+        use std::os::unix::fs::MetadataExt;
+        let key = |path: &Path| std::fs::metadata(path).map(|m| (m.dev(), m.ino())).ok();
+        let Some(wanted) = key(namespace) else { return false };
+        state::all(self.root)
+            .iter()
+            .filter_map(|(_, record)| record.stub.filter(Pid::is_alive))
+            .any(|stub| key(Path::new(&format!("/proc/{}/ns/net", stub.pid))) == Some(wanted))
     }
 
     /// Boot stages are always written, for `boot-chart`: a dozen lines; somebody may want them elsewhere.
@@ -190,10 +206,6 @@ impl Making<'_> {
         slave: Option<&OwnedFd>,
     ) -> Result<Connection, Error> {
         let socket = self.directory.socket();
-        let reason = |error| match error {
-            Error::Vm(words) => Error::Vm(self.report().unwrap_or(words)),
-            other => other,
-        };
         let mut alive = || matches!(vmm.try_wait(), Ok(None));
         let elapsed = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let sandbox = Sandbox {
@@ -202,17 +214,28 @@ impl Making<'_> {
             unix_time_ns: u64::try_from(elapsed.as_nanos()).unwrap_or(u64::MAX),
             network,
         };
-        let first = Connection::open(&socket, &mut alive).and_then(|mut c| c.ask(&Request::Sandbox(sandbox)));
-        first.map_err(reason)?;
         let create = CreateContainer {
             id: self.id.to_owned(),
             spec: self.plan.guest_spec.clone(),
             window: slave.and_then(stub::window),
             binds: self.plan.bind_sources.clone(),
         };
-        let mut connection = Connection::open(&socket, &mut alive).map_err(reason)?;
-        connection.ask(&Request::Create(Box::new(create))).map_err(reason)?;
-        Ok(connection)
+        let mut talk = || {
+            Connection::open(&socket, &mut alive)?.ask(&Request::Sandbox(sandbox.clone()))?;
+            let mut connection = Connection::open(&socket, &mut alive)?;
+            connection.ask(&Request::Create(Box::new(create.clone())))?;
+            Ok(connection)
+        };
+        talk().map_err(|error| match error {
+            Error::VmGone => {
+                let process = Pid::of(vmm.id() as i32).and_then(|p| p.open().ok());
+                if let Some(process) = process {
+                    let _ = pid::wait_end(&process, stub::VMM_END_LIMIT);
+                }
+                self.report().map_or(error, Error::Vm)
+            }
+            other => other,
+        })
     }
 
     /// Why the VMM ended, in its own words.
@@ -251,6 +274,8 @@ impl Making<'_> {
             }
         }
         let reports = File::open(self.directory.file("")).ok();
+        let bundle = File::open(&self.bundle).ok();
+        let vmm = record.vmm.open().ok();
         let destinations: Vec<PathBuf> = self
             .plan
             .bind_sources
@@ -284,7 +309,8 @@ impl Making<'_> {
                     let others = slave
                         .iter()
                         .map(AsRawFd::as_raw_fd)
-                        .chain(reports.iter().map(AsRawFd::as_raw_fd))
+                        .chain(reports.iter().chain(&bundle).map(AsRawFd::as_raw_fd))
+                        .chain(vmm.iter().map(AsRawFd::as_raw_fd))
                         .chain(joins.iter().map(AsRawFd::as_raw_fd));
                     close_others(&kept.into_iter().chain(others).collect::<Vec<_>>());
                     for file in &joins {
@@ -309,7 +335,7 @@ impl Making<'_> {
                     Ok(signals) => {
                         let _ = ready.write_all(b"k");
                         drop(ready);
-                        let relay = Relay { connection, signals, terminal: slave, reports };
+                        let relay = Relay { connection, signals, terminal: slave, reports, vmm, bundle };
                         let code = relay.run();
                         drop(hold);
                         std::process::exit(code)

@@ -64,6 +64,7 @@ pub(super) fn exec(call: &Call, root: &Path) -> Result<i32, Error> {
     connection.ask(&Request::Exec(Box::new(Exec { id: record.id.clone(), exec_id, process, window })))?;
     let (ready, tell_ready) = pipe2(OFlag::O_CLOEXEC).map_err(host("make a pipe"))?;
     let reports = File::open(directory.file("")).ok();
+    let vmm = record.vmm.open().ok();
     // The child is in the container's namespace of processes, as callers expect who look there.
     setns(&namespaces[0], CloneFlags::CLONE_NEWPID).map_err(host("join the container's namespaces"))?;
     let (master, slave) = match (pty, &own) {
@@ -77,7 +78,8 @@ pub(super) fn exec(call: &Call, root: &Path) -> Result<i32, Error> {
         let set_up = || -> std::io::Result<_> {
             nix::unistd::setsid()?;
             let kept = [ready.as_raw_fd(), connection.stream.as_raw_fd()];
-            let others = slave.iter().map(AsRawFd::as_raw_fd).chain(reports.iter().map(AsRawFd::as_raw_fd));
+            let others = slave.iter().chain(&vmm).map(AsRawFd::as_raw_fd);
+            let others = others.chain(reports.iter().map(AsRawFd::as_raw_fd));
             create::close_others(
                 &kept
                     .into_iter()
@@ -100,7 +102,9 @@ pub(super) fn exec(call: &Call, root: &Path) -> Result<i32, Error> {
             Ok(signals) => {
                 let _ = ready.write_all(b"k");
                 drop((ready, namespaces));
-                std::process::exit(Relay { connection, signals, terminal: slave, reports }.run())
+                std::process::exit(
+                    Relay { connection, signals, terminal: slave, reports, vmm, bundle: None }.run(),
+                )
             }
             Err(error) => {
                 let _ = ready.write_all(error.to_string().as_bytes());

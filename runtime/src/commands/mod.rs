@@ -123,7 +123,7 @@ fn kill(call: &Call, root: &Path) -> Result<(), Error> {
             Err(Error::NotRunning)
         }
         // A guest that does not answer can still be ended: its VMM goes with the stub.
-        Err(Error::Vm(_)) if signal == libc::SIGKILL as u32 => {
+        Err(Error::Vm(_) | Error::VmGone) if signal == libc::SIGKILL as u32 => {
             record.vmm.signal(libc::SIGKILL);
             Ok(())
         }
