@@ -17,4 +17,5 @@ pub mod record;
 pub mod report;
 pub mod run;
 pub mod stats;
+pub mod symbols;
 pub mod tiny;

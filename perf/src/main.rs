@@ -14,7 +14,7 @@ use coffer_perf::{
     fingerprint::{self, Fingerprint},
     plan::Plan,
     record::Record,
-    report, run,
+    report, run, symbols,
 };
 
 const USAGE: &str = "\
@@ -22,6 +22,7 @@ coffer-bench: boot latency, measured (perf/run and perf/check call it)
 
   coffer-bench run PLAN.toml --out DIR --stamp FILE   every start of a plan: DIR/raw.jsonl and DIR/machine.json
   coffer-bench report DIR                             DIR/summary.md and plots, from those two files
+  coffer-bench where DIR SYSTEM.MAP [N]               the N functions of the guest's kernel with the most instructions
   coffer-bench check DIR BASELINE.json [--write]      counts against the baseline; with --write it becomes the baseline
 
 DIR/counts.jsonl, when it is there, is the QEMU plugin's: then times are not shown.";
@@ -47,6 +48,10 @@ fn try_main() -> Result<bool> {
         ["report", directory] => show(Path::new(directory)).map(|()| true),
         ["check", directory, baseline] => check(Path::new(directory), Path::new(baseline), false),
         ["check", directory, baseline, "--write"] => check(Path::new(directory), Path::new(baseline), true),
+        ["where", directory, map] => functions(Path::new(directory), Path::new(map), 40),
+        ["where", directory, map, most] => {
+            functions(Path::new(directory), Path::new(map), most.parse().context("N is a number")?)
+        }
         ["--help"] => {
             println!("{USAGE}");
             Ok(true)
@@ -127,6 +132,14 @@ fn show(directory: &Path) -> Result<()> {
     }
     print!("{text}");
     Ok(())
+}
+
+fn functions(directory: &Path, map: &Path, most: usize) -> Result<bool> {
+    let text = |path: &Path| fs::read_to_string(path).with_context(|| format!("read {}", path.display()));
+    let addresses = text(&directory.join("addresses"))?;
+    let map = text(map).context("the kernel's System.map lies beside its vmlinux in the build's cache")?;
+    print!("{}", symbols::table(&symbols::attribute(&addresses, &map)?, most));
+    Ok(true)
 }
 
 fn check(directory: &Path, file: &Path, write: bool) -> Result<bool> {

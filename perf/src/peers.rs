@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use coffer_layout::MARK_PORT;
 
-use crate::plan::Kind;
+use crate::plan::{Kind, Until};
 
 /// The files of one comparison: every VMM boots the same kernel with the same initramfs.
 #[derive(Clone, Debug, Default)]
@@ -25,6 +25,8 @@ pub struct Guest {
     pub vcpus: u32,
     /// The kernel is one that marks its entry and halts: no PID 1 is waited for.
     pub tiny: bool,
+    /// How far it is watched.
+    pub until: Until,
 }
 
 /// One VMM.
@@ -111,7 +113,7 @@ mod tests {
             command_line: "C".into(),
             memory_mib: 77,
             vcpus: 3,
-            tiny: false,
+            ..Guest::default()
         };
         for kind in [Kind::QemuMicrovm, Kind::CloudHypervisor, Kind::Alioth] {
             let line = Peer::new(kind, "vmm".into()).unwrap().command(&guest, "M", "V").join(" ");

@@ -44,6 +44,17 @@ impl Class {
     }
 }
 
+/// How far a VM's start is watched; its memory and KVM's counters are read then.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Until {
+    /// To `main` of PID 1: the same for every VMM.
+    #[default]
+    Pid1,
+    /// To an init that can take containers: needs our devices.
+    Ready,
+}
+
 /// What starts something.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -129,6 +140,9 @@ pub struct Plan {
     /// Seconds that one start may take.
     #[serde(default = "limit")]
     pub time_limit_s: u64,
+    /// How far VMs are watched.
+    #[serde(default)]
+    pub until: Until,
     /// Classes.
     pub classes: Vec<Class>,
     /// MiB of RAM of a guest.
@@ -198,6 +212,9 @@ impl Plan {
         }
         if plan.parallel.iter().any(|n| !(1..=256).contains(n)) || plan.parallel.is_empty() {
             return wrong("parallel: numbers from 1 to 256");
+        }
+        if plan.until == Until::Ready && plan.runtime.iter().any(|r| r.kind != Kind::CofferVmm) {
+            return wrong("until = \"ready\": only coffer-vmm has the devices that init waits for");
         }
         if plan.runtime.is_empty() {
             return wrong("[[runtime]] is missing");
@@ -285,6 +302,7 @@ mod tests {
             ("repetitions = 3", "repetitions = 0", "repetitions"),
             ("\"cold\", \"warm\"", "\"template\"", "template"),
             ("[1, 4]", "[0]", "parallel"),
+            ("repetitions = 3", "repetitions = 3\nuntil = \"ready\"", "until"),
             ("kind = \"crun\"", "kind = \"krun\"", "krun"),
             ("name = \"x\"", "name = \"x\"\nspeed = 1", "speed"),
         ] {

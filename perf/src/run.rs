@@ -16,7 +16,7 @@ use crate::{
     boot::{self, BootError, Started},
     container,
     peers::{Guest, Peer},
-    plan::{Cell, Class, Image, Plan, Runtime},
+    plan::{Cell, Class, Image, Plan, Runtime, Until},
     record::Record,
 };
 
@@ -53,6 +53,7 @@ pub fn run(plan: &Plan, stamp: &Path, scratch: &Path, raw: &mut impl Write) -> R
     let mut records = Vec::new();
     let mut sequence = 0;
     let limit = Duration::from_secs(plan.time_limit_s);
+    let setting = Setting { stamp, scratch, limit, until: plan.until };
     for cell in plan.cells() {
         for round in 0..plan.warm_up + plan.repetitions {
             for turn in 0..cell.runtimes.len() {
@@ -61,7 +62,7 @@ pub fn run(plan: &Plan, stamp: &Path, scratch: &Path, raw: &mut impl Write) -> R
                 if cell.class == Class::Cold {
                     drop_caches()?;
                 }
-                let started = starts(runtime, &cell, stamp, scratch, limit)?;
+                let started = starts(runtime, &cell, &setting)?;
                 for started in started {
                     if round >= plan.warm_up {
                         let record = to_record(&cell, runtime, sequence, round - plan.warm_up + 1, started);
@@ -94,18 +95,20 @@ fn to_record(cell: &Cell<'_>, runtime: &Runtime, sequence: usize, round: usize, 
     }
 }
 
-/// All starts of one runtime in one round, at the same time when the cell says so.
-fn starts(
-    runtime: &Runtime,
-    cell: &Cell<'_>,
-    stamp: &Path,
-    scratch: &Path,
+/// What is the same for all starts.
+struct Setting<'a> {
+    stamp: &'a Path,
+    scratch: &'a Path,
     limit: Duration,
-) -> Result<Vec<Started>, RunError> {
+    until: Until,
+}
+
+/// All starts of one runtime in one round, at the same time when the cell says so.
+fn starts(runtime: &Runtime, cell: &Cell<'_>, setting: &Setting<'_>) -> Result<Vec<Started>, RunError> {
     let one = |index: usize| -> Result<Started, RunError> {
-        let directory = scratch.join(index.to_string());
+        let directory = setting.scratch.join(index.to_string());
         fs::create_dir(&directory).map_err(system(format!("make {}", directory.display())))?;
-        let started = start(runtime, cell, stamp, &directory, index, limit);
+        let started = start(runtime, cell, setting, &directory, index);
         fs::remove_dir_all(&directory).map_err(system(format!("remove {}", directory.display())))?;
         started.map_err(|source| RunError::Start { runtime: runtime.kind.word(), source })
     };
@@ -122,21 +125,20 @@ fn starts(
 fn start(
     runtime: &Runtime,
     cell: &Cell<'_>,
-    stamp: &Path,
+    setting: &Setting<'_>,
     directory: &Path,
     index: usize,
-    limit: Duration,
 ) -> Result<Started, BootError> {
     match (cell.image, Peer::new(runtime.kind, runtime.program.clone())) {
         (Some(image), Some(peer)) => {
-            let guest = guest(image, cell, directory)?;
-            boot::measure(&peer, &guest, directory, limit)
+            let guest = Guest { until: setting.until, ..guest(image, cell, directory)? };
+            boot::measure(&peer, &guest, directory, setting.limit)
         }
         _ => {
             let trace = directory.join("trace");
-            container::make_bundle(&directory.join("bundle"), stamp, &trace)?;
+            container::make_bundle(&directory.join("bundle"), setting.stamp, &trace)?;
             let id = format!("bench-{}-{index}", std::process::id());
-            container::measure(runtime.kind, &runtime.program, directory, &id, limit)
+            container::measure(runtime.kind, &runtime.program, directory, &id, setting.limit)
         }
     }
 }
@@ -160,6 +162,7 @@ fn guest(image: &Image, cell: &Cell<'_>, directory: &Path) -> Result<Guest, Boot
         memory_mib: cell.memory_mib,
         vcpus: cell.vcpus,
         tiny,
+        until: Until::Pid1,
     })
 }
 
