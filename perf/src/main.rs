@@ -171,12 +171,11 @@ fn check(directory: &Path, file: &Path, write: bool) -> Result<bool> {
                 good &= !f.is_regression();
                 let word = if f.is_regression() { "GREW" } else { "ok" };
                 println!(
-                    "{word:4} {:+6.2} %  {:>10} (was {:>10}, this run {}–{})  {}: {}",
+                    "{word:4} {:+6.2} %  {:>10} (baseline {:>10}, largest of this run {:>10})  {}: {}",
                     f.growth(),
                     f.now,
                     f.before,
-                    f.spread.0,
-                    f.spread.1,
+                    f.most,
                     f.stage,
                     f.cell
                 );

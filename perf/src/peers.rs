@@ -40,7 +40,7 @@ impl Peer {
     /// `None` for what is no VMM.
     #[must_use]
     pub fn new(kind: Kind, program: PathBuf) -> Option<Self> {
-        let vmm = matches!(kind, Kind::CofferVmm | Kind::QemuMicrovm | Kind::CloudHypervisor | Kind::Alioth);
+        let vmm = matches!(kind, Kind::CofferVmm | Kind::QemuMicrovm | Kind::CloudHypervisor);
         vmm.then_some(Self { kind, program })
     }
 
@@ -79,14 +79,6 @@ impl Peer {
                 add(&["--memory", &format!("size={memory}M"), "--console", "off", "--serial", "off"]);
                 add(&["--log-file", marks]);
             }
-            // It has no device that passes marks on: only its process and memory can be looked at.
-            Kind::Alioth => {
-                add(&["boot", "--kernel", &kernel, "--memory", &format!("size={memory}M")]);
-                add(&["--cpu", &format!("count={vcpus}")]);
-                if !guest.tiny {
-                    add(&["--initramfs", &initramfs, "--cmdline", &guest.command_line]);
-                }
-            }
             _ => {
                 add(&["--image", &text(&guest.image), "--memory-mib", &memory, "--vcpus", &vcpus]);
                 add(&["--vsock", vsock, "--trace", marks]);
@@ -115,7 +107,7 @@ mod tests {
             vcpus: 3,
             ..Guest::default()
         };
-        for kind in [Kind::QemuMicrovm, Kind::CloudHypervisor, Kind::Alioth] {
+        for kind in [Kind::QemuMicrovm, Kind::CloudHypervisor] {
             let line = Peer::new(kind, "vmm".into()).unwrap().command(&guest, "M", "V").join(" ");
             for word in ["K", "R", "C", "77", "3"] {
                 assert!(line.split([' ', '=']).any(|w| w.trim_end_matches('M') == word), "{word}: {line}");

@@ -63,8 +63,6 @@ pub enum Kind {
     CofferVmm,
     /// QEMU's microvm machine.
     QemuMicrovm,
-    /// alioth-cli from crates.io.
-    Alioth,
     /// Cloud Hypervisor, when a path is given.
     CloudHypervisor,
     /// Our runtime with a container.
@@ -84,7 +82,6 @@ impl Kind {
         match self {
             Self::CofferVmm => "coffer-vmm",
             Self::QemuMicrovm => "qemu-microvm",
-            Self::Alioth => "alioth",
             Self::CloudHypervisor => "cloud-hypervisor",
             Self::Coffer => "coffer",
             Self::Crun => "crun",
