@@ -176,16 +176,22 @@ pub fn load(plan: &Plan, file: &[u8], memory: &GuestMemoryMmap<()>) -> Result<()
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::igvm::Page;
+    use crate::igvm::{Page, PageKind, Snp};
 
     const RAM: [(u64, u64); 1] = [(0, 64 << 20)];
 
     fn page(gpa: u64, offset: u64) -> Directive {
-        Directive::Page(Page { gpa, offset: Some(offset), shared: false })
+        Directive::Page(Page {
+            gpa,
+            offset: Some(offset),
+            shared: false,
+            unmeasured: false,
+            kind: PageKind::Normal,
+        })
     }
 
     fn image(directives: &[Directive]) -> Image {
-        Image { directives: directives.to_vec(), registers: Some(Registers::default()) }
+        Image { directives: directives.to_vec(), registers: Some(Registers::default()), snp: Snp::default() }
     }
 
     #[test]

@@ -120,8 +120,8 @@ impl Machine {
         // SAFETY: the file is the host's own and not written while it is an image; if it shrinks, this process ends.
         let image = unsafe { memmap2::Mmap::map(&file) };
         let image = image.map_err(|source| MachineError::Open { path: path.clone(), source })?;
-        let contents =
-            igvm::read(&image).map_err(|source| MachineError::Image { path: path.clone(), source })?;
+        let contents = igvm::read(&image, igvm::Platform::Native)
+            .map_err(|source| MachineError::Image { path: path.clone(), source })?;
         let plan = launch::plan(&contents, &memory::layout(args.memory_mib << 20), args.vcpus, &image)
             .map_err(|source| MachineError::Launch { path: path.clone(), source })?;
         trace.stage("image-checked");

@@ -1,6 +1,6 @@
 //! Reads an IGVM file where it lies: every offset and length checked, nothing copied, no panic on any bytes.
 //!
-//! Owns: the file format (version 2, x64, 4 KiB pages), for the native platform. Does not own: whether the guest fits
+//! Owns: the file format (version 2, x64, 4 KiB pages), for the native platform and SEV-SNP. Does not own: whether the guest fits
 //! (see [`crate::launch`]).
 
 mod abi;
@@ -61,9 +61,27 @@ pub enum ImageError {
         /// What is wrong with it.
         problem: &'static str,
     },
-    /// No native platform.
-    #[error("image is for no platform that --tee none can start: build it with the native platform")]
-    NoPlatform,
+    /// Not for this platform.
+    #[error("image is not for {0}: build it with coffer-image build for that platform")]
+    NoPlatform(Platform),
+}
+
+/// What an image can be for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Platform {
+    /// A plain VM.
+    Native,
+    /// AMD SEV-SNP, real or emulated.
+    Snp,
+}
+
+impl std::fmt::Display for Platform {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Native => "a plain VM",
+            Self::Snp => "SEV-SNP",
+        })
+    }
 }
 
 /// One page of the guest.
@@ -73,8 +91,23 @@ pub struct Page {
     pub gpa: u64,
     /// Where its bytes lie in the file; `None` for zeros.
     pub offset: Option<u64>,
-    /// Bytes in the file: one page.
+    /// The host may read and write it; it is not part of the launch.
     pub shared: bool,
+    /// Launched, but not part of the digest.
+    pub unmeasured: bool,
+    /// What it holds.
+    pub kind: PageKind,
+}
+
+/// What a page holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PageKind {
+    /// The file's bytes.
+    Normal,
+    /// SEV-SNP's secrets, written by the firmware.
+    Secrets,
+    /// SEV-SNP's CPUID table, written by the VMM and checked by the firmware.
+    Cpuid,
 }
 
 /// What a parameter is filled with.
@@ -86,7 +119,7 @@ pub enum ParameterKind {
     MemoryMap,
 }
 
-/// One directive of the native platform, in file order.
+/// One directive of the platform, in file order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Directive {
     /// Load a page.
@@ -132,6 +165,45 @@ pub struct Image {
     pub directives: Vec<Directive>,
     /// State of the first processor, apart from the directives because it is ten times as long as any of them.
     pub registers: Option<Registers>,
+    /// What only SEV-SNP has.
+    pub snp: Snp,
+}
+
+/// What an image says for SEV-SNP alone.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Snp {
+    /// Guest policy.
+    pub policy: Option<u64>,
+    /// State of the first processor.
+    pub vmsa: Option<VmsaPage>,
+    /// Signed identity of the image.
+    pub id_block: Option<IdBlock>,
+}
+
+/// A processor's state as SEV-SNP keeps it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct VmsaPage {
+    /// Guest physical address.
+    pub gpa: u64,
+    /// Where its 4096 bytes lie in the file.
+    pub offset: u64,
+    /// No page directive follows it.
+    pub is_last: bool,
+}
+
+/// An ID block's body as the file has it (IGVM_VHS_SNP_ID_BLOCK, without the mask).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct IdBlock {
+    /// The author's key is there too.
+    pub author: bool,
+    /// Expected launch digest.
+    pub digest: [u8; 48],
+    /// Family and image ids.
+    pub ids: [u8; 32],
+    /// Version, security version, algorithms of id key and author key.
+    pub numbers: [u32; 4],
+    /// Signature of the block, id key, signature of that key, author's key: r, s; curve, reserved, x, y.
+    pub keys: [u8; 592],
 }
 
 /// State in which the first processor starts (IgvmNativeVpContextX64).
@@ -164,13 +236,21 @@ pub struct Segment {
     pub limit: u32,
 }
 
-/// Reads and checks a whole file.
+/// Reads and checks a whole file; what it says for other platforms is left out.
 ///
 /// # Errors
 /// [`ImageError`], naming the header.
-pub fn read(file: &[u8]) -> Result<Image, ImageError> {
+pub fn read(file: &[u8], platform: Platform) -> Result<Image, ImageError> {
     let headers = check_fixed_header(file)?;
-    let mut reader = Reader { file, native: 0, index: 0, directives: Vec::new(), registers: None };
+    let mut reader = Reader {
+        file,
+        platform,
+        mask: 0,
+        index: 0,
+        directives: Vec::new(),
+        registers: None,
+        snp: Snp::default(),
+    };
     let mut rest = headers;
     while !rest.is_empty() {
         let (kind, body, after) = split_header(rest).ok_or_else(|| reader.wrong("it is cut off"))?;
@@ -178,9 +258,9 @@ pub fn read(file: &[u8]) -> Result<Image, ImageError> {
         reader.index += 1;
         rest = after;
     }
-    match reader.native {
-        0 => Err(ImageError::NoPlatform),
-        _ => Ok(Image { directives: reader.directives, registers: reader.registers }),
+    match reader.mask {
+        0 => Err(ImageError::NoPlatform(platform)),
+        _ => Ok(Image { directives: reader.directives, registers: reader.registers, snp: reader.snp }),
     }
 }
 
@@ -232,11 +312,13 @@ fn split_header(bytes: &[u8]) -> Option<(u32, &[u8], &[u8])> {
 
 struct Reader<'a> {
     file: &'a [u8],
-    /// Compatibility mask of the native platform; 0 until it was seen.
-    native: u32,
+    platform: Platform,
+    /// Compatibility mask of the platform; 0 until it was seen.
+    mask: u32,
     index: usize,
     directives: Vec<Directive>,
     registers: Option<Registers>,
+    snp: Snp,
 }
 
 impl Reader<'_> {
@@ -248,7 +330,8 @@ impl Reader<'_> {
         let fields = Fields(body);
         let length_of = |kind| match kind {
             abi::SUPPORTED_PLATFORM | abi::VP_CONTEXT => Some(if kind == abi::VP_CONTEXT { 20 } else { 16 }),
-            abi::PARAMETER_AREA | abi::PARAMETER_INSERT => Some(16),
+            abi::PARAMETER_AREA | abi::PARAMETER_INSERT | abi::GUEST_POLICY => Some(16),
+            abi::SNP_ID_BLOCK => Some(abi::SNP_ID_BLOCK_SIZE),
             abi::PAGE_DATA | abi::REQUIRED_MEMORY => Some(24),
             abi::VP_COUNT | abi::MEMORY_MAP => Some(8),
             _ => None,
@@ -267,6 +350,8 @@ impl Reader<'_> {
             abi::MEMORY_MAP => self.parameter(ParameterKind::MemoryMap, fields),
             abi::PARAMETER_INSERT => self.insert(fields),
             abi::REQUIRED_MEMORY => self.required(fields),
+            abi::GUEST_POLICY => self.policy(fields),
+            abi::SNP_ID_BLOCK => self.id_block(body),
             _ => self.context(fields),
         }
     }
@@ -276,17 +361,56 @@ impl Reader<'_> {
         if mask.count_ones() != 1 {
             return Err(self.wrong("a platform's mask must have one bit"));
         }
-        if fields.u8(5) == abi::PLATFORM_NATIVE {
-            if self.native != 0 {
-                return Err(self.wrong("the native platform is there twice"));
+        let (kind, wanted) = (
+            fields.u8(5),
+            match self.platform {
+                Platform::Native => abi::PLATFORM_NATIVE,
+                Platform::Snp => abi::PLATFORM_SNP,
+            },
+        );
+        if kind == wanted {
+            if self.mask != 0 {
+                return Err(self.wrong("a platform is there twice"));
             }
-            self.native = mask;
+            if fields.u8(4) != 0 || fields.u64(8) != 0 {
+                return Err(self.wrong("a platform with a paravisor or a shared boundary is not supported"));
+            }
+            self.mask = mask;
         }
         Ok(())
     }
 
+    fn policy(&mut self, fields: Fields<'_>) -> Result<(), ImageError> {
+        if !self.is_ours(fields.u32(8)) {
+            return Ok(());
+        }
+        if self.platform != Platform::Snp || self.snp.policy.is_some() {
+            return Err(self.wrong("a guest policy is for SEV-SNP, and there once"));
+        }
+        self.snp.policy = Some(fields.u64(0));
+        Ok(())
+    }
+
+    fn id_block(&mut self, body: &[u8]) -> Result<(), ImageError> {
+        let fields = Fields(body);
+        if !self.is_ours(fields.u32(0)) {
+            return Ok(());
+        }
+        if self.platform != Platform::Snp || self.snp.id_block.is_some() {
+            return Err(self.wrong("an ID block is for SEV-SNP, and there once"));
+        }
+        self.snp.id_block = Some(IdBlock {
+            author: fields.u8(4) != 0,
+            digest: fields.bytes(8),
+            ids: fields.bytes(56),
+            numbers: std::array::from_fn(|i| fields.u32(88 + i * 4)),
+            keys: fields.bytes(104),
+        });
+        Ok(())
+    }
+
     fn is_ours(&self, mask: u32) -> bool {
-        mask & self.native != 0
+        mask & self.mask != 0
     }
 
     fn add(&mut self, directive: Directive) -> Result<(), ImageError> {
@@ -306,11 +430,21 @@ impl Reader<'_> {
         if !self.is_ours(mask) {
             return Ok(());
         }
-        if kind != abi::PAGE_TYPE_NORMAL {
-            return Err(self.wrong("a native page must be NORMAL"));
+        let (shared, unmeasured) = (flags & abi::FLAG_SHARED != 0, flags & abi::FLAG_UNMEASURED != 0);
+        let kind = match (self.platform, kind) {
+            (_, abi::PAGE_TYPE_NORMAL) => PageKind::Normal,
+            (Platform::Snp, abi::PAGE_TYPE_SECRETS) => PageKind::Secrets,
+            (Platform::Snp, abi::PAGE_TYPE_CPUID) => PageKind::Cpuid,
+            _ => return Err(self.wrong("a page has a type that its platform does not have")),
+        };
+        if shared && unmeasured || kind != PageKind::Normal && (shared || unmeasured || offset != 0) {
+            return Err(self.wrong("a page's flags do not fit its type"));
+        }
+        if let Some(vmsa) = &mut self.snp.vmsa {
+            vmsa.is_last = false;
         }
         let offset = self.data(offset, PAGE, "a page's bytes lie outside the file")?;
-        self.add(Directive::Page(Page { gpa, offset, shared: flags & abi::FLAG_SHARED != 0 }))
+        self.add(Directive::Page(Page { gpa, offset, shared, unmeasured, kind }))
     }
 
     /// Checks a reference into the file; 0 means none.
@@ -387,16 +521,25 @@ impl Reader<'_> {
         if !self.is_ours(mask) {
             return Ok(());
         }
-        if vp != 0 || self.registers.is_some() {
+        if vp != 0 || self.registers.is_some() || self.snp.vmsa.is_some() {
             return Err(self.wrong("only the first processor has a context, and one"));
         }
-        let start =
-            self.data(offset, abi::NATIVE_CONTEXT as u64, "a context's bytes lie outside the file")?;
-        let start = start.ok_or_else(|| self.wrong("a context without bytes"))? as usize;
-        {
-            self.registers = Some(registers(&self.file[start..start + abi::NATIVE_CONTEXT]));
-            Ok(())
+        let size = match self.platform {
+            Platform::Native => abi::NATIVE_CONTEXT as u64,
+            Platform::Snp => PAGE,
+        };
+        let start = self.data(offset, size, "a context's bytes lie outside the file")?;
+        let offset = start.ok_or_else(|| self.wrong("a context without bytes"))?;
+        match self.platform {
+            Platform::Native => {
+                let start = offset as usize;
+                self.registers = Some(registers(&self.file[start..start + abi::NATIVE_CONTEXT]));
+            }
+            Platform::Snp => {
+                self.snp.vmsa = Some(VmsaPage { gpa: fields.u64(0), offset, is_last: true });
+            }
         }
+        Ok(())
     }
 }
 

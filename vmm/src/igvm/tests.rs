@@ -95,7 +95,8 @@ fn image(pages: &[(u64, u8)]) -> Vec<u8> {
 #[test]
 fn what_the_igvm_crate_wrote_is_read_to_the_last_field() {
     let file = image(&[(0x1000, 7), (0x5000, 0), (0x2000, 9)]);
-    let Image { directives, registers } = read(&file).unwrap();
+    let Image { directives, registers, snp } = read(&file, Platform::Native).unwrap();
+    assert_eq!(snp, Snp::default());
     let pages: Vec<_> = directives
         .iter()
         .filter_map(|d| match d {
@@ -118,7 +119,7 @@ fn what_the_igvm_crate_wrote_is_read_to_the_last_field() {
 fn an_image_cut_anywhere_is_refused() {
     let file = image(&[(0x1000, 7), (0x2000, 9)]);
     for length in 0..file.len() {
-        assert!(read(&file[..length]).is_err(), "cut at {length}");
+        assert!(read(&file[..length], Platform::Native).is_err(), "cut at {length}");
     }
 }
 
@@ -129,7 +130,7 @@ fn any_flipped_bit_of_any_header_is_refused() {
     for bit in 0..headers * 8 {
         let mut changed = file.clone();
         changed[bit / 8] ^= 1 << (bit % 8);
-        assert!(read(&changed).is_err(), "bit {bit}");
+        assert!(read(&changed, Platform::Native).is_err(), "bit {bit}");
     }
 }
 
@@ -151,13 +152,13 @@ proptest! {
         for (at, value) in changes {
             file[at] = value;
         }
-        let _ = read(&sealed(file));
+        let _ = read(&sealed(file), Platform::Native);
     }
 
     #[test]
     fn random_bytes_never_panic(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
         let mut file = bytes;
-        let _ = read(&file);
+        let _ = read(&file, Platform::Native);
         if file.len() >= 32 {
             let size = file.len() as u32;
             file[..8].copy_from_slice(&[b'I', b'G', b'V', b'M', 2, 0, 0, 0]);
@@ -165,7 +166,81 @@ proptest! {
             file[12..16].copy_from_slice(&((size - 32) & !7).to_le_bytes());
             file[16..20].copy_from_slice(&size.to_le_bytes());
             file[24..32].copy_from_slice(&[0, 0, 0, 0, 0, 16, 0, 0]);
-            let _ = read(&sealed(file));
+            let _ = read(&sealed(file), Platform::Native);
         }
     }
+}
+
+/// An SNP image as the igvm crate writes it, with the native platform beside it.
+fn snp_image() -> Vec<u8> {
+    const SNP: u32 = 2;
+    let platform = |compatibility_mask, platform_type| {
+        IgvmPlatformHeader::SupportedPlatform(IGVM_VHS_SUPPORTED_PLATFORM {
+            compatibility_mask,
+            highest_vtl: 0,
+            platform_type,
+            platform_version: 1,
+            shared_gpa_boundary: 0,
+        })
+    };
+    let data = |gpa, mask, flags, data_type, data: Vec<u8>| IgvmDirectiveHeader::PageData {
+        gpa,
+        compatibility_mask: mask,
+        flags,
+        data_type,
+        data,
+    };
+    let shared = IgvmPageDataFlags::new().with_shared(true);
+    let mut vmsa: Box<igvm::snp_defs::SevVmsa> = zerocopy::FromZeros::new_box_zeroed().unwrap();
+    vmsa.rip = 0x1_0000;
+    let directives = vec![
+        data(0x8000, SNP, IgvmPageDataFlags::new(), IgvmPageDataType::SECRETS, vec![]),
+        data(0x9000, SNP, IgvmPageDataFlags::new(), IgvmPageDataType::CPUID_DATA, vec![]),
+        data(0x1_0000, MASK | SNP, IgvmPageDataFlags::new(), IgvmPageDataType::NORMAL, vec![7; 4096]),
+        data(0x10_0000, MASK, IgvmPageDataFlags::new(), IgvmPageDataType::NORMAL, vec![8; 4096]),
+        data(0xc000_0000, SNP, shared, IgvmPageDataType::NORMAL, vec![9; 4096]),
+        IgvmDirectiveHeader::SnpVpContext {
+            gpa: 0xffff_ffff_f000,
+            compatibility_mask: SNP,
+            vp_index: 0,
+            vmsa,
+        },
+    ];
+    let policy = igvm::IgvmInitializationHeader::GuestPolicy { policy: 0x30000, compatibility_mask: SNP };
+    let revision = IgvmRevision::V2 { arch: Arch::X64, page_size: PAGE as u32 };
+    let platforms = vec![platform(MASK, IgvmPlatformType::NATIVE), platform(SNP, IgvmPlatformType::SEV_SNP)];
+    let mut bytes = Vec::new();
+    IgvmFile::new(revision, platforms, vec![policy], directives).unwrap().serialize(&mut bytes).unwrap();
+    bytes
+}
+
+#[test]
+fn each_platform_reads_its_own_part() {
+    let file = snp_image();
+    let pages = |platform| {
+        let image = read(&file, platform).unwrap();
+        let pages = image.directives.iter().filter_map(|d| match d {
+            Directive::Page(p) => Some((p.gpa, p.kind, p.shared)),
+            _ => None,
+        });
+        (pages.collect::<Vec<_>>(), image.snp)
+    };
+    let (snp_pages, snp) = pages(Platform::Snp);
+    assert_eq!(
+        snp_pages,
+        [
+            (0x8000, PageKind::Secrets, false),
+            (0x9000, PageKind::Cpuid, false),
+            (0x1_0000, PageKind::Normal, false),
+            (0xc000_0000, PageKind::Normal, true)
+        ]
+    );
+    assert_eq!(snp.policy, Some(0x30000));
+    let vmsa = snp.vmsa.unwrap();
+    assert_eq!((vmsa.gpa, vmsa.is_last), (0xffff_ffff_f000, true));
+    assert_eq!(file[vmsa.offset as usize + 0x178..][..8], 0x1_0000u64.to_le_bytes());
+    let (native_pages, nothing) = pages(Platform::Native);
+    assert_eq!(native_pages, [(0x1_0000, PageKind::Normal, false), (0x10_0000, PageKind::Normal, false)]);
+    assert_eq!(nothing, Snp::default());
+    assert_eq!(read(&image(&[]), Platform::Snp), Err(ImageError::NoPlatform(Platform::Snp)));
 }
