@@ -27,6 +27,7 @@ coffer-vmm: boots an IGVM image in a microVM
   --policy HEX           SNP guest policy, in place of the image's
   --host-data HEX        32 bytes that the guest's attestation reports carry
   --certificates FILE    certificate table that extended guest requests get
+  --development-keys DIR root that signs an emulated guest's reports, made when it is not there
   --probe                can this host's KVM run a guest? exit code 0 or 1, and why not
   --version, --help";
 
@@ -98,6 +99,7 @@ pub struct Args {
     pub policy: Option<u64>,
     pub host_data: Option<[u8; 32]>,
     pub certificates: Option<PathBuf>,
+    pub development_keys: Option<PathBuf>,
 }
 
 /// What to do.
@@ -151,6 +153,7 @@ pub fn parse(words: impl IntoIterator<Item = String>) -> Result<Command, ArgsErr
             "--policy",
             "--host-data",
             "--certificates",
+            "--development-keys",
         ];
         if !known.contains(&flag.as_str()) {
             return Err(ArgsError::Unknown(flag));
@@ -168,6 +171,7 @@ pub fn parse(words: impl IntoIterator<Item = String>) -> Result<Command, ArgsErr
         ("--policy", args.policy.is_some()),
         ("--host-data", args.host_data.is_some()),
         ("--certificates", args.certificates.is_some()),
+        ("--development-keys", args.development_keys.is_some()),
     ];
     if let Some((flag, _)) = of_a_tee.into_iter().find(|(_, given)| *given && args.tee == Tee::None) {
         return Err(ArgsError::WithoutTee(flag));
@@ -215,6 +219,7 @@ impl Args {
                 self.host_data = Some(hex_bytes(value).ok_or_else(|| wrong("64 hexadecimal digits"))?)
             }
             "--certificates" => self.certificates = Some(value.into()),
+            "--development-keys" => self.development_keys = Some(value.into()),
             _ => {
                 self.tee = match value {
                     "none" => Tee::None,

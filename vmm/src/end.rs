@@ -4,6 +4,11 @@
 
 use coffer_layout::boot::Refusal;
 
+use crate::tee::emulated::machine::termination_words;
+
+/// Exit code after an emulated TEE found what hardware would have stopped.
+pub const EMULATION: u8 = 75;
+
 /// Why there is no VM any more.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum End {
@@ -13,6 +18,15 @@ pub enum End {
     Panic,
     /// The shim stopped with this code.
     ShimRefused(u8),
+    /// The guest asked to be ended.
+    GuestTerminated {
+        /// Who defines the code.
+        set: u8,
+        /// Why.
+        code: u8,
+    },
+    /// The emulated TEE saw what hardware would have stopped, or what a sound guest never does.
+    Emulation(String),
     /// A fault in the handler of a fault.
     TripleFault,
     /// KVM cannot go on; in words, with registers.
@@ -27,7 +41,8 @@ impl End {
     pub fn code(&self) -> u8 {
         match self {
             Self::Orderly | Self::Abandoned => 0,
-            Self::Panic | Self::ShimRefused(_) => 70,
+            Self::Panic | Self::ShimRefused(_) | Self::GuestTerminated { .. } => 70,
+            Self::Emulation(_) => EMULATION,
             Self::TripleFault => 71,
             Self::Kvm(_) => 72,
         }
@@ -40,6 +55,8 @@ impl End {
             Self::Orderly => "orderly",
             Self::Panic => "panic",
             Self::ShimRefused(_) => "shim-refused",
+            Self::GuestTerminated { .. } => "guest-terminated",
+            Self::Emulation(_) => "emulation",
             Self::TripleFault => "triple-fault",
             Self::Kvm(_) => "kvm",
             Self::Abandoned => "abandoned",
@@ -53,6 +70,10 @@ impl End {
             Self::Orderly => "the guest ended in good order".to_owned(),
             Self::Panic => "the guest's kernel or init failed: boot a debug image with --console to read why".to_owned(),
             Self::ShimRefused(code) => format!("the shim refused to boot: {}", Refusal::words(*code)),
+            Self::GuestTerminated { set, code } => {
+                format!("the guest ended itself: {} (reason set {set}, code {code})", termination_words(*set, *code))
+            }
+            Self::Emulation(words) => format!("the emulated TEE stopped the guest: {words}"),
             Self::TripleFault => "the guest faulted three times and was reset: its kernel is broken or does not fit this processor".to_owned(),
             Self::Kvm(words) => format!("KVM cannot go on with the guest: {words}"),
             Self::Abandoned => "nobody waits for this pod any more".to_owned(),

@@ -86,7 +86,7 @@ pub fn plan(image: &Image, ram: &[(u64, u64)], vcpus: u32, file: &[u8]) -> Resul
         if ram.iter().any(holds) { Ok(()) } else { Err(LaunchError::NotRam { what, gpa, size }) }
     };
     let (mut copies, mut used, mut areas) = (Vec::<Copy>::new(), Vec::new(), Vec::new());
-    let mut buffers: Vec<(u32, Vec<u8>)> = Vec::new();
+    let mut open = Areas::new(ram, vcpus, file);
     for directive in &image.directives {
         match *directive {
             Directive::Page(page) => {
@@ -103,43 +103,83 @@ pub fn plan(image: &Image, ram: &[(u64, u64)], vcpus: u32, file: &[u8]) -> Resul
                     (None, _) => {}
                 }
             }
+            Directive::Required { gpa, size } => in_ram("required memory", gpa, size)?,
+            _ => {
+                if let Some((gpa, bytes)) = open.take(directive)? {
+                    in_ram("a parameter area", gpa, bytes.len() as u64)?;
+                    used.push((gpa, bytes.len() as u64));
+                    areas.push((gpa, bytes));
+                }
+            }
+        }
+    }
+    check_apart(used)?;
+    Ok(Plan { copies, areas, registers: image.registers.ok_or(LaunchError::NoContext)? })
+}
+
+/// Refuses ranges, `(first address, bytes)`, of which two overlap.
+///
+/// # Errors
+/// [`LaunchError::Overlap`].
+pub fn check_apart(mut ranges: Vec<(u64, u64)>) -> Result<(), LaunchError> {
+    ranges.sort_unstable();
+    match ranges.windows(2).find(|w| w[0].0 + w[0].1 > w[1].0) {
+        Some(pair) => Err(LaunchError::Overlap { gpa: pair[1].0 }),
+        None => Ok(()),
+    }
+}
+
+/// Parameter areas between their first directive and the one that puts them into the guest.
+pub struct Areas<'a> {
+    buffers: Vec<(u32, Vec<u8>)>,
+    ram: &'a [(u64, u64)],
+    vcpus: u32,
+    file: &'a [u8],
+}
+
+impl<'a> Areas<'a> {
+    /// None are open.
+    #[must_use]
+    pub fn new(ram: &'a [(u64, u64)], vcpus: u32, file: &'a [u8]) -> Self {
+        Self { buffers: Vec::new(), ram, vcpus, file }
+    }
+
+    /// Takes a directive that is about areas; the finished area and its address when it is inserted.
+    ///
+    /// # Errors
+    /// [`LaunchError::Parameter`] when there is too little room.
+    pub fn take(&mut self, directive: &Directive) -> Result<Option<(u64, Vec<u8>)>, LaunchError> {
+        match *directive {
             Directive::Area { index, size, initial } => {
                 let mut buffer = vec![0; size as usize];
-                if let Some(bytes) = initial.and_then(|at| file.get(at as usize..at as usize + size as usize))
-                {
+                let bytes = |at: u64| self.file.get(at as usize..at as usize + size as usize);
+                if let Some(bytes) = initial.and_then(bytes) {
                     buffer.copy_from_slice(bytes);
                 }
-                buffers.push((index, buffer));
+                self.buffers.push((index, buffer));
             }
             Directive::Parameter { kind, area, offset } => {
                 let (what, bytes) = match kind {
-                    ParameterKind::VpCount => ("the number of processors", vcpus.to_le_bytes().to_vec()),
-                    ParameterKind::MemoryMap => ("the memory map", memory_map(ram)),
+                    ParameterKind::VpCount => ("the number of processors", self.vcpus.to_le_bytes().to_vec()),
+                    ParameterKind::MemoryMap => ("the memory map", memory_map(self.ram)),
                 };
-                let Some((_, buffer)) = buffers.iter_mut().find(|(index, _)| *index == area) else {
-                    continue;
+                let Some((_, buffer)) = self.buffers.iter_mut().find(|(index, _)| *index == area) else {
+                    return Ok(None);
                 };
-                let room = &mut buffer[offset as usize..];
+                let room = buffer.get_mut(offset as usize..).unwrap_or_default();
                 let length = room.len();
                 room.get_mut(..bytes.len())
                     .ok_or(LaunchError::Parameter { what, needed: bytes.len(), room: length })?
                     .copy_from_slice(&bytes);
             }
             Directive::Insert { gpa, area } => {
-                let Some(at) = buffers.iter().position(|(index, _)| *index == area) else { continue };
-                let (_, buffer) = buffers.swap_remove(at);
-                in_ram("a parameter area", gpa, buffer.len() as u64)?;
-                used.push((gpa, buffer.len() as u64));
-                areas.push((gpa, buffer));
+                let at = self.buffers.iter().position(|(index, _)| *index == area);
+                return Ok(at.map(|at| (gpa, self.buffers.swap_remove(at).1)));
             }
-            Directive::Required { gpa, size } => in_ram("required memory", gpa, size)?,
+            Directive::Page(_) | Directive::Required { .. } => {}
         }
+        Ok(None)
     }
-    used.sort_unstable();
-    if let Some(pair) = used.windows(2).find(|w| w[0].0 + w[0].1 > w[1].0) {
-        return Err(LaunchError::Overlap { gpa: pair[1].0 });
-    }
-    Ok(Plan { copies, areas, registers: image.registers.ok_or(LaunchError::NoContext)? })
 }
 
 fn memory_map(ram: &[(u64, u64)]) -> Vec<u8> {

@@ -11,5 +11,6 @@ pub mod launch;
 pub mod log;
 pub mod machine;
 pub mod memory;
+pub mod tee;
 pub mod trace;
 pub mod vcpu;

@@ -11,7 +11,9 @@ use std::{
 };
 
 use coffer_layout::{MMIO_IRQS, SERIAL_IRQ, mmio_address, slot};
-use kvm_bindings::{KVM_API_VERSION, kvm_userspace_memory_region};
+use kvm_bindings::{
+    CpuId, KVM_API_VERSION, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region,
+};
 use kvm_ioctls::{IoEventAddress, Kvm, VcpuFd, VmFd};
 use thiserror::Error;
 use vm_memory::{GuestMemory, GuestMemoryMmap, GuestMemoryRegion};
@@ -35,8 +37,15 @@ use crate::{
     end::End,
     igvm::{self, ImageError},
     launch::{self, LaunchError},
-    log::Log,
+    log::{Level, Log},
     memory::{self, MemoryError},
+    tee::{
+        emulated::{self, machine::SharedMachine, processor::Processor, start::StartError},
+        snp::{
+            self,
+            plan::{LaunchPlan, PlanError},
+        },
+    },
     trace::Trace,
     vcpu::{self, Exits, VcpuError},
 };
@@ -56,6 +65,10 @@ pub enum MachineError {
     Image { path: String, source: ImageError },
     #[error("{path}: {source}")]
     Launch { path: String, source: LaunchError },
+    #[error("{path}: {source}")]
+    Plan { path: String, source: PlanError },
+    #[error("emulated SEV-SNP: {0}")]
+    Emulated(#[from] StartError),
     #[error("no usable KVM: {0}")]
     Kvm(String),
     #[error("--tee {0} cannot be started by this build of coffer-vmm")]
@@ -81,8 +94,8 @@ impl MachineError {
     #[must_use]
     pub fn code(&self) -> u8 {
         match self {
-            Self::Open { .. } | Self::Image { .. } | Self::Launch { .. } => 65,
-            Self::Kvm(_) | Self::Vcpu(_) | Self::Tee(_) => 69,
+            Self::Open { .. } | Self::Image { .. } | Self::Launch { .. } | Self::Plan { .. } => 65,
+            Self::Kvm(_) | Self::Vcpu(_) | Self::Tee(_) | Self::Emulated(_) => 69,
             Self::Memory(_) => 73,
             Self::Device(_) | Self::Vsock(_) | Self::Fs(_) | Self::Net(_) | Self::Host { .. } => 74,
         }
@@ -93,9 +106,23 @@ fn kvm_error(command: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> Machine
     move |e| MachineError::Kvm(format!("{command}: {e}"))
 }
 
+/// What a launch does, by the kind of machine.
+enum Planned {
+    Plain(launch::Plan),
+    Emulated(LaunchPlan),
+}
+
+/// Processors and memory.
+struct Made {
+    vcpus: Vec<(VcpuFd, Option<Processor>)>,
+    memory: Arc<GuestMemoryMmap<()>>,
+    emulated: Option<SharedMachine>,
+}
+
 /// A machine whose processors have not run yet.
 pub struct Machine {
-    vcpus: Vec<VcpuFd>,
+    vcpus: Vec<(VcpuFd, Option<Processor>)>,
+    emulated: Option<SharedMachine>,
     board: Arc<Board>,
     lifeline: Option<OwnedFd>,
     // Dropped last: the processors refer to it.
@@ -109,21 +136,13 @@ impl Machine {
     /// # Errors
     /// [`MachineError`]; nothing is left behind.
     pub fn new(args: &Args, trace: Trace, log: Log) -> Result<Self, MachineError> {
-        match args.tee {
-            Tee::None => {}
-            Tee::Snp => return Err(MachineError::Tee("snp")),
-            Tee::SnpEmulated => return Err(MachineError::Tee("snp-emulated")),
-        }
         let path = args.image.display().to_string();
         let file =
             File::open(&args.image).map_err(|source| MachineError::Open { path: path.clone(), source })?;
         // SAFETY: the file is the host's own and not written while it is an image; if it shrinks, this process ends.
         let image = unsafe { memmap2::Mmap::map(&file) };
         let image = image.map_err(|source| MachineError::Open { path: path.clone(), source })?;
-        let contents = igvm::read(&image, igvm::Platform::Native)
-            .map_err(|source| MachineError::Image { path: path.clone(), source })?;
-        let plan = launch::plan(&contents, &memory::layout(args.memory_mib << 20), args.vcpus, &image)
-            .map_err(|source| MachineError::Launch { path: path.clone(), source })?;
+        let planned = plan(args, &image, &path)?;
         trace.stage("image-checked");
 
         let kvm = Kvm::new().map_err(|e| {
@@ -137,37 +156,19 @@ impl Machine {
         let vm = kvm.create_vm().map_err(kvm_error("KVM_CREATE_VM"))?;
         vm.set_tss_address(TSS_ADDRESS).map_err(kvm_error("KVM_SET_TSS_ADDR"))?;
         vm.create_irq_chip().map_err(kvm_error("KVM_CREATE_IRQCHIP"))?;
+        if args.tee != Tee::None {
+            // The security processor lets no guest have the TSC deadline timer; Linux measures the local APIC's by this one.
+            let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
+            vm.create_pit2(pit).map_err(kvm_error("KVM_CREATE_PIT2"))?;
+        }
         trace.stage("vm-created");
-
-        let ram = memory::reserve(args.memory_mib)?;
-        for (slot, region) in ram.iter().enumerate() {
-            let address = region.get_host_address(vm_memory::MemoryRegionAddress(0));
-            let address = address.map_err(|e| MachineError::Kvm(e.to_string()))?;
-            let region = kvm_userspace_memory_region {
-                slot: slot as u32,
-                guest_phys_addr: region.start_addr().0,
-                memory_size: region.len(),
-                userspace_addr: address as u64,
-                flags: 0,
-            };
-            // SAFETY: the range is a mapping that lives as long as the machine, and no two overlap.
-            unsafe { vm.set_user_memory_region(region) }.map_err(kvm_error("KVM_SET_USER_MEMORY_REGION"))?;
-        }
-        launch::load(&plan, &image, &ram)
-            .map_err(|source| MachineError::Launch { path: path.clone(), source })?;
-        trace.stage("memory-loaded");
-
         let base = cpuid::supported(&kvm).map_err(kvm_error("KVM_GET_SUPPORTED_CPUID"))?;
-        let mut vcpus = Vec::new();
-        for id in 0..args.vcpus {
-            let vcpu = vm.create_vcpu(u64::from(id)).map_err(kvm_error("KVM_CREATE_VCPU"))?;
-            vcpu::prepare(&vcpu, id, &cpuid::for_vcpu(&base, id, args.vcpus))?;
-            vcpus.push(vcpu);
-        }
-        vcpu::enter(&vcpus[0], &plan.registers)?;
+        let Made { vcpus, memory, emulated } = match planned {
+            Planned::Plain(plan) => make_plain(args, &vm, &base, &plan, &image, &path, &trace)?,
+            Planned::Emulated(plan) => make_emulated(args, &vm, &base, &plan, &image, &trace, &log)?,
+        };
         trace.stage("vcpus-set");
 
-        let memory = Arc::new(ram);
         let windows = windows(args, &vm, &memory)?;
         let console = args.console.as_deref().map(|path| -> Result<_, MachineError> {
             let line = irq_line(&vm, SERIAL_IRQ)?;
@@ -179,7 +180,7 @@ impl Machine {
         let board = Arc::new(Board::new(windows, console, trace, log));
         // SAFETY: the caller inherited this descriptor for this purpose and nobody else here uses it.
         let lifeline = args.lifeline.map(|fd| unsafe { OwnedFd::from_raw_fd(fd) });
-        Ok(Self { vcpus, board, lifeline, _vm: vm, _memory: memory })
+        Ok(Self { vcpus, emulated, board, lifeline, _vm: vm, _memory: memory })
     }
 
     /// Runs until the VM ends, for whatever reason.
@@ -199,11 +200,11 @@ impl Machine {
             thread::Builder::new().name("lifeline".into()).spawn(watch).map_err(failed)?;
         }
         self.board.trace.stage("first-run");
-        for (id, mut vcpu) in self.vcpus.into_iter().enumerate() {
+        for (id, (mut vcpu, processor)) in self.vcpus.into_iter().enumerate() {
             let (sender, board, exits) = (sender.clone(), Arc::clone(&self.board), Arc::clone(&exits));
             let body = move || {
                 // When nobody listens any more another processor ended the VM.
-                let _ = sender.send(vcpu::run(&mut vcpu, id as u32, &board, &exits));
+                let _ = sender.send(vcpu::run(&mut vcpu, id as u32, &board, &exits, processor));
             };
             thread::Builder::new().name(format!("vcpu{id}")).spawn(body).map_err(failed)?;
         }
@@ -213,11 +214,104 @@ impl Machine {
         self.board.trace.counts(&[
             ("port-exits", exits.port.load(Ordering::Relaxed)),
             ("mmio-exits", exits.mmio.load(Ordering::Relaxed)),
+            ("msr-exits", exits.msr.load(Ordering::Relaxed)),
+            ("instruction-exits", exits.instruction.load(Ordering::Relaxed)),
             ("interrupted", exits.interrupted.load(Ordering::Relaxed)),
             ("unknown-accesses", self.board.unknown.load(Ordering::Relaxed)),
         ]);
+        if let Some(emulated) = &self.emulated {
+            self.board.trace.counts(&emulated.trace());
+        }
         Ok(end)
     }
+}
+
+/// Checks the image and plans its launch.
+fn plan(args: &Args, image: &[u8], path: &str) -> Result<Planned, MachineError> {
+    let ram = memory::layout(args.memory_mib << 20);
+    let read = |platform| {
+        igvm::read(image, platform).map_err(|source| MachineError::Image { path: path.to_owned(), source })
+    };
+    match args.tee {
+        Tee::None => {
+            let plan = launch::plan(&read(igvm::Platform::Native)?, &ram, args.vcpus, image);
+            plan.map(Planned::Plain).map_err(|source| MachineError::Launch { path: path.to_owned(), source })
+        }
+        Tee::Snp => Err(MachineError::Tee("snp")),
+        Tee::SnpEmulated => {
+            let options = snp::plan::Options {
+                ram: &ram,
+                vcpus: args.vcpus,
+                policy: args.policy,
+                host_data: args.host_data.unwrap_or_default(),
+                c_bit: emulated::C_BIT,
+            };
+            let plan = snp::plan::plan(&read(igvm::Platform::Snp)?, image, &options);
+            plan.map(Planned::Emulated).map_err(|source| MachineError::Plan { path: path.to_owned(), source })
+        }
+    }
+}
+
+fn make_plain(
+    args: &Args,
+    vm: &VmFd,
+    base: &CpuId,
+    plan: &launch::Plan,
+    image: &[u8],
+    path: &str,
+    trace: &Trace,
+) -> Result<Made, MachineError> {
+    let ram = memory::reserve(args.memory_mib)?;
+    for (slot, region) in ram.iter().enumerate() {
+        let address = region.get_host_address(vm_memory::MemoryRegionAddress(0));
+        let address = address.map_err(|e| MachineError::Kvm(e.to_string()))?;
+        let region = kvm_userspace_memory_region {
+            slot: slot as u32,
+            guest_phys_addr: region.start_addr().0,
+            memory_size: region.len(),
+            userspace_addr: address as u64,
+            flags: 0,
+        };
+        // SAFETY: the range is a mapping that lives as long as the machine, and no two overlap.
+        unsafe { vm.set_user_memory_region(region) }.map_err(kvm_error("KVM_SET_USER_MEMORY_REGION"))?;
+    }
+    launch::load(plan, image, &ram)
+        .map_err(|source| MachineError::Launch { path: path.to_owned(), source })?;
+    trace.stage("memory-loaded");
+    let mut vcpus = Vec::new();
+    for id in 0..args.vcpus {
+        let vcpu = vm.create_vcpu(u64::from(id)).map_err(kvm_error("KVM_CREATE_VCPU"))?;
+        vcpu::prepare(&vcpu, id, &cpuid::for_vcpu(base, id, args.vcpus))?;
+        vcpus.push((vcpu, None));
+    }
+    vcpu::enter(&vcpus[0].0, &plan.registers)?;
+    Ok(Made { vcpus, memory: Arc::new(ram), emulated: None })
+}
+
+fn make_emulated(
+    args: &Args,
+    vm: &VmFd,
+    base: &CpuId,
+    plan: &LaunchPlan,
+    image: &[u8],
+    trace: &Trace,
+    log: &Log,
+) -> Result<Made, MachineError> {
+    log.write(Level::Warning, emulated::WARNING);
+    let ram = memory::layout(args.memory_mib << 20);
+    let wanted = emulated::start::Wanted {
+        ram: &ram,
+        vcpus: args.vcpus,
+        file: image,
+        keys: args.development_keys.as_deref(),
+        certificates: args.certificates.as_deref(),
+    };
+    let mut tell = |words: &str| log.write(Level::Warning, words);
+    let started = emulated::start::start(vm, base, plan, &wanted, &mut tell)?;
+    trace.stage("memory-loaded");
+    trace.counts(&started.counts.trace());
+    let vcpus = started.vcpus.into_iter().map(|(vcpu, processor)| (vcpu, Some(processor))).collect();
+    Ok(Made { vcpus, memory: started.memory, emulated: Some(started.machine) })
 }
 
 /// Returns when the other end of the pipe is closed. Nothing is ever written to it.

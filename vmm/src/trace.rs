@@ -45,7 +45,7 @@ impl Trace {
     }
 
     /// Writes counts that are known at the end.
-    pub fn counts(&self, counts: &[(&str, u64)]) {
+    pub fn counts<N: std::fmt::Display>(&self, counts: &[(N, u64)]) {
         let fields: Vec<String> = counts.iter().map(|(name, count)| format!("\"{name}\":{count}")).collect();
         self.line(&format!("{{\"counts\":{{{}}}}}\n", fields.join(",")));
     }

@@ -15,6 +15,7 @@ use crate::{
     devices::board::Board,
     end::End,
     igvm::{Registers, Segment},
+    tee::emulated::processor::Processor,
 };
 
 /// A processor could not be set up.
@@ -35,6 +36,8 @@ pub struct VcpuError {
 pub struct Exits {
     pub port: AtomicU64,
     pub mmio: AtomicU64,
+    pub msr: AtomicU64,
+    pub instruction: AtomicU64,
     pub interrupted: AtomicU64,
     pub other: AtomicU64,
 }
@@ -133,14 +136,31 @@ fn segment(from: &Segment) -> kvm_segment {
     }
 }
 
-/// Runs a processor until the VM ends.
-pub fn run(vcpu: &mut VcpuFd, id: u32, board: &Board, exits: &Exits) -> End {
+/// Runs a processor until the VM ends. `emulated` is there for a machine with an emulated TEE.
+pub fn run(vcpu: &mut VcpuFd, id: u32, board: &Board, exits: &Exits, mut emulated: Option<Processor>) -> End {
     let count = |counter: &AtomicU64| {
         counter.fetch_add(1, Ordering::Relaxed);
     };
+    if let Some(processor) = &mut emulated {
+        match processor.wait(vcpu) {
+            Ok(true) => {}
+            Ok(false) => return End::Abandoned,
+            Err(end) => return end,
+        }
+    }
     loop {
         match vcpu.run() {
             Ok(VcpuExit::IoOut(port, data)) => {
+                if let Some(processor) = emulated.as_mut().filter(|_| Processor::owns(port)) {
+                    count(&exits.instruction);
+                    if let Err(end) = processor.instruction(vcpu, port, board) {
+                        return match end {
+                            End::Emulation(what) => End::Emulation(words(vcpu, id, &what)),
+                            end => end,
+                        };
+                    }
+                    continue;
+                }
                 count(&exits.port);
                 if let Some(end) = board.port_write(port, data) {
                     return end;
@@ -158,6 +178,19 @@ pub fn run(vcpu: &mut VcpuFd, id: u32, board: &Board, exits: &Exits) -> End {
                 count(&exits.mmio);
                 board.mmio_write(address, data);
             }
+            Ok(VcpuExit::X86Rdmsr(msr)) => {
+                count(&exits.msr);
+                match emulated.as_ref().and_then(|p| p.read_msr(msr.index)) {
+                    Some(value) => *msr.data = value,
+                    None => *msr.error = 1,
+                }
+            }
+            Ok(VcpuExit::X86Wrmsr(msr)) => {
+                count(&exits.msr);
+                if !emulated.as_mut().is_some_and(|p| p.write_msr(msr.index, msr.data)) {
+                    *msr.error = 1;
+                }
+            }
             Ok(VcpuExit::Shutdown) => return End::TripleFault,
             Ok(VcpuExit::InternalError) => return End::Kvm(words(vcpu, id, "internal error")),
             Ok(VcpuExit::FailEntry(reason, _)) => {
@@ -173,6 +206,10 @@ pub fn run(vcpu: &mut VcpuFd, id: u32, board: &Board, exits: &Exits) -> End {
                 return End::Kvm(words(vcpu, id, &name));
             }
             Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => count(&exits.interrupted),
+            Err(error) if error.errno() == libc::EFAULT && emulated.is_some() => {
+                let what = "the guest touched a page in the wrong view, or one that it has not accepted,";
+                return End::Emulation(words(vcpu, id, what));
+            }
             Err(error) => return End::Kvm(words(vcpu, id, &format!("KVM_RUN: {error}"))),
         }
     }
@@ -182,8 +219,8 @@ pub fn run(vcpu: &mut VcpuFd, id: u32, board: &Board, exits: &Exits) -> End {
 fn words(vcpu: &VcpuFd, id: u32, what: &str) -> String {
     match (vcpu.get_regs(), vcpu.get_sregs()) {
         (Ok(r), Ok(s)) => format!(
-            "{what} on processor {id}: rip {:#x} rsp {:#x} rax {:#x} rflags {:#x} cs {:#x} cr0 {:#x} cr2 {:#x} cr3 {:#x} cr4 {:#x} efer {:#x}",
-            r.rip, r.rsp, r.rax, r.rflags, s.cs.selector, s.cr0, s.cr2, s.cr3, s.cr4, s.efer
+            "{what} on processor {id}: rip {:#x} rsp {:#x} rax {:#x} rdi {:#x} rsi {:#x} rflags {:#x} cs {:#x} cr0 {:#x} cr2 {:#x} cr3 {:#x} cr4 {:#x} efer {:#x}",
+            r.rip, r.rsp, r.rax, r.rdi, r.rsi, r.rflags, s.cs.selector, s.cr0, s.cr2, s.cr3, s.cr4, s.efer
         ),
         _ => format!("{what} on processor {id}"),
     }

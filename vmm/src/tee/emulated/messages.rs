@@ -1,0 +1,188 @@
+//! Messages from the guest to its security processor (AMD 56860, chapter 7): AES-256-GCM with the keys of the secrets page.
+//!
+//! Owns: the envelope, sequence numbers, and which request gets which answer. Does not own: the report's bytes
+//! ([`super::report`]), the keys that sign it ([`super::chain`]).
+
+use std::path::PathBuf;
+
+use aes_gcm::{
+    Aes256Gcm, KeyInit,
+    aead::{Aead, Payload},
+};
+use coffer_layout::PAGE;
+
+use super::{chain::Chain, psp::Guest, report};
+use crate::tee::snp::digest;
+
+/// Statuses that a message can get.
+#[expect(missing_docs, reason = "the names are the ABI's")]
+pub mod status {
+    pub const INVALID_PARAM: u32 = 0x16;
+    pub const AEAD_OFLOW: u32 = 0x1d;
+    pub const BAD_SIGNATURE: u32 = 0x0a;
+}
+
+const HEADER: usize = 96;
+const TAG: usize = 16;
+const SEQUENCE: std::ops::Range<usize> = 32..40;
+const ADDITIONAL_DATA: usize = 48;
+const ALGORITHM: usize = 48;
+const HEADER_VERSION: usize = 49;
+const HEADER_SIZE: usize = 50;
+const TYPE: usize = 52;
+const MESSAGE_VERSION: usize = 53;
+const MESSAGE_SIZE: usize = 54;
+const MESSAGE_KEY: usize = 60;
+const AES_256_GCM: u8 = 1;
+
+const KEY_REQUEST: u8 = 3;
+const REPORT_REQUEST: u8 = 5;
+
+/// A guest's security processor.
+pub struct SecurityProcessor {
+    /// The guest.
+    pub guest: Guest,
+    /// Family, model and stepping of the processor, as reports give them: CPUID 1's EAX.
+    pub signature: u32,
+    keys: PathBuf,
+    chain: Option<Chain>,
+    certificates: Option<Vec<u8>>,
+}
+
+impl SecurityProcessor {
+    /// `keys` is the directory of the development root, made on first use; `certificates` is what extended requests get in
+    /// place of that root's.
+    ///
+    /// # Errors
+    /// The host has no randomness.
+    pub fn new(keys: PathBuf, certificates: Option<Vec<u8>>, signature: u32) -> std::io::Result<Self> {
+        Ok(Self { guest: Guest::new()?, signature, keys, chain: None, certificates })
+    }
+
+    fn chain(&mut self) -> Result<&Chain, String> {
+        if self.chain.is_none() {
+            self.chain = Some(Chain::open(&self.keys).map_err(|e| e.to_string())?);
+        }
+        self.chain.as_ref().ok_or_else(|| "no development root".to_owned())
+    }
+
+    /// The certificate table for extended requests.
+    ///
+    /// # Errors
+    /// In words.
+    pub fn certificates(&mut self) -> Result<Vec<u8>, String> {
+        match &self.certificates {
+            Some(table) => Ok(table.clone()),
+            None => Ok(self.chain()?.table()),
+        }
+    }
+
+    /// Answers a message page.
+    ///
+    /// # Errors
+    /// The firmware's status.
+    pub fn answer(&mut self, page: &[u8; PAGE as usize]) -> Result<Box<[u8; PAGE as usize]>, u32> {
+        let number = |at: usize| u16::from_le_bytes([page[at], page[at + 1]]);
+        let size = usize::from(number(MESSAGE_SIZE));
+        let key = usize::from(page[MESSAGE_KEY]);
+        let well_formed = page[ALGORITHM] == AES_256_GCM
+            && page[HEADER_VERSION] == 1
+            && usize::from(number(HEADER_SIZE)) == HEADER
+            && size <= PAGE as usize - HEADER
+            && key < self.guest.message_keys.len();
+        if !well_formed {
+            return Err(status::INVALID_PARAM);
+        }
+        let sequence = u64::from_le_bytes(std::array::from_fn(|i| page[SEQUENCE.start + i]));
+        let expected = self.guest.message_counts[key].checked_add(1);
+        if Some(sequence) != expected {
+            return Err(status::AEAD_OFLOW);
+        }
+        let request =
+            open(&self.guest.message_keys[key], page, sequence, size).ok_or(status::BAD_SIGNATURE)?;
+        let reply = match page[TYPE] {
+            REPORT_REQUEST => self.report(&request, key as u32)?,
+            KEY_REQUEST => self.derive(&request, key as u32)?,
+            _ => return Err(status::INVALID_PARAM),
+        };
+        self.guest.message_counts[key] = sequence + 1;
+        let mut answer = Box::new([0; PAGE as usize]);
+        answer[ADDITIONAL_DATA..HEADER].copy_from_slice(&page[ADDITIONAL_DATA..HEADER]);
+        answer[SEQUENCE].copy_from_slice(&(sequence + 1).to_le_bytes());
+        answer[TYPE] = page[TYPE] + 1;
+        answer[MESSAGE_VERSION] = page[MESSAGE_VERSION];
+        answer[MESSAGE_SIZE..MESSAGE_SIZE + 2].copy_from_slice(&(reply.len() as u16).to_le_bytes());
+        seal(&self.guest.message_keys[key], &mut answer, sequence + 1, &reply)
+            .ok_or(status::INVALID_PARAM)?;
+        Ok(answer)
+    }
+
+    /// MSG_REPORT_REQ: 64 bytes of data, VMPL, which key signs. Answer: status, size, 24 bytes, the report.
+    fn report(&mut self, request: &[u8], key_level: u32) -> Result<Vec<u8>, u32> {
+        const LENGTH: usize = 96;
+        let request: &[u8; LENGTH] = request.try_into().map_err(|_| status::INVALID_PARAM)?;
+        let level = u32::from_le_bytes([request[64], request[65], request[66], request[67]]);
+        if level < key_level || level > 3 {
+            return Err(status::INVALID_PARAM);
+        }
+        let signature = self.signature;
+        let data: [u8; 64] = std::array::from_fn(|i| request[i]);
+        self.chain().map_err(|_| status::INVALID_PARAM)?;
+        let Some(chain) = &self.chain else { return Err(status::INVALID_PARAM) };
+        let report = report::signed(&self.guest, &data, level, signature, chain);
+        let mut reply = vec![0; 32];
+        reply[4..8].copy_from_slice(&(report.len() as u32).to_le_bytes());
+        reply.extend_from_slice(&report[..]);
+        Ok(reply)
+    }
+
+    /// MSG_KEY_REQ: which root, which fields go in, VMPL, security version, TCB. Answer: status, 28 bytes, the key. The
+    /// firmware's derivation is not published; this one binds to the same fields, and to this development root.
+    fn derive(&mut self, request: &[u8], key_level: u32) -> Result<Vec<u8>, u32> {
+        const LENGTH: usize = 32;
+        const ROOT: u32 = 7;
+        let request: &[u8; LENGTH] = request.try_into().map_err(|_| status::INVALID_PARAM)?;
+        let number = |at: usize| u32::from_le_bytes(std::array::from_fn(|i| request[at + i]));
+        let (root, fields, level, version) = (number(0), number(8), number(16), number(20));
+        let identity = self.guest.identity.clone();
+        if root & !ROOT != 0 || level < key_level || level > 3 || version > identity.guest_svn {
+            return Err(status::INVALID_PARAM);
+        }
+        let secret = self.chain().map_err(|_| status::INVALID_PARAM)?.secret();
+        let mut material = b"coffer emulated SNP derived key\0".to_vec();
+        material.extend_from_slice(&secret);
+        material.extend_from_slice(request);
+        let parts: [&[u8]; 4] =
+            [&self.guest.policy.to_le_bytes(), &identity.image_id, &identity.family_id, &self.guest.digest];
+        for (bit, part) in parts.iter().enumerate().filter(|(bit, _)| fields >> bit & 1 != 0) {
+            material.push(bit as u8);
+            material.extend_from_slice(part);
+        }
+        let mut reply = vec![0; 32];
+        reply.extend_from_slice(&digest::sha384(&material)[..32]);
+        Ok(reply)
+    }
+}
+
+fn nonce(sequence: u64) -> [u8; 12] {
+    let mut nonce = [0; 12];
+    nonce[..8].copy_from_slice(&sequence.to_le_bytes());
+    nonce
+}
+
+/// The text of a message; the tag lies in the header.
+fn open(key: &[u8; 32], page: &[u8; PAGE as usize], sequence: u64, size: usize) -> Option<Vec<u8>> {
+    let mut text = page.get(HEADER..HEADER + size)?.to_vec();
+    text.extend_from_slice(&page[..TAG]);
+    let payload = Payload { msg: &text, aad: &page[ADDITIONAL_DATA..HEADER] };
+    Aes256Gcm::new(key.into()).decrypt(&nonce(sequence).into(), payload).ok()
+}
+
+fn seal(key: &[u8; 32], page: &mut [u8; PAGE as usize], sequence: u64, text: &[u8]) -> Option<()> {
+    let payload = Payload { msg: text, aad: &page[ADDITIONAL_DATA..HEADER] };
+    let sealed = Aes256Gcm::new(key.into()).encrypt(&nonce(sequence).into(), payload).ok()?;
+    let (text, tag) = sealed.split_at_checked(sealed.len().checked_sub(TAG)?)?;
+    page.get_mut(HEADER..HEADER + text.len())?.copy_from_slice(text);
+    page[..TAG].copy_from_slice(tag);
+    Some(())
+}
