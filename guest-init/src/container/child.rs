@@ -21,7 +21,7 @@ use oci_spec::runtime::{Process, Spec};
 use super::{
     ContainerError, hooks, mounts,
     process::{fork, message},
-    security,
+    security, user,
 };
 
 /// The container's first process.
@@ -72,7 +72,11 @@ pub(super) fn further(
             file.map(|f| (f, *flag))
                 .map_err(|e| ContainerError::guest(&format!("open the container's {name} namespace"), e))
         };
-        let files = namespaces.iter().map(open).collect::<Result<Vec<_>, _>>()?;
+        // Before the container's user namespace, in which limits cannot be raised.
+        security::limits(process)?;
+        // That namespace last: from inside it the others could not be joined.
+        let user = user::wanted(spec).then_some(("user", CloneFlags::CLONE_NEWUSER));
+        let files = namespaces.iter().chain(&user).map(open).collect::<Result<Vec<_>, _>>()?;
         for (file, flag) in files {
             setns(file, flag).map_err(|e| ContainerError::guest("join the container", e))?;
         }
@@ -125,7 +129,7 @@ fn become_program(
 ) -> Result<Infallible, ContainerError> {
     nix::unistd::setsid().map_err(|e| ContainerError::guest("start a session", e))?;
     let terminal = match stdio {
-        [] => Some(open_terminal(window)?),
+        [] => Some(open_terminal(window, user::outside(spec, process.user().uid()))?),
         _ => {
             for (target, fd) in stdio.iter().enumerate() {
                 duplicate(fd.as_raw_fd(), target as RawFd)?;
@@ -133,7 +137,12 @@ fn become_program(
             None
         }
     };
-    security::limits(process)?;
+    if first.is_some() {
+        security::limits(process)?;
+        if user::wanted(spec) {
+            enter_user_namespace(sync)?;
+        }
+    }
     // Without no_new_privs a filter needs CAP_SYS_ADMIN, which the change of identity takes away; with it the filter
     // comes as late as it can.
     let late = process.no_new_privileges().unwrap_or(false);
@@ -171,6 +180,17 @@ fn become_program(
     })
 }
 
+/// Makes the user namespace after everything that only the guest's root may do, with a mount namespace that belongs to it.
+fn enter_user_namespace(sync: &OwnedFd) -> Result<(), ContainerError> {
+    nix::sched::unshare(CloneFlags::CLONE_NEWUSER | CloneFlags::CLONE_NEWNS)
+        .map_err(|e| ContainerError::guest("make a user namespace", e))?;
+    say(sync, message::MAP, "", None);
+    match recv(sync.as_raw_fd(), &mut [0], MsgFlags::empty()) {
+        Ok(1) => Ok(()),
+        _ => std::process::exit(1),
+    }
+}
+
 /// Errors as callers look for them: podman takes its exit code from these words.
 fn words(error: nix::Error) -> &'static str {
     match error {
@@ -189,8 +209,8 @@ fn duplicate(from: RawFd, to: RawFd) -> Result<(), ContainerError> {
     Ok(())
 }
 
-/// A terminal of the container's own devpts, as its stdio; returns the master.
-fn open_terminal(window: Option<WindowSize>) -> Result<OwnedFd, ContainerError> {
+/// A terminal of the container's own devpts, as its stdio and its user's; returns the master.
+fn open_terminal(window: Option<WindowSize>, owner: Option<u32>) -> Result<OwnedFd, ContainerError> {
     let system = |stage: &'static str| move |e: std::io::Error| ContainerError::guest(stage, e);
     let master = fs::File::options()
         .read(true)
@@ -212,6 +232,7 @@ fn open_terminal(window: Option<WindowSize>) -> Result<OwnedFd, ContainerError> 
     if let Some(size) = window {
         set_window(&master, size);
     }
+    std::os::unix::fs::fchown(&slave, owner, None).map_err(system("give the terminal to its user"))?;
     // SAFETY: makes the slave the session's terminal; this process has just started a session.
     if unsafe { libc::ioctl(slave.as_raw_fd(), libc::TIOCSCTTY, 0) } < 0 {
         return Err(ContainerError::guest("take the terminal", std::io::Error::last_os_error()));

@@ -8,19 +8,22 @@
 mod accounting;
 mod cgroup;
 mod child;
+mod devices;
 mod hooks;
 mod mounts;
+mod options;
 mod path;
 mod process;
 mod seccomp;
 mod security;
+mod user;
 
 pub use cgroup::Cgroup;
 pub(crate) use child::set_window;
 pub use process::{Launched, Sync, SyncError, exec, launch};
 
 use coffer_protocol::ErrorKind;
-use oci_spec::runtime::{LinuxNamespaceType, Process, Spec};
+use oci_spec::runtime::{Process, Spec};
 use thiserror::Error;
 
 /// Why a container or process was not made.
@@ -62,12 +65,7 @@ pub fn parse_spec(value: serde_json::Value) -> Result<Spec, ContainerError> {
         return Err(invalid(format!("config.json: root.path {} is not absolute", root.path().display())));
     }
     check_process(spec.process().as_ref().ok_or_else(|| invalid("config.json: no process".into()))?)?;
-    let namespaces = spec.linux().as_ref().and_then(|l| l.namespaces().as_ref());
-    if namespaces.is_some_and(|list| list.iter().any(|n| n.typ() == LinuxNamespaceType::User)) {
-        return Err(invalid(
-            "config.json: user namespaces are not supported yet: run without --userns".into(),
-        ));
-    }
+    user::check(&spec)?;
     Ok(spec)
 }
 

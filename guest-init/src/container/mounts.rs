@@ -3,7 +3,6 @@
 //! Owns: everything between a new mount namespace and `/` being the container's. Runs in the child.
 
 use std::{
-    ffi::CString,
     fs, io,
     os::{
         fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
@@ -12,72 +11,20 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use coffer_protocol::ErrorKind;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use oci_spec::runtime::{LinuxDeviceType, Mount, Spec};
+use oci_spec::runtime::{Mount, Spec};
 
-use super::{ContainerError, path};
+use super::{
+    ContainerError, devices,
+    options::{self, Options},
+    path,
+};
 
 const NONE: Option<&str> = None;
 
 fn failed(stage: String) -> impl FnOnce(nix::Error) -> ContainerError {
     move |e| ContainerError::guest(&stage, io::Error::from(e))
-}
-
-/// A mount's options, sorted into flags, propagation and data.
-#[derive(Debug, PartialEq, Eq)]
-struct Options {
-    set: MsFlags,
-    propagation: Option<MsFlags>,
-    copy_up: bool,
-    data: Vec<String>,
-}
-
-fn options(words: &[String]) -> Options {
-    let mut options = Options { set: MsFlags::empty(), propagation: None, copy_up: false, data: Vec::new() };
-    for word in words {
-        let (flag, on) = match word.as_str() {
-            "ro" | "rro" => (MsFlags::MS_RDONLY, true),
-            "rw" | "rrw" => (MsFlags::MS_RDONLY, false),
-            "nosuid" => (MsFlags::MS_NOSUID, true),
-            "suid" => (MsFlags::MS_NOSUID, false),
-            "nodev" => (MsFlags::MS_NODEV, true),
-            "dev" => (MsFlags::MS_NODEV, false),
-            "noexec" => (MsFlags::MS_NOEXEC, true),
-            "exec" => (MsFlags::MS_NOEXEC, false),
-            "sync" => (MsFlags::MS_SYNCHRONOUS, true),
-            "async" => (MsFlags::MS_SYNCHRONOUS, false),
-            "noatime" => (MsFlags::MS_NOATIME, true),
-            "relatime" => (MsFlags::MS_RELATIME, true),
-            "strictatime" => (MsFlags::MS_STRICTATIME, true),
-            "nodiratime" => (MsFlags::MS_NODIRATIME, true),
-            "dirsync" => (MsFlags::MS_DIRSYNC, true),
-            "bind" => (MsFlags::MS_BIND, true),
-            "rbind" => (MsFlags::MS_BIND.union(MsFlags::MS_REC), true),
-            "private" => (options.propagate(MsFlags::MS_PRIVATE), true),
-            "rprivate" => (options.propagate(MsFlags::MS_PRIVATE.union(MsFlags::MS_REC)), true),
-            "slave" => (options.propagate(MsFlags::MS_SLAVE), true),
-            "rslave" => (options.propagate(MsFlags::MS_SLAVE.union(MsFlags::MS_REC)), true),
-            "shared" => (options.propagate(MsFlags::MS_SHARED), true),
-            "rshared" => (options.propagate(MsFlags::MS_SHARED.union(MsFlags::MS_REC)), true),
-            "defaults" | "tmpcopyup" | "U" | "z" | "Z" => {
-                options.copy_up |= word == "tmpcopyup";
-                continue;
-            }
-            _ => {
-                options.data.push(word.clone());
-                continue;
-            }
-        };
-        options.set.set(flag, on);
-    }
-    options
-}
-
-impl Options {
-    fn propagate(&mut self, how: MsFlags) -> MsFlags {
-        self.propagation = Some(how);
-        MsFlags::empty()
-    }
 }
 
 /// Makes everything below the spec's root and leaves `/` the container's. `directories` says which bind sources are.
@@ -99,13 +46,25 @@ pub(super) fn set_up(spec: &Spec) -> Result<(), ContainerError> {
             fd = root_fd()?;
         }
     }
-    devices(fd.as_fd(), spec)?;
-    pivot(&root)
+    devices::make(fd.as_fd(), spec)?;
+    pivot(&root)?;
+    match spec.linux().as_ref().and_then(|l| l.rootfs_propagation().as_deref()) {
+        None | Some("") => Ok(()),
+        Some(word) => {
+            let how = options::propagation(word).ok_or_else(|| {
+                ContainerError::new(
+                    ErrorKind::Invalid,
+                    format!("config.json: linux.rootfsPropagation: {word:?}"),
+                )
+            })?;
+            mount(NONE, "/", NONE, how, NONE).map_err(failed(format!("make the root {word}")))
+        }
+    }
 }
 
 fn one(root: BorrowedFd<'_>, wanted: &Mount) -> Result<(), ContainerError> {
     let words = wanted.options().clone().unwrap_or_default();
-    let options = options(&words);
+    let options = options::parse(&words);
     let target_path = wanted.destination();
     let stage = |what: &str| format!("{what} {}", target_path.display());
     let source = wanted.source().clone().unwrap_or_default();
@@ -126,6 +85,10 @@ fn one(root: BorrowedFd<'_>, wanted: &Mount) -> Result<(), ContainerError> {
             mount(NONE, path::name(&mounted).as_str(), NONE, remount, NONE)
                 .map_err(failed(stage("remount")))?;
         }
+        options
+            .recursive
+            .apply(&mounted)
+            .map_err(|e| ContainerError::guest(&stage("set attributes of"), e))?;
         return propagate(&mounted, &options, &stage("set propagation of"));
     }
     let kind = match wanted.typ().as_deref().unwrap_or("none") {
@@ -146,6 +109,7 @@ fn one(root: BorrowedFd<'_>, wanted: &Mount) -> Result<(), ContainerError> {
         copy_tree(&from, Path::new(&path::name(&mounted)), 0)
             .map_err(|e| ContainerError::guest(&stage("copy up"), e))?;
     }
+    options.recursive.apply(&mounted).map_err(|e| ContainerError::guest(&stage("set attributes of"), e))?;
     propagate(&mounted, &options, &stage("set propagation of"))
 }
 
@@ -179,72 +143,6 @@ fn copy_tree(from: &Path, to: &Path, depth: usize) -> io::Result<()> {
         }
     }
     Ok(())
-}
-
-/// The devices that every container has (OCI runtime-linux, "default devices"), and those of the spec.
-fn devices(root: BorrowedFd<'_>, spec: &Spec) -> Result<(), ContainerError> {
-    let dev =
-        path::make(root, Path::new("/dev"), false).map_err(|e| ContainerError::guest("open /dev", e))?;
-    let node = |name: &str, kind: u32, mode: u32, major: u64, minor: u64| -> Result<(), ContainerError> {
-        let place = CString::new(format!("{}/{name}", path::name(&dev)))
-            .map_err(|e| ContainerError::guest("device name", e))?;
-        // SAFETY: the name outlives the call.
-        let made =
-            unsafe { libc::mknod(place.as_ptr(), kind | mode, libc::makedev(major as u32, minor as u32)) };
-        let error = io::Error::last_os_error();
-        match error.raw_os_error() {
-            _ if made == 0 => Ok(()),
-            Some(libc::EEXIST) => Ok(()),
-            // The host's file system takes no devices: this guest's own then lies over an empty file.
-            Some(libc::EPERM) if Path::new("/dev").join(name).exists() => bind_device(root, name),
-            _ => Err(ContainerError::guest(&format!("make device /dev/{name}"), error)),
-        }
-    };
-    for (name, major, minor) in
-        [("null", 1, 3), ("zero", 1, 5), ("full", 1, 7), ("random", 1, 8), ("urandom", 1, 9), ("tty", 5, 0)]
-    {
-        node(name, libc::S_IFCHR, 0o666, major, minor)?;
-    }
-    for device in spec.linux().iter().flat_map(|l| l.devices().iter().flatten()) {
-        let kind = match device.typ() {
-            LinuxDeviceType::B => libc::S_IFBLK,
-            LinuxDeviceType::P => libc::S_IFIFO,
-            _ => libc::S_IFCHR,
-        };
-        let Ok(name) = device.path().strip_prefix("/dev") else { continue };
-        let Some(name) = name.to_str().filter(|n| !n.contains('/') && !n.is_empty()) else { continue };
-        node(
-            name,
-            kind,
-            device.file_mode().unwrap_or(0o666) & 0o7777,
-            device.major() as u64,
-            device.minor() as u64,
-        )?;
-    }
-    for (link, target) in [
-        ("ptmx", "pts/ptmx"),
-        ("fd", "/proc/self/fd"),
-        ("stdin", "/proc/self/fd/0"),
-        ("stdout", "/proc/self/fd/1"),
-        ("stderr", "/proc/self/fd/2"),
-    ] {
-        let place = format!("{}/{link}", path::name(&dev));
-        if let Err(e) = symlink(target, &place)
-            && e.kind() != io::ErrorKind::AlreadyExists
-        {
-            return Err(ContainerError::guest(&format!("link /dev/{link}"), e));
-        }
-    }
-    Ok(())
-}
-
-/// For a root file system without a tmpfs on `/dev`.
-fn bind_device(root: BorrowedFd<'_>, name: &str) -> Result<(), ContainerError> {
-    let source = Path::new("/dev").join(name);
-    let place = path::make(root, &source, true)
-        .map_err(|e| ContainerError::guest(&format!("make a place for device /dev/{name}"), e))?;
-    mount(Some(&source), path::name(&place).as_str(), NONE, MsFlags::MS_BIND, NONE)
-        .map_err(failed(format!("bind device /dev/{name}")))
 }
 
 /// Makes `root` the root and lets go of the old one. PID 1's own root is the initramfs, which cannot be pivoted away:
@@ -294,19 +192,4 @@ pub(super) fn protect(spec: &Spec) -> Result<(), ContainerError> {
         mount(NONE, "/", NONE, flags, NONE).map_err(failed("make the root read-only".into()))?;
     }
     Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn options_are_sorted_into_flags_propagation_and_data() {
-        let words = ["rbind", "ro", "nosuid", "rprivate", "size=64k", "tmpcopyup"].map(str::to_owned);
-        let options = options(&words);
-        assert_eq!(options.set, MsFlags::MS_BIND | MsFlags::MS_REC | MsFlags::MS_RDONLY | MsFlags::MS_NOSUID);
-        assert_eq!(options.propagation, Some(MsFlags::MS_PRIVATE | MsFlags::MS_REC));
-        assert!(options.copy_up);
-        assert_eq!(options.data, ["size=64k"]);
-    }
 }

@@ -17,7 +17,7 @@ use nix::{
 };
 use oci_spec::runtime::{LinuxNamespaceType, Process, Spec};
 
-use super::{Cgroup, ContainerError, child};
+use super::{Cgroup, ContainerError, child, user};
 use crate::session::{Stdio, unblock};
 
 /// From <linux/sched.h>; libc's constant is of a type that cannot hold it.
@@ -47,6 +47,8 @@ pub struct Launched {
 pub(super) mod message {
     pub(in super::super) const READY: u8 = b'r';
     pub(in super::super) const PID: u8 = b'p';
+    /// In a new user namespace, whose maps are to be written.
+    pub(in super::super) const MAP: u8 = b'm';
     pub(in super::super) const NOT_FOUND: u8 = b'n';
     pub(in super::super) const NOT_EXECUTABLE: u8 = b'x';
     pub(in super::super) const FAILED: u8 = b'f';
@@ -142,7 +144,7 @@ pub fn launch(
         }
         Some(pid) => {
             drop((sync, theirs));
-            let terminal = wait_ready(&ours, pid)?;
+            let terminal = wait_ready(&ours, pid, spec)?;
             finish(pid, ours, stdio, terminal)
         }
     }
@@ -243,10 +245,16 @@ fn refusal(kind: u8, text: String) -> ContainerError {
     ContainerError::new(kind, text)
 }
 
-fn wait_ready(socket: &OwnedFd, pid: i32) -> Result<Option<OwnedFd>, ContainerError> {
-    match receive(socket, pid)? {
-        (message::READY, _, terminal) => Ok(terminal),
-        (kind, text, _) => Err(refusal(kind, text)),
+fn wait_ready(socket: &OwnedFd, pid: i32, spec: &Spec) -> Result<Option<OwnedFd>, ContainerError> {
+    loop {
+        match receive(socket, pid)? {
+            (message::READY, _, terminal) => return Ok(terminal),
+            (message::MAP, ..) => {
+                user::write_maps(spec, pid)?;
+                send(socket.as_raw_fd(), b"m", MsgFlags::MSG_NOSIGNAL).map_err(system("answer the child"))?;
+            }
+            (kind, text, _) => return Err(refusal(kind, text)),
+        }
     }
 }
 

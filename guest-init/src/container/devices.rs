@@ -1,0 +1,119 @@
+//! Device nodes of a container (OCI runtime specification, config-linux.md, "Default Devices" and "Devices").
+//!
+//! Owns: making them and their links below the container's root. Does not own: which devices a guest may have, which the
+//! cgroup and the guest's kernel decide.
+
+use std::{
+    ffi::CString,
+    io,
+    os::{
+        fd::BorrowedFd,
+        unix::{ffi::OsStrExt, fs::symlink},
+    },
+    path::Path,
+};
+
+use nix::mount::{MsFlags, mount};
+use oci_spec::runtime::{LinuxDeviceType, Spec};
+
+use super::{ContainerError, path, user};
+
+/// A node to make.
+struct Node<'a> {
+    path: &'a Path,
+    kind: u32,
+    mode: u32,
+    number: (u32, u32),
+    owner: (u32, u32),
+}
+
+/// Makes the default devices, those of the configuration, and the links into /proc. What is there already stays.
+pub(super) fn make(root: BorrowedFd<'_>, spec: &Spec) -> Result<(), ContainerError> {
+    let owner = user::outside(spec, 0).unwrap_or(0);
+    for (name, major, minor) in [
+        ("/dev/null", 1, 3),
+        ("/dev/zero", 1, 5),
+        ("/dev/full", 1, 7),
+        ("/dev/random", 1, 8),
+        ("/dev/urandom", 1, 9),
+        ("/dev/tty", 5, 0),
+    ] {
+        let path = Path::new(name);
+        let node =
+            Node { path, kind: libc::S_IFCHR, mode: 0o666, number: (major, minor), owner: (owner, owner) };
+        one(root, &node)?;
+    }
+    for device in spec.linux().iter().flat_map(|l| l.devices().iter().flatten()) {
+        let kind = match device.typ() {
+            LinuxDeviceType::B => libc::S_IFBLK,
+            LinuxDeviceType::P => libc::S_IFIFO,
+            _ => libc::S_IFCHR,
+        };
+        let number = |value: i64| u32::try_from(value).unwrap_or(0);
+        one(
+            root,
+            &Node {
+                path: device.path(),
+                kind,
+                mode: device.file_mode().unwrap_or(0o666) & 0o7777,
+                number: (number(device.major()), number(device.minor())),
+                owner: (device.uid().unwrap_or(owner), device.gid().unwrap_or(owner)),
+            },
+        )?;
+    }
+    let dev =
+        path::make(root, Path::new("/dev"), false).map_err(|e| ContainerError::guest("open /dev", e))?;
+    for (link, target) in [
+        ("ptmx", "pts/ptmx"),
+        ("fd", "/proc/self/fd"),
+        ("stdin", "/proc/self/fd/0"),
+        ("stdout", "/proc/self/fd/1"),
+        ("stderr", "/proc/self/fd/2"),
+    ] {
+        let place = format!("{}/{link}", path::name(&dev));
+        if let Err(e) = symlink(target, &place)
+            && e.kind() != io::ErrorKind::AlreadyExists
+        {
+            return Err(ContainerError::guest(&format!("link /dev/{link}"), e));
+        }
+    }
+    Ok(())
+}
+
+fn one(root: BorrowedFd<'_>, node: &Node<'_>) -> Result<(), ContainerError> {
+    let failed = |e: io::Error| ContainerError::guest(&format!("make device {}", node.path.display()), e);
+    let (Some(parent), Some(name)) = (node.path.parent(), node.path.file_name()) else {
+        return Err(failed(io::ErrorKind::InvalidInput.into()));
+    };
+    let parent = path::make(root, parent, false).map_err(failed)?;
+    let place = CString::new([path::name(&parent).as_bytes(), b"/", name.as_bytes()].concat())
+        .map_err(|e| failed(e.into()))?;
+    // SAFETY: the name outlives the call.
+    let made = unsafe {
+        libc::mknod(place.as_ptr(), node.kind | node.mode, libc::makedev(node.number.0, node.number.1))
+    };
+    if made < 0 {
+        let error = io::Error::last_os_error();
+        return match error.raw_os_error() {
+            Some(libc::EEXIST) => Ok(()),
+            // The host's file system takes no devices: this guest's own then lies over an empty file.
+            Some(libc::EPERM) if node.path.starts_with("/dev") && node.path.exists() => bind(root, node.path),
+            _ => Err(failed(error)),
+        };
+    }
+    // The mask took bits away; nobody else is in this mount namespace yet, so the name is still what was just made.
+    // SAFETY: the name outlives both calls.
+    let set = unsafe {
+        libc::lchown(place.as_ptr(), node.owner.0, node.owner.1) == 0
+            && libc::chmod(place.as_ptr(), node.mode) == 0
+    };
+    if set { Ok(()) } else { Err(failed(io::Error::last_os_error())) }
+}
+
+/// For a root file system without a tmpfs on `/dev`.
+fn bind(root: BorrowedFd<'_>, source: &Path) -> Result<(), ContainerError> {
+    let failed = |e: io::Error| ContainerError::guest(&format!("bind device {}", source.display()), e);
+    let place = path::make(root, source, true).map_err(failed)?;
+    mount(Some(source), path::name(&place).as_str(), None::<&str>, MsFlags::MS_BIND, None::<&str>)
+        .map_err(|e| failed(e.into()))
+}

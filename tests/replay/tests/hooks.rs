@@ -1,0 +1,97 @@
+//! The six hooks: where each runs, with which state, and what its failure does.
+
+use std::{fs, path::Path};
+
+use coffer_replay::{Bench, config, until};
+use serde_json::{Value, json};
+
+/// A hook that writes its stdin and namespaces to a file.
+fn hook(path: &Path, exit: i32) -> Value {
+    let script = format!(
+        "cat > {0}.state; readlink /proc/self/ns/mnt /proc/self/ns/uts > {0}.ns; hostname > {0}.host; echo \"$A\" > {0}.env; exit {exit}",
+        path.display()
+    );
+    json!({ "path": "/bin/sh", "args": ["sh", "-c", script], "env": ["A=b", "PATH=/usr/bin:/bin"] })
+}
+
+#[test]
+fn each_hook_runs_where_the_specification_says() {
+    let bench = Bench::new();
+    let mut config = config(&["sleep", "1000"]);
+    let names = ["prestart", "createRuntime", "createContainer", "poststart", "poststop"];
+    for name in names {
+        config["hooks"][name] = json!([hook(&bench.path(name), 0)]);
+    }
+    config["hooks"]["startContainer"] = json!([hook(Path::new("/srv/startContainer"), 0)]);
+    let bundle = bench.bundle("c", &config);
+    let state = |name: &str| -> Value {
+        serde_json::from_str(&bench.read(&format!("{name}.state"))).unwrap_or_else(|e| panic!("{name}: {e}"))
+    };
+    let own = fs::read_link("/proc/self/ns/mnt").unwrap().display().to_string();
+    let _ = bench.create("c", &bundle).ok();
+    let pid = bench.pid("c");
+    for name in ["prestart", "createRuntime", "createContainer"] {
+        let state = state(name);
+        assert_eq!(
+            (&state["id"], &state["status"], &state["pid"]),
+            (&json!("c"), &json!("created"), &json!(pid)),
+            "{name}"
+        );
+        assert_eq!(state["bundle"], json!(bundle), "{name}");
+        assert_eq!(bench.read(&format!("{name}.env")), "b\n", "{name}");
+    }
+    // On the host, and in the container's own namespaces with the host's files.
+    assert_eq!(bench.read("createRuntime.ns").lines().next(), Some(own.as_str()));
+    let inside = bench.read("createContainer.ns");
+    assert_eq!(
+        inside.lines().nth(1).unwrap(),
+        fs::read_link(format!("/proc/{pid}/ns/uts")).unwrap().display().to_string()
+    );
+    assert_eq!(
+        inside.lines().next().unwrap(),
+        fs::read_link(format!("/proc/{pid}/ns/mnt")).unwrap().display().to_string()
+    );
+    assert_eq!(bench.read("createContainer.host"), "bench\n");
+    assert!(
+        !bench.path("poststart.state").exists() && !bundle.join("rootfs/srv/startContainer.state").exists()
+    );
+    let _ = bench.call(&["start", "c"]).ok();
+    // In the container: the path is its own.
+    let text = fs::read_to_string(bundle.join("rootfs/srv/startContainer.state")).unwrap();
+    let started: Value = serde_json::from_str(&text).unwrap();
+    assert_eq!((&started["id"], &started["status"]), (&json!("c"), &json!("created")));
+    assert_eq!(state("poststart")["status"], "running");
+    let _ = bench.call(&["delete", "--force", "c"]).ok();
+    assert_eq!(state("poststop")["status"], "stopped");
+}
+
+#[test]
+fn a_hook_that_fails_takes_create_down_with_it() {
+    for name in ["prestart", "createRuntime", "createContainer"] {
+        let bench = Bench::new();
+        let mut config = config(&["true"]);
+        let script = "echo it is the hook >&2; exit 3";
+        config["hooks"][name] = json!([{ "path": "/bin/sh", "args": ["sh", "-c", script] }]);
+        let bundle = bench.bundle("c", &config);
+        let said = bench.create("c", &bundle).failed(1);
+        assert!(said.contains("hook /bin/sh") && said.contains("it is the hook"), "{name}: {said}");
+        assert_eq!(fs::read_dir(bench.root()).unwrap().count(), 0, "{name}");
+    }
+    let bench = Bench::new();
+    let mut config = config(&["sleep", "1000"]);
+    config["hooks"]["startContainer"] = json!([{ "path": "/bin/false" }]);
+    let bundle = bench.bundle("c", &config);
+    let _ = bench.create("c", &bundle).ok();
+    assert!(bench.call(&["start", "c"]).failed(1).contains("startContainer hook /bin/false"));
+    until(|| bench.status("c") == "stopped");
+}
+
+#[test]
+fn a_hook_that_does_not_end_is_ended() {
+    let bench = Bench::new();
+    let mut config = config(&["true"]);
+    config["hooks"]["createRuntime"] =
+        json!([{ "path": "/bin/sleep", "args": ["sleep", "1000"], "timeout": 1 }]);
+    let bundle = bench.bundle("c", &config);
+    assert!(bench.create("c", &bundle).failed(1).contains("timeout of 1 s"));
+}

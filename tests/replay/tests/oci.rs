@@ -1,0 +1,207 @@
+//! The configuration's fields, seen from inside the container.
+
+use std::{
+    fs,
+    os::unix::fs::{MetadataExt, chown},
+};
+
+use coffer_replay::{Bench, config};
+use serde_json::{Value, json};
+
+/// Runs a script in a container with this configuration; what it printed.
+#[track_caller]
+fn inside(change: impl FnOnce(&Bench, &mut Value), script: &str) -> String {
+    let bench = Bench::new();
+    let mut config = config(&["sh", "-c", script]);
+    change(&bench, &mut config);
+    bench.start("c", &config);
+    bench.wait_stopped("c");
+    assert_eq!(bench.read("c.err"), "");
+    bench.read("c.out")
+}
+
+fn mount(config: &mut Value, mount: Value) {
+    config["mounts"].as_array_mut().unwrap().push(mount);
+}
+
+#[test]
+fn user_groups_umask_directory_and_environment() {
+    let out = inside(
+        |_, c| {
+            c["process"]["user"] =
+                json!({ "uid": 1000, "gid": 1001, "additionalGids": [5, 6], "umask": 0o027 });
+            c["process"]["cwd"] = json!("/srv/made/here");
+            c["process"]["env"] = json!(["PATH=/bin", "X=a b"]);
+        },
+        "id -u; id -G; umask; pwd; echo $X; hostname; echo x > /dev/null && echo null",
+    );
+    assert_eq!(out, "1000\n1001 5 6\n0027\n/srv/made/here\na b\nbench\nnull\n");
+}
+
+#[test]
+fn capabilities_and_limits_are_those_that_were_asked_for() {
+    let out = inside(
+        |_, c| {
+            c["process"]["rlimits"] = json!([
+                { "type": "RLIMIT_NOFILE", "soft": 100, "hard": 200 }, { "type": "RLIMIT_CORE", "soft": 0, "hard": 0 }
+            ]);
+            c["process"]["noNewPrivileges"] = json!(true);
+            c["process"]["oomScoreAdj"] = json!(123);
+        },
+        "grep -E '^(CapBnd|CapEff|NoNewPrivs)' /proc/self/status; grep -E 'open files|core file' /proc/self/limits; cat /proc/self/oom_score_adj",
+    );
+    // chown, dac_override, kill, setgid, setuid, sys_chroot: bits 0, 1, 5, 6, 7, 18.
+    for line in ["CapEff:\t00000000000400e3", "CapBnd:\t00000000000400e3", "NoNewPrivs:\t1"] {
+        assert!(out.contains(line), "{out}");
+    }
+    assert!(
+        out.lines()
+            .any(|l| l.split_whitespace().collect::<Vec<_>>()
+                == ["Max", "open", "files", "100", "200", "files"]),
+        "{out}"
+    );
+    assert!(out.ends_with("123\n"), "{out}");
+}
+
+#[test]
+fn default_devices_are_for_everybody_and_others_as_configured() {
+    let out = inside(
+        |_, c| {
+            c["linux"]["devices"] = json!([
+                { "path": "/dev/mine", "type": "c", "major": 1, "minor": 5, "fileMode": 0o640, "uid": 7, "gid": 8 },
+                { "path": "/dev/below/pipe", "type": "p", "fileMode": 0o600 }
+            ]);
+        },
+        "stat -c '%n %a %u %g %t:%T %F' /dev/null /dev/mine /dev/below/pipe; ls -l /dev/fd /dev/ptmx | grep -c -- '->'",
+    );
+    assert_eq!(
+        out,
+        "/dev/null 666 0 0 1:3 character special file\n/dev/mine 640 7 8 1:5 character special file\n/dev/below/pipe 600 0 0 0:0 fifo\n2\n"
+    );
+}
+
+#[test]
+fn masked_and_read_only_paths_are_what_they_are_called() {
+    let out = inside(
+        |_, c| {
+            c["linux"]["maskedPaths"] = json!(["/srv", "/etc/passwd", "/proc/not/there"]);
+            c["linux"]["readonlyPaths"] = json!(["/etc", "/not/there"]);
+            c["root"]["readonly"] = json!(true);
+        },
+        "ls /srv | wc -l; wc -c < /etc/passwd; touch /etc/x 2>/dev/null || echo ro; touch /x 2>/dev/null || echo ro",
+    );
+    assert_eq!(out, "0\n0\nro\nro\n");
+}
+
+#[test]
+fn recursive_options_hold_for_what_is_mounted_below() {
+    // A bind of the host's with a mount below it, made on the host.
+    let out = inside(
+        |bench, c| {
+            fs::create_dir_all(bench.path("v")).unwrap();
+            mount(
+                c,
+                json!({ "destination": "/v", "type": "bind", "source": bench.path("v"), "options": ["rbind", "rro", "rnosuid", "rnoexec"] }),
+            );
+        },
+        "touch /v/x 2>/dev/null || echo ro; grep ' /v ' /proc/self/mounts",
+    );
+    assert!(out.starts_with("ro\n") && out.contains("nosuid") && out.contains("noexec"), "{out}");
+}
+
+#[test]
+fn tmpfs_may_keep_what_lay_there_and_propagation_is_set() {
+    let out = inside(
+        |_, c| {
+            mount(
+                c,
+                json!({ "destination": "/etc", "type": "tmpfs", "source": "tmpfs", "options": ["tmpcopyup", "mode=755", "size=1m"] }),
+            );
+            mount(
+                c,
+                json!({ "destination": "/tmp", "type": "tmpfs", "source": "tmpfs", "options": ["rshared", "noexec", "size=64k"] }),
+            );
+            c["linux"]["rootfsPropagation"] = json!("shared");
+        },
+        "head -n 1 /etc/passwd; grep -E ' / | /tmp ' /proc/self/mountinfo | grep -c shared:; grep -c '/tmp tmpfs.*noexec.*size=64k' /proc/self/mounts",
+    );
+    assert_eq!(out, "root:x:0:0:root:/root:/bin/sh\n2\n1\n");
+}
+
+#[test]
+fn sysctls_and_seccomp_hold() {
+    let out = inside(
+        |_, c| {
+            c["linux"]["sysctl"] = json!({ "net.ipv4.ip_forward": "1", "kernel.shm_rmid_forced": "1" });
+            c["linux"]["seccomp"] = json!({
+                "defaultAction": "SCMP_ACT_ALLOW", "architectures": ["SCMP_ARCH_X86_64"],
+                "syscalls": [{ "names": ["mkdir", "mkdirat"], "action": "SCMP_ACT_ERRNO", "errnoRet": 28 }]
+            });
+        },
+        "cat /proc/sys/net/ipv4/ip_forward /proc/sys/kernel/shm_rmid_forced; busybox mkdir /d 2>&1",
+    );
+    assert_eq!(out, "1\n1\nmkdir: can't create directory '/d': No space left on device\n");
+}
+
+#[test]
+fn a_user_namespace_has_the_configured_identifiers_inside_and_on_files() {
+    let bench = Bench::new();
+    let script = "id -u; cat /proc/self/uid_map; echo x > /srv/made; stat -c %u /srv /bin/sh /dev/null; hostname; ls /proc/1/ns >/dev/null && echo proc";
+    let mut config = config(&["sh", "-c", script]);
+    config["linux"]["namespaces"].as_array_mut().unwrap().push(json!({ "type": "user" }));
+    let map = json!([{ "containerID": 0, "hostID": 100_000, "size": 65_536 }]);
+    config["linux"]["uidMappings"] = map.clone();
+    config["linux"]["gidMappings"] = map;
+    let bundle = bench.bundle("c", &config);
+    fs::set_permissions(bench.path(""), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    chown(bundle.join("rootfs/srv"), Some(100_000), Some(100_000)).unwrap();
+    let _ = bench.create("c", &bundle).ok();
+    // One more process is in it, too.
+    assert_eq!(
+        bench
+            .call(&["exec", "c", "sh", "-c", "id -u; readlink /proc/self/ns/user; true"])
+            .ok()
+            .lines()
+            .next(),
+        Some("0")
+    );
+    let _ = bench.call(&["start", "c"]).ok();
+    bench.wait_stopped("c");
+    let words: Vec<String> = bench.read("c.out").split_whitespace().map(str::to_owned).collect();
+    assert_eq!(
+        words,
+        ["0", "0", "100000", "65536", "0", "65534", "0", "bench", "proc"],
+        "{}",
+        bench.read("c.err")
+    );
+    assert_eq!(fs::metadata(bundle.join("rootfs/srv/made")).unwrap().uid(), 100_000);
+}
+
+#[test]
+fn what_the_specification_does_not_know_is_no_error_and_what_is_wrong_is_named() {
+    let out = inside(
+        |_, c| {
+            c["unknown"] = json!({ "x": 1 });
+            c["ociVersion"] = json!("1.3.0");
+            c["annotations"]["org.example.x"] = json!("y");
+        },
+        "echo fine",
+    );
+    assert_eq!(out, "fine\n");
+    let bench = Bench::new();
+    for (change, words) in [
+        (json!({ "ociVersion": "2.0.0" }), "ociVersion"),
+        (json!({ "root": { "path": "nowhere" } }), "nowhere"),
+        (json!({ "process": { "args": ["sh"], "cwd": "relative", "user": { "uid": 0, "gid": 0 } } }), "cwd"),
+    ] {
+        let mut config = config(&["true"]);
+        for (key, value) in change.as_object().unwrap() {
+            config[key] = value.clone();
+        }
+        let bundle = bench.bundle("c", &config);
+        let said = bench.create("c", &bundle).failed(1);
+        assert!(said.contains(words), "{said}");
+    }
+    fs::write(bench.path("c/config.json"), "{").unwrap();
+    assert!(bench.create("c", &bench.path("c")).failed(1).contains("config.json"));
+}
