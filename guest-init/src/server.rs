@@ -281,7 +281,7 @@ impl Server {
     }
 
     fn create(&mut self, key: u64, create: CreateContainer) -> Result<(), ContainerError> {
-        let CreateContainer { id, spec, window, binds: _ } = create;
+        let CreateContainer { id, mut spec, window, binds: _, shared } = create;
         if !container::is_id(&id) {
             return Err(ContainerError::new(ErrorKind::Invalid, format!("invalid container ID {id:?}")));
         }
@@ -291,13 +291,21 @@ impl Server {
                 format!("container {id:?} exists already"),
             ));
         }
+        container::prepare_shared_memory(&mut spec)?;
         let spec = container::parse_spec(spec)?;
+        let shared = shared
+            .iter()
+            .map(|s| {
+                let other = self.get(&s.container)?;
+                container::Shared::of(other.pid, s.kind)
+            })
+            .collect::<Result<Vec<_>, _>>()?;
         let cgroup = Cgroup::create(&id)?;
         let made = (|| {
             if let Some(resources) = spec.linux().as_ref().and_then(|l| l.resources().as_ref()) {
                 cgroup.apply(resources)?;
             }
-            container::launch(&id, &spec, &cgroup, window)
+            container::launch(&id, &spec, &cgroup, window, &shared)
         })();
         self.had_container = true;
         let launched = match made {

@@ -129,6 +129,27 @@ pub struct CreateContainer {
     pub window: Option<WindowSize>,
     /// Which mounts of `spec` are files or directories of the share.
     pub binds: Vec<BindSource>,
+    /// Namespaces that are another container's of this pod.
+    pub shared: Vec<SharedNamespace>,
+}
+
+/// A namespace of another container.
+#[derive(Clone, Debug, Serialize, Deserialize, PartialEq, Eq)]
+pub struct SharedNamespace {
+    /// Which.
+    pub kind: NamespaceKind,
+    /// Whose.
+    pub container: String,
+}
+
+/// Namespaces that containers of a pod may share beside the network, which all of them do.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize, PartialEq, Eq)]
+#[serde(rename_all = "kebab-case")]
+#[expect(missing_docs, reason = "the kernel's own names")]
+pub enum NamespaceKind {
+    Pid,
+    Ipc,
+    Uts,
 }
 
 /// A bind mount's source as the host sees it: init must know whether to make a file or a directory to mount on.

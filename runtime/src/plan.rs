@@ -109,7 +109,7 @@ fn rewrite(
         let source = bundle.join(source);
         if let Some(kib) = shared_memory(mount.destination(), &source) {
             value["mounts"][index] = serde_json::json!({
-                "destination": "/dev/shm", "type": "tmpfs", "source": "shm",
+                "destination": "/dev/shm", "type": "tmpfs", "source": shared_name(&source),
                 "options": ["nosuid", "noexec", "nodev", "mode=1777", format!("size={kib}k")],
             });
             continue;
@@ -167,6 +167,12 @@ fn shared_memory(destination: &Path, source: &Path) -> Option<u64> {
     (system.filesystem_type() == nix::sys::statfs::TMPFS_MAGIC).then_some(bytes / 1024)
 }
 
+/// A name for it that all containers of a pod have which were given the same one.
+fn shared_name(source: &Path) -> String {
+    use std::os::unix::fs::MetadataExt;
+    std::fs::metadata(source).map_or("shm".into(), |m| format!("shm-{}-{}", m.dev(), m.ino()))
+}
+
 /// Character devices that the guest's kernel has itself, as major and minor number: null, zero, full, random, urandom, kmsg,
 /// tty, console, ptmx, tun, fuse. 136 and up are terminals.
 const GUEST_DEVICES: [(i64, i64); 11] =
@@ -218,7 +224,10 @@ fn memory_mib(spec: &Spec) -> Result<u64, Error> {
         return text.parse().ok().filter(|n| *n >= 32).ok_or_else(wrong);
     }
     let limit = resources(spec).and_then(|r| r.memory().as_ref()).and_then(|m| m.limit()).filter(|l| *l > 0);
-    let Some(limit) = limit else { return Ok(DEFAULT_MEMORY_MIB) };
+    // containerd says with the sandbox what all its containers together may have.
+    let pod =
+        annotation(spec, "io.kubernetes.cri.sandbox-memory").and_then(|t| t.parse().ok()).filter(|l| *l > 0);
+    let Some(limit) = pod.or(limit) else { return Ok(DEFAULT_MEMORY_MIB) };
     let mib = (limit as u64).div_ceil(1 << 20).saturating_add(GUEST_OVERHEAD_MIB);
     Ok(mib.next_multiple_of(2).clamp(LEAST_MEMORY_MIB, 1 << 20))
 }

@@ -59,6 +59,9 @@ pub struct Record {
     pub stub: Option<Pid>,
     pub vmm: Pid,
     pub cgroup: Option<PathBuf>,
+    /// Of a container in another's VM: its files below that VM's shared directory.
+    #[serde(default)]
+    pub share: Option<PathBuf>,
 }
 
 /// A container's directory.

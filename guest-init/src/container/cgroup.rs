@@ -82,6 +82,15 @@ impl Cgroup {
     /// [`ContainerError`].
     pub fn create(id: &str) -> Result<Self, ContainerError> {
         let path = PathBuf::from(ROOT).join(id);
+        // One of this name may not be gone yet: its processes were killed and have to end first.
+        for _ in 0..200 {
+            match fs::remove_dir(&path) {
+                Err(e) if e.kind() != io::ErrorKind::NotFound => {
+                    std::thread::sleep(std::time::Duration::from_millis(5));
+                }
+                _ => break,
+            }
+        }
         fs::create_dir(&path).map_err(|e| ContainerError::guest("make the container's cgroup", e))?;
         Ok(Self(path))
     }

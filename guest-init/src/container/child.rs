@@ -20,13 +20,14 @@ use oci_spec::runtime::{Process, Spec};
 
 use super::{
     ContainerError, hooks, mounts,
-    process::{fork, message},
+    process::{Shared, fork, message},
     security, user,
 };
 
 /// The container's first process.
 pub(super) fn first(
     id: &str,
+    shared: &[Shared],
     spec: &Spec,
     process: &Process,
     stdio: &[OwnedFd],
@@ -36,7 +37,10 @@ pub(super) fn first(
     let result = (|| {
         // What is made for the container has the modes that are said; the process gets its own mask later.
         nix::sys::stat::umask(nix::sys::stat::Mode::empty());
+        shared.iter().try_for_each(Shared::enter)?;
         mounts::set_up(spec)?;
+        // As runc does; where it cannot be made, the change into it says so.
+        let _ = fs::create_dir_all(process.cwd());
         if let Some(name) = spec.hostname() {
             nix::unistd::sethostname(name).map_err(|e| ContainerError::guest("set the host name", e))?;
         }

@@ -16,11 +16,12 @@ mod path;
 mod process;
 mod seccomp;
 mod security;
+mod shm;
 mod user;
 
 pub use cgroup::Cgroup;
 pub(crate) use child::set_window;
-pub use process::{Launched, Sync, SyncError, exec, launch};
+pub use process::{Launched, Shared, Sync, SyncError, exec, launch};
 
 use coffer_protocol::ErrorKind;
 use oci_spec::runtime::{Process, Spec};
@@ -67,6 +68,14 @@ pub fn parse_spec(value: serde_json::Value) -> Result<Spec, ContainerError> {
     check_process(spec.process().as_ref().ok_or_else(|| invalid("config.json: no process".into()))?)?;
     user::check(&spec)?;
     Ok(spec)
+}
+
+/// Makes what a configuration's mounts share with other containers of the pod, and says so in it.
+///
+/// # Errors
+/// [`ContainerError`].
+pub fn prepare_shared_memory(spec: &mut serde_json::Value) -> Result<(), ContainerError> {
+    shm::prepare(spec)
 }
 
 /// Checks what every process needs.

@@ -8,8 +8,9 @@ use std::{
     os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd},
 };
 
-use coffer_protocol::{ErrorKind, WindowSize};
+use coffer_protocol::{ErrorKind, NamespaceKind, WindowSize};
 use nix::{
+    sched::{CloneFlags, setns},
     sys::socket::{
         AddressFamily, ControlMessageOwned, MsgFlags, SockFlag, SockType, UnixAddr, recvmsg, send, socketpair,
     },
@@ -32,6 +33,48 @@ pub struct Sync(pub(super) OwnedFd);
 /// The socket to a child failed: the child is gone.
 #[derive(Debug)]
 pub struct SyncError;
+
+/// A namespace of another container.
+#[derive(Debug)]
+pub struct Shared {
+    kind: NamespaceKind,
+    file: std::fs::File,
+}
+
+impl Shared {
+    /// The namespace of a process.
+    ///
+    /// # Errors
+    /// [`ContainerError`] when the process is gone.
+    pub fn of(pid: i32, kind: NamespaceKind) -> Result<Self, ContainerError> {
+        let name = match kind {
+            NamespaceKind::Pid => "pid",
+            NamespaceKind::Ipc => "ipc",
+            NamespaceKind::Uts => "uts",
+        };
+        let file = std::fs::File::open(format!("/proc/{pid}/ns/{name}"))
+            .map_err(|e| ContainerError::guest(&format!("open the other container's {name} namespace"), e))?;
+        Ok(Self { kind, file })
+    }
+
+    /// Enters it, unless that is for children only.
+    pub(super) fn enter(&self) -> Result<(), ContainerError> {
+        let flag = match self.kind {
+            NamespaceKind::Pid => return Ok(()),
+            NamespaceKind::Ipc => CloneFlags::CLONE_NEWIPC,
+            NamespaceKind::Uts => CloneFlags::CLONE_NEWUTS,
+        };
+        setns(&self.file, flag).map_err(system("join another container's namespace"))
+    }
+
+    /// The next children will be in it. Returns this process's own, to go back.
+    fn enter_for_children(&self) -> Result<std::fs::File, ContainerError> {
+        let own = std::fs::File::open("/proc/self/ns/pid")
+            .map_err(|e| ContainerError::guest("open this namespace of processes", e))?;
+        setns(&self.file, CloneFlags::CLONE_NEWPID).map_err(system("join another container's processes"))?;
+        Ok(own)
+    }
+}
 
 /// A process that waits to be let go.
 #[derive(Debug)]
@@ -113,6 +156,7 @@ pub fn launch(
     spec: &Spec,
     cgroup: &Cgroup,
     window: Option<WindowSize>,
+    shared: &[Shared],
 ) -> Result<Launched, ContainerError> {
     let process = spec
         .process()
@@ -123,8 +167,12 @@ pub fn launch(
     let directory =
         std::fs::File::open(cgroup.path()).map_err(|e| ContainerError::guest("open the cgroup", e))?;
     let mut flags = libc::CLONE_NEWNS;
+    let is_shared = |kind: NamespaceKind| shared.iter().find(|s| s.kind == kind);
     for namespace in spec.linux().iter().flat_map(|l| l.namespaces().iter().flatten()) {
         flags |= match namespace.typ() {
+            LinuxNamespaceType::Pid if is_shared(NamespaceKind::Pid).is_some() => 0,
+            LinuxNamespaceType::Uts if is_shared(NamespaceKind::Uts).is_some() => 0,
+            LinuxNamespaceType::Ipc if is_shared(NamespaceKind::Ipc).is_some() => 0,
             LinuxNamespaceType::Pid => libc::CLONE_NEWPID,
             LinuxNamespaceType::Uts => libc::CLONE_NEWUTS,
             LinuxNamespaceType::Ipc => libc::CLONE_NEWIPC,
@@ -135,12 +183,16 @@ pub fn launch(
     }
     // The container sees its own cgroup as the root, as it would under a runtime on a host with version 2.
     flags |= libc::CLONE_NEWCGROUP;
-    match fork(flags, Some(directory.as_raw_fd()), libc::SIGCHLD)
-        .map_err(|e| ContainerError::guest("fork", e))?
-    {
+    // Only children of this process enter another namespace of processes; the next ones are to be in its own again.
+    let own = is_shared(NamespaceKind::Pid).map(|other| other.enter_for_children()).transpose()?;
+    let forked = fork(flags, Some(directory.as_raw_fd()), libc::SIGCHLD);
+    if let (Some(own), false) = (&own, matches!(forked, Ok(None))) {
+        setns(own, CloneFlags::CLONE_NEWPID).map_err(system("return to the first namespace of processes"))?;
+    }
+    match forked.map_err(|e| ContainerError::guest("fork", e))? {
         None => {
             drop(ours);
-            child::first(id, spec, process, &theirs, window, &sync)
+            child::first(id, shared, spec, process, &theirs, window, &sync)
         }
         Some(pid) => {
             drop((sync, theirs));

@@ -20,7 +20,7 @@ use nix::{
 };
 use oci_spec::runtime::{LinuxNamespaceType as Kind, Spec};
 
-use super::{boot_chart, config, delete, foreground, hooks, start, terminal};
+use super::{boot_chart, config, delete, foreground, hooks, pod, start, terminal};
 use crate::{
     cgroup,
     cli::Call,
@@ -40,7 +40,17 @@ use crate::{
 pub(super) fn create(call: &Call, root: &Path) -> Result<(), Error> {
     let id = call.id()?.to_owned();
     let bundle = std::path::absolute(call.value("bundle").unwrap_or(".")).map_err(host("find the bundle"))?;
-    let plan = plan::plan(&bundle, &id, &config(&bundle)?)?;
+    let mut plan = plan::plan(&bundle, &id, &config(&bundle)?)?;
+    pod::sweep(root);
+    let vm = pod::find(root, &plan.spec, &id);
+    let share = vm.as_ref().map(|_| {
+        // Not the name that an earlier container of this id had in this VM, which the guest may still know.
+        let elapsed = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        format!("{id}.{}", elapsed.as_nanos())
+    });
+    if let Some(name) = &share {
+        plan = plan::plan(&bundle, name, &config(&bundle)?)?;
+    }
     let console = call.value("console-socket").map(PathBuf::from);
     if call.global.systemd_cgroup {
         return Err(Error::Usage(
@@ -56,7 +66,9 @@ pub(super) fn create(call: &Call, root: &Path) -> Result<(), Error> {
     }
     let directory = Directory::of(root, &id)?;
     directory.create()?;
-    let made = Making { root, plan: &plan, directory: &directory, bundle, id: &id }.all(console.as_deref());
+    let share = vm.as_ref().zip(share).map(|(vm, name)| vm.directory.file("share").join(name));
+    let made = Making { root, plan: &plan, directory: &directory, bundle, id: &id, vm, share }
+        .all(console.as_deref());
     let result = made.and_then(|pid| match call.value("pid-file") {
         // Last: callers take create for done as soon as it is there.
         Some(path) => state::write_whole(Path::new(path), pid.to_string().as_bytes()),
@@ -98,6 +110,29 @@ struct Making<'a> {
     directory: &'a Directory,
     bundle: PathBuf,
     id: &'a str,
+    /// The pod's, when there is one already.
+    vm: Option<pod::Running>,
+    /// This container's files as that VM's process sees them.
+    share: Option<PathBuf>,
+}
+
+/// The VM's process, and what this container has of it.
+struct Vm {
+    process: Pid,
+    /// While it boots.
+    child: Option<Child>,
+    /// Keeps it alive.
+    hold: OwnedFd,
+    network: Network,
+}
+
+impl Vm {
+    fn is_alive(&mut self) -> bool {
+        match &mut self.child {
+            Some(child) => matches!(child.try_wait(), Ok(None)),
+            None => self.process.is_alive(),
+        }
+    }
 }
 
 fn pipe(stage: &str) -> Result<(OwnedFd, OwnedFd), Error> {
@@ -108,22 +143,15 @@ impl Making<'_> {
     /// Everything up to the pid file; the stub's pid.
     fn all(&self, console: Option<&Path>) -> Result<i32, Error> {
         let group = cgroup::path(&self.plan.spec)?;
-        let (lifeline, hold) = pipe("make the lifeline")?;
-        let (network, taps) = self.network()?;
-        let trace = self.trace();
-        let home = Home::find()?;
-        let pod_network = namespace(&self.plan.spec, Kind::Network).flatten();
-        let mut vmm = spawn::vmm(&spawn::Start {
-            plan: self.plan,
-            directory: self.directory,
-            home: &home,
-            network: pod_network.as_deref(),
-            taps: &taps,
-            lifeline: &lifeline,
-            trace,
-        })?;
-        drop((taps, lifeline));
-        let vmm_pid = Pid::of(vmm.id() as i32).ok_or_else(|| Error::Vm("it ended at once".into()))?;
+        let mut vm = match &self.vm {
+            Some(running) => Vm {
+                process: running.record.vmm,
+                child: None,
+                hold: pod::share(running, self.directory)?,
+                network: Network::default(),
+            },
+            None => self.boot()?,
+        };
         let mut record = Record {
             id: self.id.to_owned(),
             oci_version: self.plan.spec.version().clone(),
@@ -132,24 +160,29 @@ impl Making<'_> {
             annotations: self.plan.spec.annotations().clone().unwrap_or_default(),
             created: clock::now(),
             stub: None,
-            vmm: vmm_pid,
+            vmm: vm.process,
             cgroup: group,
+            share: self.share.clone(),
         };
         // From here on `delete --force` can take everything down, even if this process is killed.
         self.directory.write(&record)?;
         if let Some(path) = &record.cgroup {
             cgroup::create(path, &self.plan.spec)?;
-            cgroup::join(path, vmm_pid.pid)?;
+            if vm.child.is_some() {
+                cgroup::join(path, vm.process.pid)?;
+            }
         }
-        if !network.interfaces.is_empty() {
+        if let Some(running) = &self.vm {
+            pod::show(running, &self.plan.binds)?;
+        }
+        if !vm.network.interfaces.is_empty() {
             self.directory.mark("networked", true)?;
         }
         let pty = if self.plan.terminal && console.is_some() { Some(terminal::open()?) } else { None };
         let own = if self.plan.terminal && pty.is_none() { foreground::terminal()? } else { None };
-        let connection =
-            self.ask_guest(&mut vmm, network, pty.as_ref().map(|(_, slave)| slave).or(own.as_ref()))?;
+        let connection = self.ask_guest(&mut vm, pty.as_ref().map(|(_, slave)| slave).or(own.as_ref()))?;
         let (slave, master) = pty.map_or((own, None), |(master, slave)| (Some(slave), Some(master)));
-        let stub = self.fork_stub(connection, slave, hold, &record)?;
+        let stub = self.fork_stub(connection, slave, vm.hold, &record)?;
         record.stub = Some(stub);
         self.directory.write(&record)?;
         let spec_hooks = self.plan.spec.hooks().as_ref();
@@ -161,6 +194,26 @@ impl Making<'_> {
         Ok(stub.pid)
     }
 
+    /// Starts a VM for this container and those that may follow.
+    fn boot(&self) -> Result<Vm, Error> {
+        let (lifeline, hold) = pod::lifeline(self.directory)?;
+        let (network, taps) = self.network()?;
+        let trace = self.trace();
+        let home = Home::find()?;
+        let pod_network = namespace(&self.plan.spec, Kind::Network).flatten();
+        let vmm = spawn::vmm(&spawn::Start {
+            plan: self.plan,
+            directory: self.directory,
+            home: &home,
+            network: pod_network.as_deref(),
+            taps: &taps,
+            lifeline: &lifeline,
+            trace,
+        })?;
+        let process = Pid::of(vmm.id() as i32).ok_or_else(|| Error::Vm("it ended at once".into()))?;
+        Ok(Vm { process, child: Some(vmm), hold, network })
+    }
+
     /// What the pod's namespace has, and taps for it. A pod that shares the host's network is refused.
     fn network(&self) -> Result<(Network, Vec<Tap>), Error> {
         match namespace(&self.plan.spec, Kind::Network) {
@@ -168,27 +221,12 @@ impl Making<'_> {
                 "the host's network cannot be given to a VM: use a bridge network or --network none".into(),
             )),
             Some(None) => Ok((Network::default(), Vec::new())),
-            Some(Some(path)) if self.is_another_pods(&path) => Err(Error::State(format!(
-                "network namespace {} is another VM's, and VMs cannot share an interface: use a network of its own",
-                path.display()
-            ))),
             Some(Some(path)) => network::inside(&path, || {
                 let network = network::look()?;
                 let taps = network::taps(&network)?;
                 Ok((network, taps))
             }),
         }
-    }
-
-    /// A container of ours runs in this network namespace, so that its VM has the namespace's interfaces.
-    fn is_another_pods(&self, namespace: &Path) -> bool {
-        use std::os::unix::fs::MetadataExt;
-        let key = |path: &Path| std::fs::metadata(path).map(|m| (m.dev(), m.ino())).ok();
-        let Some(wanted) = key(namespace) else { return false };
-        state::all(self.root)
-            .iter()
-            .filter_map(|(_, record)| record.stub.filter(Pid::is_alive))
-            .any(|stub| key(Path::new(&format!("/proc/{}/ns/net", stub.pid))) == Some(wanted))
     }
 
     /// Boot stages are always written, for `boot-chart`: a dozen lines; somebody may want them elsewhere.
@@ -199,37 +237,33 @@ impl Making<'_> {
     }
 
     /// Sets the pod up and makes the container in the guest, as soon as it has booted.
-    fn ask_guest(
-        &self,
-        vmm: &mut Child,
-        network: Network,
-        slave: Option<&OwnedFd>,
-    ) -> Result<Connection, Error> {
+    fn ask_guest(&self, vm: &mut Vm, slave: Option<&OwnedFd>) -> Result<Connection, Error> {
         let socket = self.directory.socket();
-        let mut alive = || matches!(vmm.try_wait(), Ok(None));
         let elapsed = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let sandbox = Sandbox {
             version: VERSION,
             hostname: self.plan.spec.hostname().clone(),
             unix_time_ns: u64::try_from(elapsed.as_nanos()).unwrap_or(u64::MAX),
-            network,
+            network: vm.network.clone(),
         };
         let create = CreateContainer {
             id: self.id.to_owned(),
             spec: self.plan.guest_spec.clone(),
             window: slave.and_then(stub::window),
             binds: self.plan.bind_sources.clone(),
+            shared: self.vm.as_ref().map_or_else(Vec::new, |vm| pod::shared(self.root, &self.plan.spec, vm)),
         };
         let mut talk = || {
-            Connection::open(&socket, &mut alive)?.ask(&Request::Sandbox(sandbox.clone()))?;
-            let mut connection = Connection::open(&socket, &mut alive)?;
+            if vm.child.is_some() {
+                Connection::open(&socket, || vm.is_alive())?.ask(&Request::Sandbox(sandbox.clone()))?;
+            }
+            let mut connection = Connection::open(&socket, || vm.is_alive())?;
             connection.ask(&Request::Create(Box::new(create.clone())))?;
             Ok(connection)
         };
         talk().map_err(|error| match error {
             Error::VmGone => {
-                let process = Pid::of(vmm.id() as i32).and_then(|p| p.open().ok());
-                if let Some(process) = process {
+                if let Ok(process) = vm.process.open() {
                     let _ = pid::wait_end(&process, stub::VMM_END_LIMIT);
                 }
                 self.report().map_or(error, Error::Vm)
@@ -238,9 +272,14 @@ impl Making<'_> {
         })
     }
 
+    /// Where the VM's process writes.
+    fn vm_directory(&self) -> &Directory {
+        self.vm.as_ref().map_or(self.directory, |vm| &vm.directory)
+    }
+
     /// Why the VMM ended, in its own words.
     fn report(&self) -> Option<String> {
-        let text = std::fs::read_to_string(self.directory.file("exit-report")).ok()?;
+        let text = std::fs::read_to_string(self.vm_directory().file("exit-report")).ok()?;
         let value: serde_json::Value = serde_json::from_str(&text).ok()?;
         value["message"].as_str().map(str::to_owned)
     }
@@ -267,13 +306,14 @@ impl Making<'_> {
         ] {
             match namespace(spec, kind) {
                 Some(None) => flags |= flag,
+                Some(Some(_)) if kind == Kind::Pid => {}
                 Some(Some(path)) => {
                     joins.push(File::open(&path).map_err(host(format!("open namespace {}", path.display())))?)
                 }
                 None => {}
             }
         }
-        let reports = File::open(self.directory.file("")).ok();
+        let reports = File::open(self.vm_directory().file("")).ok();
         let bundle = File::open(&self.bundle).ok();
         let vmm = record.vmm.open().ok();
         let destinations: Vec<PathBuf> = self
@@ -282,8 +322,22 @@ impl Making<'_> {
             .iter()
             .filter_map(|b| spec.mounts().as_ref()?.get(b.mount).map(|m| m.destination().clone()))
             .collect();
+        // A namespace of processes is entered by children only: by the stub, and by nothing that this process runs later.
+        let processes = match namespace(spec, Kind::Pid) {
+            Some(Some(path)) => {
+                Some(File::open(&path).map_err(host(format!("open namespace {}", path.display())))?)
+            }
+            _ => None,
+        };
+        let own = File::open("/proc/self/ns/pid").map_err(host("open this namespace of processes"))?;
+        if let Some(other) = &processes {
+            setns(other, CloneFlags::CLONE_NEWPID).map_err(host("join the pod's processes"))?;
+        }
         match clone(flags).map_err(host("fork the stub"))? {
             Some(pid) => {
+                if processes.is_some() {
+                    setns(&own, CloneFlags::CLONE_NEWPID).map_err(host("leave the pod's processes"))?;
+                }
                 drop((tell_ready, hold, slave, connection));
                 if let Some(path) = &record.cgroup {
                     cgroup::join(path, pid)?;

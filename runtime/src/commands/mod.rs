@@ -11,6 +11,7 @@ mod foreground;
 mod hooks;
 pub mod image;
 mod listing;
+mod pod;
 mod process;
 mod terminal;
 mod update;
@@ -147,10 +148,13 @@ fn delete(root: &Path, id: &str, force: bool) -> Result<(), Error> {
             status.word()
         )));
     }
-    for process in record.stub.iter().chain([&record.vmm]) {
+    // A pod's VM goes with the last of its containers.
+    let others = pod::has_others(root, &record);
+    let ours: Vec<_> = record.stub.into_iter().chain((!others).then_some(record.vmm)).collect();
+    for process in &ours {
         process.signal(libc::SIGKILL);
     }
-    for process in record.stub.iter().chain([&record.vmm]) {
+    for process in &ours {
         if !process.wait(DEATH_LIMIT) {
             return Err(Error::State(format!("process {} does not end", process.pid)));
         }
@@ -158,12 +162,37 @@ fn delete(root: &Path, id: &str, force: bool) -> Result<(), Error> {
     if let Some(path) = &record.cgroup {
         cgroup::remove(path);
     }
-    directory.remove()?;
+    match (others, &record.share) {
+        (false, _) => directory.remove()?,
+        (true, Some(_)) => {
+            forgotten(&directory, &record.id);
+            pod::hide(&record);
+            directory.remove()?;
+        }
+        (true, None) => {
+            forgotten(&directory, &record.id);
+            pod::orphan(root, &directory, &record)?;
+        }
+    }
+    pod::sweep(root);
     let spec = config(&record.bundle).ok().and_then(|c| serde_json::from_slice::<Spec>(&c).ok());
     let poststop = spec.as_ref().and_then(|s| s.hooks().as_ref()).and_then(|h| h.poststop().as_ref());
     // The container is gone whatever they say.
     let _ = hooks::run(poststop, &record, Status::Stopped);
     Ok(())
+}
+
+/// Waits until a guest that goes on has done with a container, so that its id can be used again at once.
+fn forgotten(directory: &Directory, id: &str) {
+    let began = std::time::Instant::now();
+    while began.elapsed() < DEATH_LIMIT {
+        match client::ask(&directory.socket(), &Request::Delete { id: id.to_owned() }) {
+            Err(Error::Guest { kind: ErrorKind::WrongState, .. }) => {
+                std::thread::sleep(Duration::from_millis(2));
+            }
+            _ => return,
+        }
+    }
 }
 
 fn freeze(root: &Path, id: &str, frozen: bool) -> Result<(), Error> {

@@ -166,7 +166,8 @@ impl Bench {
             .expect("copy busybox");
         for applet in [
             "sh", "cat", "echo", "env", "false", "grep", "head", "hostname", "id", "kill", "ls", "mount",
-            "ps", "pwd", "seq", "sleep", "stat", "stty", "tail", "test", "touch", "true", "umask", "wc",
+            "ps", "readlink", "pwd", "seq", "sleep", "stat", "stty", "tail", "test", "touch", "true",
+            "umask", "wc",
         ] {
             let _ = symlink("busybox", rootfs.join("bin").join(applet));
         }

@@ -10,7 +10,8 @@ use std::{
     net::Shutdown,
     os::{
         fd::{AsRawFd, FromRawFd, OwnedFd},
-        unix::net::{UnixListener, UnixStream},
+        linux::net::SocketAddrExt,
+        unix::net::{SocketAddr, UnixListener, UnixStream},
     },
     path::{Path, PathBuf},
     process::exit,
@@ -42,13 +43,17 @@ fn main() {
         exit(70);
     }
     let socket = PathBuf::from(get("--vsock"));
-    let inner = socket.with_extension("inner");
-    let listener = UnixListener::bind(&inner).expect("bind the inner socket");
+    // Without a file: the directory may be renamed while this runs.
+    let inner = SocketAddr::from_abstract_name(format!("coffer-stand-in.{}", std::process::id()))
+        .expect("an address");
+    let listener = UnixListener::bind_addr(&inner).expect("bind the inner socket");
+    let share = get("--fs");
+    show_later_mounts(share).expect("make --fs a shared mount");
     let group = group();
     // SAFETY: this process has one thread so far.
     let guest = match unsafe { fork() }.expect("fork") {
         ForkResult::Parent { child } => child,
-        ForkResult::Child => exit(match guest(listener.into(), get("--fs"), group.as_deref()) {
+        ForkResult::Child => exit(match guest(listener.into(), share, group.as_deref()) {
             Ok(()) => 0,
             Err(error) => {
                 let _ = fs::write(get("--log"), format!("stand-in: {error}\n"));
@@ -147,7 +152,7 @@ fn guest(listener: OwnedFd, share: &str, group: Option<&Path>) -> Result<(), Box
     }
     die_with_parent();
     let none = None::<&str>;
-    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)?;
+    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_SLAVE, none)?;
     let share = File::open(share)?;
     mount(Some("tmpfs"), "/run", Some("tmpfs"), MsFlags::empty(), none)?;
     fs::create_dir_all(SHARE_DIR)?;
@@ -162,6 +167,13 @@ fn guest(listener: OwnedFd, share: &str, group: Option<&Path>) -> Result<(), Box
     network::loopback_up()?;
     Server::new(listener)?.run()?;
     exit(0)
+}
+
+/// What is mounted below the share while the guest runs appears in it, as it does through a real share.
+fn show_later_mounts(share: &str) -> nix::Result<()> {
+    let none = None::<&str>;
+    mount(Some(share), share, none, MsFlags::MS_BIND | MsFlags::MS_REC, none)?;
+    mount(none, share, none, MsFlags::MS_SHARED | MsFlags::MS_REC, none)
 }
 
 fn die_with_parent() {
@@ -185,7 +197,7 @@ fn keep_the_hosts_clock() -> Result<(), Box<dyn std::error::Error>> {
 }
 
 /// The VMM's part of a connection: the handshake, then bytes both ways.
-fn connection(mut host: UnixStream, inner: &Path, number: usize) -> Option<()> {
+fn connection(mut host: UnixStream, inner: &SocketAddr, number: usize) -> Option<()> {
     let mut line = Vec::new();
     let mut byte = [0];
     while host.read(&mut byte).ok()? == 1 && byte[0] != b'\n' {
@@ -194,7 +206,7 @@ fn connection(mut host: UnixStream, inner: &Path, number: usize) -> Option<()> {
     if line != b"CONNECT 1024" {
         return None;
     }
-    let mut guest = UnixStream::connect(inner).ok()?;
+    let mut guest = UnixStream::connect_addr(inner).ok()?;
     host.write_all(format!("OK {number}\n").as_bytes()).ok()?;
     let request = first_frame(&mut host)?;
     guest.write_all(&request).ok()?;

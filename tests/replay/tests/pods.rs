@@ -1,0 +1,131 @@
+//! Several containers in one VM, as podman's pods, CRI-O and containerd ask for them.
+
+use std::fs;
+
+use coffer::pid::Pid;
+use coffer_replay::{Bench, config, until};
+use serde_json::{Value, json};
+
+const SANDBOX: &str = "io.kubernetes.cri-o.SandboxID";
+
+/// A member of `infra`'s pod as podman 4.3.1 configures it, which shares these namespaces.
+fn member(bench: &Bench, args: &[&str], shared: &[&str]) -> Value {
+    let mut config = config(args);
+    config.as_object_mut().unwrap().remove("hostname");
+    config["annotations"][SANDBOX] = json!("infra");
+    for namespace in config["linux"]["namespaces"].as_array_mut().unwrap() {
+        let kind = namespace["type"].as_str().unwrap();
+        if shared.contains(&kind) {
+            let file = if kind == "network" { "net" } else { kind };
+            namespace["path"] = json!(format!("/proc/{}/ns/{file}", bench.pid("infra")));
+        }
+    }
+    config
+}
+
+fn vmm(bench: &Bench, id: &str) -> i64 {
+    let state: Value = serde_json::from_str(&bench.read(&format!("state/{id}/state.json"))).unwrap();
+    state["vmm"]["pid"].as_i64().unwrap()
+}
+
+const SHARED: &[&str] = &["network", "ipc", "uts"];
+
+#[test]
+fn members_run_in_the_vm_of_their_sandbox_each_with_its_own_files() {
+    let bench = Bench::new();
+    bench.start("infra", &config(&["sleep", "1000"]));
+    bench.start("one", &member(&bench, &["sh", "-c", "hostname; echo mine > /srv/one; sleep 1000"], SHARED));
+    bench.start("two", &member(&bench, &["sleep", "1000"], SHARED));
+    assert_eq!((vmm(&bench, "one"), vmm(&bench, "two")), (vmm(&bench, "infra"), vmm(&bench, "infra")));
+    until(|| bench.read("one.out") == "bench\n");
+    assert_eq!(fs::read_to_string(bench.path("one/rootfs/srv/one")).unwrap(), "mine\n");
+    assert!(!bench.path("two/rootfs/srv/one").exists());
+    // Processes are each container's own, the network is one.
+    assert_eq!(bench.call(&["exec", "two", "sh", "-c", "ps | grep -c 'sleep 1000$'"]).ok(), "1\n");
+    let of =
+        |id: &str, kind: &str| bench.call(&["exec", id, "readlink", &format!("/proc/self/ns/{kind}")]).ok();
+    for kind in ["net", "ipc", "uts"] {
+        assert_eq!(of("one", kind), of("infra", kind), "{kind}");
+        let of = |id| fs::read_link(format!("/proc/{}/ns/{kind}", bench.pid(id))).unwrap();
+        assert_eq!(of("one"), of("infra"), "{kind} of the stub");
+    }
+    assert_ne!(of("one", "pid"), of("infra", "pid"));
+    // The end of one is not the end of the others.
+    let _ = bench.call(&["delete", "--force", "one"]).ok();
+    assert_eq!((bench.status("infra"), bench.status("two")), ("running".into(), "running".into()));
+    assert_eq!(bench.call(&["exec", "two", "echo", "there"]).ok(), "there\n");
+}
+
+#[test]
+fn an_id_can_be_used_again_at_once_in_the_same_vm() {
+    let bench = Bench::new();
+    bench.start("infra", &config(&["sleep", "1000"]));
+    for round in ["a", "b", "c"] {
+        let script = format!("cat /srv/before; echo {round} > /srv/before; sleep 1000");
+        bench.start("m", &member(&bench, &["sh", "-c", &script], SHARED));
+        until(|| {
+            bench.path("m/rootfs/srv/before").exists()
+                && fs::read_to_string(bench.path("m/rootfs/srv/before")).unwrap() == format!("{round}\n")
+        });
+        let _ = bench.call(&["delete", "--force", "m"]).ok();
+    }
+    assert_eq!(vmm(&bench, "infra") > 0, bench.status("infra") == "running");
+}
+
+#[test]
+fn the_vm_ends_with_the_last_of_its_containers_whichever_that_is() {
+    let bench = Bench::new();
+    bench.start("infra", &config(&["sleep", "1000"]));
+    bench.start("m", &member(&bench, &["sleep", "1000"], SHARED));
+    let process = Pid::of(vmm(&bench, "infra") as i32).unwrap();
+    // Not podman's order, but it must not take the member along.
+    let _ = bench.call(&["delete", "--force", "infra"]).ok();
+    assert!(bench.state("infra").is_err());
+    assert_eq!(bench.status("m"), "running");
+    assert_eq!(bench.call(&["exec", "m", "echo", "there"]).ok(), "there\n");
+    let _ = bench.call(&["delete", "--force", "m"]).ok();
+    assert!(!process.is_alive());
+    assert_eq!(fs::read_dir(bench.root()).unwrap().count(), 0);
+    // An infra container that ends by itself does not either.
+    bench.start("infra", &config(&["sleep", "1000"]));
+    bench.start("m", &member(&bench, &["sleep", "1000"], SHARED));
+    let _ = bench.call(&["kill", "infra", "9"]).ok();
+    bench.wait_stopped("infra");
+    assert_eq!(bench.call(&["exec", "m", "echo", "still"]).ok(), "still\n");
+}
+
+#[test]
+fn processes_and_shared_memory_may_be_the_pods() {
+    let bench = Bench::new();
+    let memory = tempfile::tempdir_in("/dev/shm").unwrap();
+    let shm = json!({ "destination": "/dev/shm", "type": "bind", "source": memory.path(), "options": ["bind", "nosuid", "noexec", "nodev"] });
+    let with = |mut config: Value| {
+        config["mounts"].as_array_mut().unwrap().push(shm.clone());
+        config
+    };
+    bench.start("infra", &with(config(&["sh", "-c", "echo word > /dev/shm/x; exec sleep 4321"])));
+    until(|| bench.call(&["exec", "infra", "cat", "/dev/shm/x"]).out == "word\n");
+    let mut all = SHARED.to_vec();
+    all.push("pid");
+    bench.start("m", &with(member(&bench, &["sh", "-c", "cat /dev/shm/x; ps; sleep 1000"], &all)));
+    until(|| bench.read("m.out").contains("sleep 4321"));
+    assert!(bench.read("m.out").starts_with("word\n"));
+    let of = |id| fs::read_link(format!("/proc/{}/ns/pid", bench.pid(id))).unwrap();
+    assert_eq!(of("m"), of("infra"));
+    // Nothing of it reached the host.
+    assert_eq!(fs::read_dir(memory.path()).unwrap().count(), 0);
+}
+
+#[test]
+fn a_container_that_shares_anothers_network_is_in_its_vm_and_one_of_an_unknown_sandbox_is_not() {
+    let bench = Bench::new();
+    bench.start("infra", &config(&["sleep", "1000"]));
+    let mut other = member(&bench, &["sleep", "1000"], &["network"]);
+    other["annotations"].as_object_mut().unwrap().remove(SANDBOX);
+    bench.start("joined", &other);
+    assert_eq!(vmm(&bench, "joined"), vmm(&bench, "infra"));
+    let mut alone = config(&["sleep", "1000"]);
+    alone["annotations"][SANDBOX] = json!("no-such-infra");
+    bench.start("alone", &alone);
+    assert_ne!(vmm(&bench, "alone"), vmm(&bench, "infra"));
+}
