@@ -71,6 +71,10 @@ pub struct Coffer {
     pub attestation_api: bool,
     /// Speak plain HTTP with the KBS: whoever is between can then make the guest use a wrong secret, not read one.
     pub allow_plain_http: bool,
+    /// The only images that run: digests of manifests or indexes. Empty: the security policy alone decides.
+    pub images: Vec<String>,
+    /// Resources (`kbs:///…`) with PEM private keys, for layers that are encrypted by JWE.
+    pub image_keys: Vec<String>,
 }
 
 /// All of it.

@@ -5,6 +5,8 @@
 
 pub mod boot;
 pub mod container;
+pub mod image;
 pub mod network;
+pub mod owner;
 pub mod server;
 mod session;

@@ -31,7 +31,8 @@ use thiserror::Error;
 use crate::{
     boot,
     container::{self, Cgroup, ContainerError, Sync},
-    network,
+    image::{self, Images},
+    network, owner,
     session::{Part, Process, Session, unblock},
 };
 
@@ -66,9 +67,16 @@ pub struct Server {
     sessions: BTreeMap<u64, Session>,
     next_session: u64,
     containers: BTreeMap<String, Container>,
+    images: Images,
+    /// Initdata, or that there is none, was taken.
+    owned: bool,
     /// A container was there once: without one now the pod is over.
     had_container: bool,
     over: bool,
+}
+
+fn image_error(error: &image::ImageError) -> ContainerError {
+    ContainerError::new(ErrorKind::Guest, error.to_string())
 }
 
 fn no_container(id: &str) -> ContainerError {
@@ -93,6 +101,8 @@ impl Server {
             sessions: BTreeMap::new(),
             next_session: 0,
             containers: BTreeMap::new(),
+            images: Images::default(),
+            owned: false,
             had_container: false,
             over: false,
         })
@@ -238,7 +248,10 @@ impl Server {
 
     fn request(&mut self, key: u64, request: Request) -> Result<Reply, ContainerError> {
         match request {
-            Request::Sandbox(sandbox) => set_up(&sandbox)?,
+            Request::Sandbox(sandbox) => {
+                set_up(&sandbox)?;
+                self.owner(sandbox.initdata.as_deref())?;
+            }
             Request::Network(wanted) => {
                 network::apply(&wanted).map_err(|e| ContainerError::new(ErrorKind::Guest, e.to_string()))?
             }
@@ -276,12 +289,23 @@ impl Server {
         Ok(Reply::Done)
     }
 
+    /// The owner's word holds for the pod's life: a host that sends another is refused.
+    fn owner(&mut self, initdata: Option<&str>) -> Result<(), ContainerError> {
+        if self.had_container || self.owned {
+            return Err(ContainerError::new(ErrorKind::WrongState, "the pod is set up already"));
+        }
+        let owner = owner::read(initdata);
+        self.images = Images::new(owner.map_err(|e| ContainerError::new(ErrorKind::Invalid, e.to_string()))?);
+        self.owned = true;
+        Ok(())
+    }
+
     fn get(&self, id: &str) -> Result<&Container, ContainerError> {
         self.containers.get(id).ok_or_else(|| no_container(id))
     }
 
     fn create(&mut self, key: u64, create: CreateContainer) -> Result<(), ContainerError> {
-        let CreateContainer { id, mut spec, window, binds: _, shared } = create;
+        let CreateContainer { id, mut spec, window, binds: _, shared, image } = create;
         if !container::is_id(&id) {
             return Err(ContainerError::new(ErrorKind::Invalid, format!("invalid container ID {id:?}")));
         }
@@ -290,6 +314,10 @@ impl Server {
                 ErrorKind::WrongState,
                 format!("container {id:?} exists already"),
             ));
+        }
+        if let Some(source) = image {
+            let made = self.images.unpack(&id, &source);
+            made.and_then(|unpacked| unpacked.apply(&mut spec)).map_err(|e| image_error(&e))?;
         }
         container::prepare_shared_memory(&mut spec)?;
         let spec = container::parse_spec(spec)?;
@@ -426,6 +454,7 @@ impl Server {
     fn forget(&mut self, id: &str) {
         if let Some(container) = self.containers.remove(id) {
             container.cgroup.remove();
+            self.images.remove(id);
         }
     }
 }

@@ -15,8 +15,8 @@ mod message;
 pub use account::{CpuStats, Device, MemoryStats, ProcessInfo, Stats};
 pub use frame::{Decoder, Frame, FrameError, Kind, MAX_PAYLOAD, encode};
 pub use message::{
-    BindSource, CreateContainer, Ended, ErrorKind, Exec, Interface, NamespaceKind, Network, Reply, Request,
-    Route, Sandbox, SharedNamespace, SignalTarget, WindowSize,
+    BindSource, CreateContainer, Ended, ErrorKind, Exec, ImageSource, Interface, NamespaceKind, Network,
+    Reply, Request, Route, Sandbox, SharedNamespace, SignalTarget, WindowSize,
 };
 
 /// Version of everything in this crate; sent in [`Sandbox`] and refused by init when it differs.

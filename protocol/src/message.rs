@@ -76,6 +76,9 @@ pub struct Sandbox {
     pub unix_time_ns: u64,
     /// Network, as far as it is known yet.
     pub network: Network,
+    /// The owner's initdata, to the byte: init checks it against what the launch is bound to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub initdata: Option<String>,
 }
 
 /// All interfaces of the pod.
@@ -131,6 +134,9 @@ pub struct CreateContainer {
     pub binds: Vec<BindSource>,
     /// Namespaces that are another container's of this pod.
     pub shared: Vec<SharedNamespace>,
+    /// The image that the root file system and the process come from, in place of what `spec` says of them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub image: Option<ImageSource>,
 }
 
 /// A namespace of another container.
@@ -150,6 +156,15 @@ pub enum NamespaceKind {
     Pid,
     Ipc,
     Uts,
+}
+
+/// An image whose blobs the host shows.
+#[derive(Clone, Debug, Serialize, Deserialize, PartialEq)]
+pub struct ImageSource {
+    /// Guest path of a directory with blobs by digest, as `blobs` of an OCI layout.
+    pub blobs: String,
+    /// Digest of its manifest or index.
+    pub digest: String,
 }
 
 /// A bind mount's source as the host sees it: init must know whether to make a file or a directory to mount on.

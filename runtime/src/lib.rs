@@ -7,6 +7,7 @@ pub mod cli;
 pub mod client;
 pub mod clock;
 pub mod commands;
+pub mod confidential;
 pub mod doctor;
 pub mod error;
 pub mod home;

@@ -4,11 +4,12 @@
 
 use std::path::{Path, PathBuf};
 
-use coffer_protocol::{BindSource, SHARE_DIR};
+use coffer_layers::reference::Reference;
+use coffer_protocol::{BindSource, ImageSource, SHARE_DIR};
 use oci_spec::runtime::{LinuxDeviceType, LinuxNamespaceType, Spec};
 use serde_json::Value;
 
-use crate::error::Error;
+use crate::{confidential::Confidential, error::Error};
 
 /// MiB of a guest without a memory limit.
 const DEFAULT_MEMORY_MIB: u64 = 512;
@@ -40,8 +41,12 @@ pub struct Plan {
     pub guest_spec: Value,
     /// Which of its mounts are files.
     pub bind_sources: Vec<BindSource>,
-    /// What to show to the guest, the root first.
+    /// What to show to the guest, the root first, an image's blobs last.
     pub binds: Vec<Bind>,
+    /// The image that the guest unpacks in place of the root.
+    pub image: Option<ImageSource>,
+    /// What protects the pod.
+    pub confidential: Confidential,
     /// The root on the host.
     pub rootfs: PathBuf,
     /// Guest RAM.
@@ -74,11 +79,14 @@ pub fn plan(bundle: &Path, id: &str, config: &[u8]) -> Result<Plan, Error> {
     }
     let terminal = process.terminal().unwrap_or(false);
     devices(&mut value, &spec)?;
-    let (binds, bind_sources) = rewrite(&mut value, &spec, bundle, id, &rootfs);
+    let (mut binds, bind_sources) = rewrite(&mut value, &spec, bundle, id, &rootfs);
+    let image = annotation(&spec, IMAGE).map(|text| image(text, id, &mut binds)).transpose()?;
     Ok(Plan {
         guest_spec: value,
         bind_sources,
         binds,
+        image,
+        confidential: Confidential::of(&spec)?,
         rootfs,
         memory_mib: memory_mib(&spec)?,
         vcpus: vcpus(&spec)?,
@@ -208,6 +216,25 @@ fn devices(value: &mut Value, spec: &Spec) -> Result<(), Error> {
         value["linux"]["devices"] = Value::from(kept);
     }
     Ok(())
+}
+
+/// The annotation that names the image of a pod: `LAYOUT[:TAG]@sha256:…`.
+const IMAGE: &str = "io.coffer.image";
+
+fn image(text: &str, id: &str, binds: &mut Vec<Bind>) -> Result<ImageSource, Error> {
+    let wrong = |why: &str| Error::Bundle(format!("annotation {IMAGE}={text}: {why}"));
+    let reference: Reference = text.parse().map_err(|e| wrong(&format!("{e}")))?;
+    let digest = reference.digest.ok_or_else(|| wrong("an image is named by its digest: …@sha256:…"))?;
+    if !reference.path.is_absolute() {
+        return Err(wrong("the layout's path is not absolute"));
+    }
+    binds.push(Bind {
+        source: reference.path.join("blobs"),
+        target: PathBuf::from(id).join("image"),
+        read_only: true,
+        recursive: false,
+    });
+    Ok(ImageSource { blobs: format!("{SHARE_DIR}/{id}/image"), digest: digest.to_string() })
 }
 
 fn annotation<'a>(spec: &'a Spec, key: &str) -> Option<&'a str> {
@@ -369,6 +396,26 @@ mod tests {
         assert_eq!(kib, kind.blocks() * kind.block_size() as u64 / 1024);
         assert_eq!(shared_memory(Path::new("/data"), source.path()), None);
         assert_eq!(shared_memory(Path::new("/dev/shm"), Path::new("/proc")), None);
+    }
+
+    #[test]
+    fn an_image_is_named_by_digest() {
+        let digest = format!("sha256:{}", "ab".repeat(32));
+        let with =
+            |text: String| plan(Path::new("/b"), "c", &config(json!({"annotations": {(IMAGE): text}})));
+        let made = with(format!("/images/a:latest@{digest}")).unwrap();
+        assert_eq!(
+            made.image,
+            Some(ImageSource { blobs: format!("{SHARE_DIR}/c/image"), digest: digest.clone() })
+        );
+        let last = made.binds.last().unwrap();
+        assert_eq!((last.source.to_str(), last.read_only), (Some("/images/a/blobs"), true));
+        for (text, words) in
+            [("/a:latest".to_owned(), "by its digest"), (format!("a@{digest}"), "not absolute")]
+        {
+            let message = with(text).unwrap_err().to_string();
+            assert!(message.contains(words), "{message}");
+        }
     }
 
     proptest! {

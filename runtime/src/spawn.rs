@@ -91,6 +91,7 @@ pub fn vmm(start: &Start<'_>) -> Result<Child, Error> {
         .arg(start.directory.file("exit-report"))
         .arg("--log")
         .arg(start.directory.file("vmm-log"));
+    command.args(start.plan.confidential.flags()?);
     for tap in start.taps {
         command.args(["--net", &format!("fd={},mac={}", tap.fd.as_raw_fd(), tap.mac)]);
     }

@@ -236,18 +236,28 @@ impl Layout {
 
 impl Blobs for Layout {
     fn open(&self, digest: &Digest) -> io::Result<Box<dyn Read + Send>> {
-        // Whoever made the layout could have put a pipe or a link there; neither is followed or waited for.
-        let file = OpenOptions::new()
-            .read(true)
-            .custom_flags(
-                rustix::fs::OFlags::NOFOLLOW.bits() as i32 | rustix::fs::OFlags::NONBLOCK.bits() as i32,
-            )
-            .open(self.blob(digest))?;
-        if !file.metadata()?.is_file() {
-            return Err(io::Error::other("not a regular file"));
-        }
-        Ok(Box::new(file))
+        open(&self.blob(digest))
     }
+}
+
+/// A layout's `blobs` directory alone: what a pod's guest sees of it.
+#[derive(Clone, Debug)]
+pub struct Folder(pub PathBuf);
+
+impl Blobs for Folder {
+    fn open(&self, digest: &Digest) -> io::Result<Box<dyn Read + Send>> {
+        open(&self.0.join(digest.algorithm()).join(digest.hex()))
+    }
+}
+
+/// Whoever made the folder could have put a pipe or a link there; neither is followed or waited for.
+fn open(path: &Path) -> io::Result<Box<dyn Read + Send>> {
+    let flags = rustix::fs::OFlags::NOFOLLOW.union(rustix::fs::OFlags::NONBLOCK);
+    let file = OpenOptions::new().read(true).custom_flags(flags.bits() as i32).open(path)?;
+    if !file.metadata()?.is_file() {
+        return Err(io::Error::other("not a regular file"));
+    }
+    Ok(Box::new(file))
 }
 
 /// A blob being written; its file gets its name in [`BlobWriter::finish`].

@@ -15,6 +15,7 @@ pub mod layout;
 pub mod manifest;
 pub mod ocicrypt;
 pub mod pipeline;
+pub mod policy;
 pub mod reference;
 pub mod tar;
 pub mod unpack;

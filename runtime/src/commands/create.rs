@@ -245,6 +245,7 @@ impl Making<'_> {
             hostname: self.plan.spec.hostname().clone(),
             unix_time_ns: u64::try_from(elapsed.as_nanos()).unwrap_or(u64::MAX),
             network: vm.network.clone(),
+            initdata: self.plan.confidential.initdata()?,
         };
         let create = CreateContainer {
             id: self.id.to_owned(),
@@ -252,6 +253,7 @@ impl Making<'_> {
             window: slave.and_then(stub::window),
             binds: self.plan.bind_sources.clone(),
             shared: self.vm.as_ref().map_or_else(Vec::new, |vm| pod::shared(self.root, &self.plan.spec, vm)),
+            image: self.plan.image.clone(),
         };
         let mut talk = || {
             if vm.child.is_some() {

@@ -23,6 +23,10 @@ use coffer_layers::{
         jwe::{JweError, PrivateKey, PublicKey},
         keyprovider::{ProviderError, answer, read_key},
     },
+    policy::{
+        Policy, PolicyError, Subject,
+        sigstore::{self, Signature, SignatureError},
+    },
     reference::{Reference, ReferenceError},
     unpack::Options,
 };
@@ -38,12 +42,16 @@ coffer image: images that only an attested pod can read
   coffer image key FILE                       a new key (32 random bytes) for the KBS
   coffer image encrypt [--key KID=FILE]... [--jwe PUBLIC.pem]... FROM TO
                                               encrypt every layer; KID is kbs:///REPOSITORY/TYPE/TAG
+  coffer image sign --key PRIVATE.pem [--name REFERENCE] IMAGE
+                                              sign as cosign does (P-256), beside the image
   coffer image inspect IMAGE                  layers, keys that they need, what the image runs
-  coffer image unpack [--key KID=FILE]... [--jwe PRIVATE.pem]... [--most BYTES] IMAGE DIRECTORY
+  coffer image unpack [--key KID=FILE]... [--jwe PRIVATE.pem]... [--policy FILE [--name REFERENCE]]
+                      [--most BYTES] IMAGE DIRECTORY
                                               check, decrypt and unpack, as a pod does
   coffer image keyprovider [--key FILE]       answer skopeo's key provider protocol on stdin
 
-FROM, TO and IMAGE are [oci:]LAYOUT[:TAG][@DIGEST]. An encrypted image is only unpacked by its digest.";
+FROM, TO and IMAGE are [oci:]LAYOUT[:TAG][@DIGEST]. An encrypted image is only unpacked by its
+digest or under a policy (containers-policy.json), in which REFERENCE is its name.";
 
 /// A command failed. One line.
 #[derive(Debug, Error)]
@@ -66,6 +74,12 @@ pub enum Error {
     /// Encrypting.
     #[error(transparent)]
     Encrypt(#[from] EncryptError),
+    /// A policy.
+    #[error(transparent)]
+    Policy(#[from] PolicyError),
+    /// A signature.
+    #[error(transparent)]
+    Signature(#[from] SignatureError),
     /// A key provider's request.
     #[error(transparent)]
     Provider(#[from] ProviderError),
@@ -91,7 +105,8 @@ pub fn run(words: &[String]) -> Result<(), Error> {
         "key" => key(&arguments(&[], 1)?),
         "encrypt" => encrypt_image(&arguments(&["--key", "--jwe"], 2)?),
         "inspect" => inspect(&arguments(&[], 1)?),
-        "unpack" => unpack(&arguments(&["--key", "--jwe", "--most"], 2)?),
+        "sign" => sign(&arguments(&["--key", "--name"], 1)?),
+        "unpack" => unpack(&arguments(&["--key", "--jwe", "--most", "--policy", "--name"], 2)?),
         "keyprovider" => keyprovider(&arguments(&["--key"], 0)?),
         "--help" | "-h" | "help" => {
             println!("{USAGE}");
@@ -158,6 +173,43 @@ fn encrypt_image(arguments: &Arguments) -> Result<(), Error> {
     Ok(())
 }
 
+fn name(arguments: &Arguments, reference: &Reference) -> String {
+    let given = arguments.values("--name").last().cloned();
+    given.unwrap_or_else(|| Reference { digest: None, ..reference.clone() }.to_string())
+}
+
+fn sign(arguments: &Arguments) -> Result<(), Error> {
+    let reference: Reference = arguments.word(0, "IMAGE")?.parse()?;
+    let layout = Layout::open(&reference.path)?;
+    let image = descriptor(&layout, &reference)?;
+    let key = arguments.values("--key").last();
+    let key = key.ok_or_else(|| Error::Usage("sign: --key PRIVATE.pem is missing".into()))?;
+    let text = std::fs::read_to_string(key).map_err(|e| Error::File(key.into(), e))?;
+    let signature = Signature::sign(&Zeroizing::new(text), &name(arguments, &reference), &image.digest)?;
+    sigstore::store(&layout, &image.digest, &signature)?;
+    println!("{}:{}", reference.path.display(), sigstore::tag(&image.digest));
+    Ok(())
+}
+
+fn check_policy(
+    path: &str,
+    arguments: &Arguments,
+    layout: &Layout,
+    reference: &Reference,
+    digests: &[Digest],
+) -> Result<(), Error> {
+    let text = std::fs::read(path).map_err(|e| Error::File(path.into(), e))?;
+    let mut signatures = Vec::new();
+    for digest in digests {
+        signatures.extend(sigstore::find(layout, digest)?);
+    }
+    let named = name(arguments, reference);
+    let transport = if arguments.values("--name").is_empty() { "oci" } else { "docker" };
+    let subject = Subject { transport, reference: &named, digests };
+    let read_key = |path: &str| std::fs::read(path).map_err(|e| format!("{path}: {e}"));
+    Ok(Policy::parse(&text)?.check(&subject, &signatures, &read_key)?)
+}
+
 fn inspect(arguments: &Arguments) -> Result<(), Error> {
     let reference: Reference = arguments.word(0, "IMAGE")?.parse()?;
     let layout = Layout::open(&reference.path)?;
@@ -219,7 +271,12 @@ fn unpack(arguments: &Arguments) -> Result<(), Error> {
         Some(digest) => (digest.clone(), Trust::Pinned),
         None => (layout.tagged(reference.tag.as_deref())?.digest, Trust::Unchecked),
     };
+    let policy = arguments.values("--policy").last();
+    let trust = if policy.is_some() { Trust::Signed } else { trust };
     let image = Image::load(&layout, &digest, trust)?;
+    if let Some(path) = policy {
+        check_policy(path, arguments, &layout, &reference, &[digest, image.digest.clone()])?;
+    }
     let bytes = AtomicU64::new(0);
     let progress = Progress::start("unpacked", &bytes, image.size());
     let options = Options { privileged: nix::unistd::geteuid().is_root(), budget };

@@ -62,7 +62,7 @@ pub struct LayerKey {
 }
 
 /// Gives keys to open wraps with.
-pub trait KeySource: Sync {
+pub trait KeySource {
     /// The key that a packet's `kid` names, `kbs:///repository/type/tag`: 32 bytes for A256GCM.
     ///
     /// # Errors

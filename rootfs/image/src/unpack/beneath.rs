@@ -50,6 +50,11 @@ impl Inside {
         Ok(Self { path, split })
     }
 
+    /// All of it.
+    pub(super) fn whole(&self) -> &[u8] {
+        &self.path
+    }
+
     /// The directory that it lies in; empty for the root.
     pub(super) fn parent(&self) -> &[u8] {
         &self.path[..self.split]
@@ -75,6 +80,12 @@ fn open(root: impl AsFd, path: &[u8]) -> Result<OwnedFd, Errno> {
             other => return other,
         }
     }
+}
+
+/// Opens a file of the tree for reading.
+pub(super) fn file(root: impl AsFd, path: &[u8]) -> Result<OwnedFd, Errno> {
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
+    openat2(root, path, flags, Mode::empty(), RESOLVE)
 }
 
 /// Opens a directory of the tree; `None` when it does not exist.

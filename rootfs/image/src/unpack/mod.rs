@@ -351,6 +351,28 @@ impl Unpacker {
     }
 }
 
+/// Opens a file of a finished tree for reading, links followed inside the tree. `None` when it is not there.
+///
+/// # Errors
+/// [`UnpackError`].
+pub fn read_in(root: &OwnedFd, path: &str) -> Result<Option<std::fs::File>, UnpackError> {
+    match beneath::file(root, Inside::new(path.as_bytes())?.whole()) {
+        Ok(fd) => Ok(Some(fd.into())),
+        Err(Errno::NOENT | Errno::NOTDIR) => Ok(None),
+        Err(e) => Err(failed("open", path.as_bytes(), e)),
+    }
+}
+
+/// Makes a directory of a finished tree, with those above it, unless it is there.
+///
+/// # Errors
+/// [`UnpackError`].
+pub fn make_in(root: &OwnedFd, path: &str) -> Result<(), UnpackError> {
+    let inside = Inside::new(path.as_bytes())?;
+    let made = beneath::ensured(root, inside.whole(), |_, _| Ok(()));
+    made.map(drop).map_err(|e| failed("mkdir", path.as_bytes(), e))
+}
+
 fn sparse<R: BufRead>(
     fd: &OwnedFd,
     sparse: &Sparse,

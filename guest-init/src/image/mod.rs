@@ -1,0 +1,240 @@
+//! Images that the guest unpacks itself: the host shows blobs, this makes of them a root file system and a process.
+//!
+//! Owns: where trees lie (encrypted memory), what the owner said of images, and that a container's program, user and
+//! environment come from the verified image and not from the host. Does not own: the formats (coffer-layers).
+
+mod user;
+
+use std::{
+    fs, io,
+    os::fd::OwnedFd,
+    path::{Path, PathBuf},
+    sync::atomic::AtomicU64,
+};
+
+use coffer_layers::{
+    config::{ConfigError, Process},
+    digest::{Digest, DigestError},
+    image::{Image, Trust},
+    layout::Folder,
+    ocicrypt::{KeySource, NoKeys},
+    unpack::{Options, UnpackError, make_in},
+};
+use coffer_protocol::{ImageSource, SHARE_DIR};
+use nix::mount::{MsFlags, mount};
+use serde_json::{Value, json};
+use thiserror::Error;
+
+/// Where trees lie.
+const PLACE: &str = "/run/coffer/images";
+/// Bytes of memory that are left for programs, whatever an image would take.
+const RESERVE: u64 = 24 << 20;
+
+/// An image was refused, or cannot be unpacked here. Each message begins with the stage.
+#[derive(Debug, Error)]
+pub enum ImageError {
+    /// The host's words.
+    #[error("image: {0}")]
+    Digest(#[from] DigestError),
+    /// The host shows something else than its share.
+    #[error("image: blobs at {0:?}, which is not in the host's share")]
+    Place(String),
+    /// The owner wants others.
+    #[error("image: {0} is none of the images that the pod's owner allowed")]
+    NotAllowed(Digest),
+    /// By stage.
+    #[error("image: {0}")]
+    Image(#[from] coffer_layers::image::ImageError),
+    /// Its configuration.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// Something in its tree.
+    #[error("image: {0}")]
+    Tree(#[from] UnpackError),
+    /// Its user.
+    #[error("image: user {0:?}: {1}")]
+    User(String, &'static str),
+    /// The system.
+    #[error("image: {0}: {1}")]
+    System(&'static str, io::Error),
+}
+
+/// What the pod's owner said of images, in measured configuration.
+pub struct Owner {
+    /// The only images that run, by manifest or index; `None` when the owner did not say.
+    pub allowed: Option<Vec<Digest>>,
+    /// Opens encrypted layers.
+    pub keys: Box<dyn KeySource>,
+}
+
+/// The images of the pod.
+pub struct Images {
+    owner: Owner,
+    mounted: bool,
+}
+
+impl Default for Images {
+    fn default() -> Self {
+        Self::new(Owner { allowed: None, keys: Box::new(NoKeys) })
+    }
+}
+
+/// A tree and what runs in it.
+#[derive(Debug)]
+pub struct Unpacked {
+    root: PathBuf,
+    process: Process,
+}
+
+impl Images {
+    /// With an owner's word.
+    #[must_use]
+    pub fn new(owner: Owner) -> Self {
+        Self { owner, mounted: false }
+    }
+
+    /// Unpacks a container's image. Nothing of it can be seen by anybody before all of it held.
+    ///
+    /// # Errors
+    /// [`ImageError`].
+    pub fn unpack(&mut self, id: &str, source: &ImageSource) -> Result<Unpacked, ImageError> {
+        let digest: Digest = source.digest.parse()?;
+        let blobs = Path::new(&source.blobs);
+        let clean = blobs.components().all(|part| !matches!(part, std::path::Component::ParentDir));
+        if !blobs.starts_with(SHARE_DIR) || !clean {
+            return Err(ImageError::Place(source.blobs.clone()));
+        }
+        let blobs = Folder(blobs.to_owned());
+        let image = Image::load(&blobs, &digest, self.trust(&digest)?)?;
+        let process = image.config.process(None, &[], &[])?;
+        self.mount()?;
+        let root = Path::new(PLACE).join(id);
+        let options = Options { privileged: true, budget: available()?.saturating_sub(RESERVE) };
+        image.unpack(&blobs, &*self.owner.keys, &root, options, &AtomicU64::new(0))?;
+        Ok(Unpacked { root, process })
+    }
+
+    /// A digest that comes from the host is a pin only where the host is trusted, or where the owner allowed it.
+    fn trust(&self, digest: &Digest) -> Result<Trust, ImageError> {
+        match &self.owner.allowed {
+            Some(allowed) if allowed.contains(digest) => Ok(Trust::Pinned),
+            Some(_) => Err(ImageError::NotAllowed(digest.clone())),
+            None if confidential() => Ok(Trust::Unchecked),
+            None => Ok(Trust::Pinned),
+        }
+    }
+
+    fn mount(&mut self) -> Result<(), ImageError> {
+        if self.mounted {
+            return Ok(());
+        }
+        fs::create_dir_all(PLACE).map_err(|e| ImageError::System("make a place", e))?;
+        // The budget is counted while unpacking; tmpfs' own half of memory would be less than what fits.
+        let data = Some("mode=700,size=100%");
+        mount(Some("tmpfs"), PLACE, Some("tmpfs"), MsFlags::MS_NODEV, data)
+            .map_err(|e| ImageError::System("mount a place", e.into()))?;
+        self.mounted = true;
+        Ok(())
+    }
+
+    /// Forgets a container's tree.
+    pub fn remove(&self, id: &str) {
+        if self.mounted {
+            // It may have had no image. What cannot be removed ends with the pod.
+            let _ = fs::remove_dir_all(Path::new(PLACE).join(id));
+        }
+    }
+}
+
+impl Unpacked {
+    /// Puts the image's root, program, environment, user and directory in place of the host's. Of the host's
+    /// environment only the terminal's name stays: the rest could change what a program does.
+    ///
+    /// # Errors
+    /// [`ImageError`] when the user is not one of the image.
+    pub fn apply(self, spec: &mut Value) -> Result<(), ImageError> {
+        let root: OwnedFd =
+            fs::File::open(&self.root).map_err(|e| ImageError::System("open the tree", e))?.into();
+        let user = user::resolve(&root, &self.process.user)?;
+        make_in(&root, &self.process.cwd)?;
+        let host_env = spec["process"]["env"].as_array().into_iter().flatten().filter_map(Value::as_str);
+        let name = |text: &&str| text.bytes().all(|b| b.is_ascii_alphanumeric() || b"=-_.+".contains(&b));
+        let terminal = host_env.filter(|entry| entry.starts_with("TERM=")).find(name).map(str::to_owned);
+        let env: Vec<_> = self.process.env.into_iter().chain(terminal).collect();
+        spec["root"]["path"] = self.root.to_string_lossy().into();
+        spec["process"]["args"] = json!(self.process.args);
+        spec["process"]["env"] = json!(env);
+        spec["process"]["cwd"] = json!(self.process.cwd);
+        let umask = spec["process"]["user"]["umask"].clone();
+        spec["process"]["user"] = json!({"uid": user.uid, "gid": user.gid, "additionalGids": user.groups});
+        if umask.is_u64() {
+            spec["process"]["user"]["umask"] = umask;
+        }
+        Ok(())
+    }
+}
+
+/// Whether the processor keeps this machine's memory from the host.
+fn confidential() -> bool {
+    [
+        "/dev/sev-guest",
+        "/dev/tdx_guest",
+        "/sys/devices/platform/sev-guest",
+        "/sys/firmware/uv/prot_virt_guest",
+    ]
+    .iter()
+    .any(|path| Path::new(path).exists())
+}
+
+/// Bytes of memory that can be had now.
+fn available() -> Result<u64, ImageError> {
+    let failed = |e| ImageError::System("read /proc/meminfo", e);
+    let text = fs::read_to_string("/proc/meminfo").map_err(failed)?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
+    let kib =
+        line.and_then(|line| line.trim().strip_suffix(" kB")).and_then(|n| n.trim().parse::<u64>().ok());
+    kib.map(|kib| kib * 1024).ok_or_else(|| failed(io::ErrorKind::InvalidData.into()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn source(blobs: &str) -> ImageSource {
+        ImageSource { blobs: blobs.into(), digest: Digest::sha256(b"x").to_string() }
+    }
+
+    #[test]
+    fn only_allowed_images_of_the_share() {
+        let mut images = Images::default();
+        for blobs in ["/etc", "/run/coffer/share/../../etc", "relative"] {
+            assert!(matches!(images.unpack("a", &source(blobs)), Err(ImageError::Place(_))), "{blobs}");
+        }
+        let keys = Box::new(NoKeys);
+        let mut images = Images::new(Owner { allowed: Some(vec![Digest::sha256(b"y")]), keys });
+        let refused = images.unpack("a", &source("/run/coffer/share/a/image"));
+        assert!(matches!(refused, Err(ImageError::NotAllowed(_))));
+    }
+
+    #[test]
+    fn the_host_has_no_say_in_the_process() {
+        let dir = tempfile::tempdir().unwrap();
+        let process = Process {
+            args: vec!["/bin/app".into()],
+            env: vec!["PATH=/bin".into()],
+            cwd: "/srv/data".into(),
+            user: "7:8".into(),
+            stop_signal: None,
+        };
+        let mut spec = json!({"root": {"path": "/host"}, "process": {"terminal": true, "cwd": "/", "args": ["sh"],
+            "env": ["LD_PRELOAD=/evil", "TERM=xterm", "TERM=x\ny"], "user": {"uid": 0, "gid": 0, "umask": 18}}});
+        Unpacked { root: dir.path().to_owned(), process }.apply(&mut spec).unwrap();
+        assert_eq!(
+            spec,
+            json!({"root": {"path": dir.path()}, "process": {"terminal": true, "cwd": "/srv/data",
+                "args": ["/bin/app"], "env": ["PATH=/bin", "TERM=xterm"],
+                "user": {"uid": 7, "gid": 8, "additionalGids": [], "umask": 18}}})
+        );
+        assert!(dir.path().join("srv/data").is_dir());
+    }
+}
