@@ -1,50 +1,42 @@
 //! Packs an image: every byte that a guest starts from, in one IGVM file.
 //!
-//! Owns: what lies where, and that the same inputs give the same bytes. Does not own: how it is launched.
-//!
-//! Kernel, initramfs and command line lie at the addresses at which they are used, so that a plain VM runs them in
-//! place. What the hardware would measure page by page is little: shim, page tables, handoff and parameter page.
+//! Owns: which inputs make an image, and that the same inputs give the same bytes. Does not own: what lies where for a
+//! platform ([`crate::platform`]), how it is launched.
 
 use coffer_layout::{
     LOW_RAM_END, PAGE,
-    boot::{
-        COMMAND_LINE, COMMAND_LINE_MAX, HANDOFF, Handoff, MEMORY_MAP_OFFSET, PAGE_TABLES, PARAMETERS,
-        SHIM_BASE, SHIM_MAX, STACK_TOP, VP_COUNT_OFFSET,
-    },
+    boot::{COMMAND_LINE_MAX, MEMORY_MAP_OFFSET, PARAMETERS, SHIM_BASE, VP_COUNT_OFFSET},
 };
-use igvm::{Arch, IgvmDirectiveHeader, IgvmFile, IgvmPlatformHeader, IgvmRevision};
-use igvm_defs::{
-    IGVM_VHS_PARAMETER, IGVM_VHS_PARAMETER_INSERT, IGVM_VHS_SUPPORTED_PLATFORM, IgvmNativeVpContextX64,
-    IgvmPageDataFlags, IgvmPageDataType, IgvmPlatformType,
-};
-use object::{
-    LittleEndian,
-    elf::{FileHeader64, PT_LOAD},
-    read::elf::{FileHeader, ProgramHeader},
-};
+use igvm::{Arch, IgvmDirectiveHeader, IgvmFile, IgvmRevision};
+use igvm_defs::{IGVM_VHS_PARAMETER, IGVM_VHS_PARAMETER_INSERT};
+use p384::SecretKey;
 use thiserror::Error;
 
 use crate::{
     command_line::command_line,
+    id_block,
     kernel::{Kernel, KernelError},
-    page_tables,
+    measure::{self, MeasureError},
+    platform::{self, NATIVE_MASK, SNP_MASK, native, snp},
+    shim::{Shim, ShimError},
+    sites::{self, SiteError},
 };
 
-/// The compatibility mask of the only platform so far.
-pub const NATIVE_MASK: u32 = 1;
 /// Alignment of the initramfs.
 const INITRAMFS_ALIGNMENT: u64 = 2 << 20;
+/// The C-bit's position on Milan, Genoa and Turin.
+pub const C_BIT: u32 = 51;
 
 /// Which kernel and command line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Profile {
-    /// One processor.
+    /// One processor, no TEE.
     Up,
-    /// More than one.
+    /// More than one, or a TEE.
     Smp,
-    /// One processor, serial console.
+    /// One processor, no TEE, serial console.
     UpDebug,
-    /// More than one, serial console.
+    /// More than one, or a TEE, serial console.
     SmpDebug,
 }
 
@@ -67,7 +59,8 @@ impl Profile {
         matches!(self, Self::UpDebug | Self::SmpDebug)
     }
 
-    /// With more than one processor.
+    /// With more than one processor. Only these kernels run as SEV-SNP guests: without SMP, Linux 6.12 loops for ever in
+    /// `early_set_memory_enc_dec`.
     #[must_use]
     pub fn is_smp(self) -> bool {
         matches!(self, Self::Smp | Self::SmpDebug)
@@ -81,21 +74,54 @@ pub enum BuildError {
     #[error(transparent)]
     Kernel(#[from] KernelError),
     /// The shim is not one of ours.
-    #[error("shim: {0}: pass the coffer-shim that `./build` made")]
-    Shim(&'static str),
+    #[error(transparent)]
+    Shim(#[from] ShimError),
     /// The command line is too long.
     #[error("command line of {0} bytes: at most {max} fit", max = COMMAND_LINE_MAX - 1)]
     CommandLine(usize),
     /// Kernel and initramfs do not fit below 3 GiB.
     #[error("initramfs of {0} bytes does not fit behind the kernel below 3 GiB")]
     Initramfs(usize),
+    /// Kernel and initramfs do not fit in the shared window.
+    #[error(
+        "kernel, initramfs and command line take {0} bytes of shared pages: at most 256 MiB fit; make the initramfs smaller"
+    )]
+    Window(u64),
+    /// The kernel has too many segments for the hash page.
+    #[error("kernel of {0} segments: the hash page lists at most {max} regions", max = coffer_layout::handoff::REGIONS_MAX)]
+    Regions(usize),
+    /// The C-bit is nowhere where an address bit can be.
+    #[error(
+        "C-bit {0}: give a bit between 40 and 51 (51 on Milan, Genoa and Turin, 47 for --tee snp-emulated)"
+    )]
+    CBit(u32),
+    /// The table of sites cannot be made.
+    #[error(transparent)]
+    Site(#[from] SiteError),
+    /// An ID block was asked for where none can be.
+    #[error("an ID block needs an SEV-SNP image: use the smp profile")]
+    IdBlock,
+    /// The image's own digest cannot be computed.
+    #[error(transparent)]
+    Measure(#[from] MeasureError),
     /// The library refused it.
     #[error("IGVM file: {0}")]
     Igvm(#[from] igvm::Error),
 }
 
+/// Keys that sign an SEV-SNP image, and what they sign for.
+#[derive(Clone)]
+pub struct Signing {
+    /// Signs the ID block.
+    pub id_key: SecretKey,
+    /// Signs the ID key, when given.
+    pub author_key: Option<SecretKey>,
+    /// Number of processors: the digest in the ID block holds for no other.
+    pub vcpus: u32,
+}
+
 /// What goes in.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Inputs<'a> {
     /// ELF file of the shim.
     pub shim: &'a [u8],
@@ -107,6 +133,36 @@ pub struct Inputs<'a> {
     pub profile: Profile,
     /// More options for the kernel.
     pub extra_command_line: &'a str,
+    /// Position of the C-bit for SEV-SNP.
+    pub c_bit: u32,
+    /// Signs the image for SEV-SNP.
+    pub signing: Option<Signing>,
+}
+
+/// The inputs, checked and placed.
+pub(crate) struct Parts<'a> {
+    pub(crate) shim: Shim,
+    pub(crate) kernel: Kernel,
+    pub(crate) initramfs: &'a [u8],
+    /// Guest physical address.
+    pub(crate) initramfs_start: u64,
+    pub(crate) profile: Profile,
+    pub(crate) extra_command_line: &'a str,
+    pub(crate) c_bit: u32,
+    /// The table of sites.
+    pub(crate) sites: [u8; PAGE as usize],
+}
+
+impl Parts<'_> {
+    /// The command line of one platform.
+    pub(crate) fn command_line(&self, tee: bool) -> Result<String, BuildError> {
+        let line = command_line(self.profile, tee, self.extra_command_line);
+        if line.len() as u64 >= COMMAND_LINE_MAX {
+            Err(BuildError::CommandLine(line.len()))
+        } else {
+            Ok(line)
+        }
+    }
 }
 
 /// Makes the file's bytes.
@@ -114,142 +170,80 @@ pub struct Inputs<'a> {
 /// # Errors
 /// [`BuildError`], naming the input.
 pub fn build(inputs: &Inputs<'_>) -> Result<Vec<u8>, BuildError> {
-    let shim = shim_bytes(inputs.shim)?;
-    let kernel = Kernel::parse(inputs.kernel)?;
-    let line = command_line(inputs.profile, inputs.extra_command_line);
-    if line.len() as u64 >= COMMAND_LINE_MAX {
-        return Err(BuildError::CommandLine(line.len()));
-    }
+    let kernel = Kernel::parse(inputs.kernel, inputs.profile.is_smp())?;
     let initramfs_start = kernel.span().1.next_multiple_of(INITRAMFS_ALIGNMENT);
     if initramfs_start + inputs.initramfs.len() as u64 > LOW_RAM_END {
         return Err(BuildError::Initramfs(inputs.initramfs.len()));
     }
-    let handoff = Handoff {
-        initramfs_start,
-        initramfs_size: inputs.initramfs.len() as u64,
-        command_line_size: line.len() as u64,
-        ..kernel.handoff()
-    };
-
-    let mut directives = vec![IgvmDirectiveHeader::ParameterArea {
-        number_of_bytes: PAGE,
-        parameter_area_index: 0,
-        initial_data: Vec::new(),
-    }];
-    let parameter = |byte_offset| IGVM_VHS_PARAMETER { parameter_area_index: 0, byte_offset };
-    directives.push(IgvmDirectiveHeader::VpCount(parameter(VP_COUNT_OFFSET)));
-    directives.push(IgvmDirectiveHeader::MemoryMap(parameter(MEMORY_MAP_OFFSET)));
-    add_pages(&mut directives, SHIM_BASE, &shim);
-    add_pages(&mut directives, PAGE_TABLES, &page_tables::identity());
-    add_pages(&mut directives, HANDOFF, &handoff.to_page());
-    directives.push(IgvmDirectiveHeader::ParameterInsert(IGVM_VHS_PARAMETER_INSERT {
-        gpa: PARAMETERS,
-        compatibility_mask: NATIVE_MASK,
-        parameter_area_index: 0,
-    }));
-    add_pages(&mut directives, COMMAND_LINE, line.as_bytes());
-    for segment in &kernel.segments {
-        add_pages(&mut directives, segment.address, &segment.data);
+    if !(40..=51).contains(&inputs.c_bit) {
+        return Err(BuildError::CBit(inputs.c_bit));
     }
-    add_pages(&mut directives, initramfs_start, inputs.initramfs);
-    directives.push(IgvmDirectiveHeader::X64NativeVpContext {
-        compatibility_mask: NATIVE_MASK,
-        vp_index: 0,
-        context: Box::new(entry_state()),
-    });
-    let platform = IgvmPlatformHeader::SupportedPlatform(IGVM_VHS_SUPPORTED_PLATFORM {
-        compatibility_mask: NATIVE_MASK,
-        highest_vtl: 0,
-        platform_type: IgvmPlatformType::NATIVE,
-        platform_version: 1,
-        shared_gpa_boundary: 0,
-    });
-    let revision = IgvmRevision::V2 { arch: Arch::X64, page_size: PAGE as u32 };
-    let file = IgvmFile::new(revision, vec![platform], Vec::new(), directives)?;
+    let parts = Parts {
+        shim: Shim::parse(inputs.shim)?,
+        kernel,
+        initramfs: inputs.initramfs,
+        initramfs_start,
+        profile: inputs.profile,
+        extra_command_line: inputs.extra_command_line,
+        c_bit: inputs.c_bit,
+        sites: sites::table(inputs.shim, inputs.kernel)?,
+    };
+    let tee = inputs.profile.is_smp();
+    let mut file = assemble(&parts, tee)?;
+    if let Some(signing) = &inputs.signing {
+        if !tee {
+            return Err(BuildError::IdBlock);
+        }
+        let digest = measure::measure(&file, signing.vcpus)?.digest;
+        let mut directives = file.directives().to_vec();
+        // Before everything else, so that the VMSA stays last.
+        directives.insert(0, id_block::directive(&digest, signing));
+        file =
+            IgvmFile::new(REVISION, file.platforms().to_vec(), file.initializations().to_vec(), directives)?;
+    }
     let mut bytes = Vec::new();
     file.serialize(&mut bytes)?;
     Ok(bytes)
 }
 
-/// One directive for each page. A page of zeros is left out: RAM is zero on a plain VM.
-fn add_pages(directives: &mut Vec<IgvmDirectiveHeader>, address: u64, data: &[u8]) {
-    for (index, page) in data.chunks(PAGE as usize).enumerate() {
-        if page.iter().any(|byte| *byte != 0) {
-            let mut data = page.to_vec();
-            data.resize(PAGE as usize, 0);
-            directives.push(IgvmDirectiveHeader::PageData {
-                gpa: address + index as u64 * PAGE,
-                compatibility_mask: NATIVE_MASK,
-                flags: IgvmPageDataFlags::new(),
-                data_type: IgvmPageDataType::NORMAL,
-                data,
-            });
-        }
-    }
-}
+const REVISION: IgvmRevision = IgvmRevision::V2 { arch: Arch::X64, page_size: PAGE as u32 };
 
-/// 64-bit mode at the shim's first byte, on the measured page tables, SSE on, interrupts off.
-fn entry_state() -> IgvmNativeVpContextX64 {
-    IgvmNativeVpContextX64 {
-        rax: 0,
-        rcx: 0,
-        rdx: 0,
-        rbx: 0,
-        rsp: STACK_TOP,
-        rbp: 0,
-        rsi: 0,
-        rdi: 0,
-        r8: 0,
-        r9: 0,
-        r10: 0,
-        r11: 0,
-        r12: 0,
-        r13: 0,
-        r14: 0,
-        r15: 0,
-        rip: SHIM_BASE,
-        rflags: 2,
-        idtr_base: 0,
-        idtr_limit: 0,
-        reserved: [0; 2],
-        gdtr_limit: 0,
-        gdtr_base: 0,
-        // Execute/read, accessed, present, long; granularity of a page.
-        code_selector: 0x10,
-        code_attributes: 0xa09b,
-        code_base: 0,
-        code_limit: 0xffff_ffff,
-        data_selector: 0x18,
-        data_attributes: 0xc093,
-        data_base: 0,
-        data_limit: 0xffff_ffff,
-        gs_base: 0,
-        // Paging, write protection, native FPU errors, extension type, monitor coprocessor, protected mode.
-        cr0: 0x8001_0033,
-        cr3: PAGE_TABLES,
-        // Physical address extension, FXSAVE and SSE exceptions.
-        cr4: 0x620,
-        // Long mode, enabled and active.
-        efer: 0x500,
+/// Everything but the ID block. Pages of both platforms come first, in the order in which they lie.
+fn assemble(parts: &Parts<'_>, tee: bool) -> Result<IgvmFile, BuildError> {
+    let mask = if tee { NATIVE_MASK | SNP_MASK } else { NATIVE_MASK };
+    let parameter = |byte_offset| IGVM_VHS_PARAMETER { parameter_area_index: 0, byte_offset };
+    let mut directives = vec![
+        IgvmDirectiveHeader::ParameterArea {
+            number_of_bytes: PAGE,
+            parameter_area_index: 0,
+            initial_data: Vec::new(),
+        },
+        IgvmDirectiveHeader::VpCount(parameter(VP_COUNT_OFFSET)),
+        IgvmDirectiveHeader::MemoryMap(parameter(MEMORY_MAP_OFFSET)),
+    ];
+    let contents = if tee { Some(snp::contents(parts)?) } else { None };
+    if tee {
+        snp::add_firmware_pages(&mut directives);
     }
-}
-
-/// The shim's one segment.
-fn shim_bytes(file: &[u8]) -> Result<Vec<u8>, BuildError> {
-    let elf = |_| BuildError::Shim("not an x86-64 ELF file");
-    let header = FileHeader64::<LittleEndian>::parse(file).map_err(elf)?;
-    let endian = header.endian().map_err(elf)?;
-    let programs = header.program_headers(endian, file).map_err(elf)?;
-    let mut loads = programs.iter().filter(|p| p.p_type(endian) == PT_LOAD);
-    let (Some(segment), None) = (loads.next(), loads.next()) else {
-        return Err(BuildError::Shim("it does not have exactly one segment"));
-    };
-    if segment.p_vaddr(endian) != SHIM_BASE || header.e_entry(endian) != SHIM_BASE {
-        return Err(BuildError::Shim("it is linked at another address"));
+    directives.push(IgvmDirectiveHeader::ParameterInsert(IGVM_VHS_PARAMETER_INSERT {
+        gpa: PARAMETERS,
+        compatibility_mask: mask,
+        parameter_area_index: 0,
+    }));
+    if let Some(contents) = &contents {
+        contents.add_measured_pages(&mut directives);
     }
-    if segment.p_memsz(endian) > SHIM_MAX {
-        return Err(BuildError::Shim("it is longer than 32 KiB"));
+    platform::add_pages(&mut directives, mask, SHIM_BASE, &parts.shim.bytes);
+    native::add_pages(&mut directives, parts)?;
+    let (mut platforms, mut initializations) = (vec![native::platform()], Vec::new());
+    if let Some(contents) = &contents {
+        platforms.push(snp::platform());
+        initializations.push(snp::policy());
+        contents.add_shared_pages(&mut directives, &parts.sites);
     }
-    let data = segment.data(endian, file).map_err(|()| BuildError::Shim("its bytes lie outside the file"))?;
-    Ok(data.to_vec())
+    directives.push(native::context());
+    if tee {
+        directives.push(snp::context(parts.c_bit));
+    }
+    Ok(IgvmFile::new(REVISION, platforms, initializations, directives)?)
 }

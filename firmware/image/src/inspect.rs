@@ -44,19 +44,29 @@ pub struct Contents {
     pub platforms: Vec<String>,
     /// In file order, neighbours of one kind joined.
     pub regions: Vec<Region>,
-    /// The kernel's command line.
+    /// The kernel's command line on a plain VM.
     pub command_line: String,
+    /// The kernel's command line under SEV-SNP; empty when the image is not for it.
+    pub snp_command_line: String,
 }
 
-/// Reads a file.
+/// Reads a file with all its platforms.
+///
+/// # Errors
+/// [`InspectError`].
+pub fn parse(file: &[u8]) -> Result<IgvmFile, InspectError> {
+    if !file.starts_with(b"IGVM") || file.len() < 32 {
+        return Err(InspectError::NotIgvm(file.len()));
+    }
+    Ok(IgvmFile::new_from_binary(file, None)?)
+}
+
+/// Reads a file for people and scripts.
 ///
 /// # Errors
 /// [`InspectError`].
 pub fn inspect(file: &[u8]) -> Result<Contents, InspectError> {
-    if !file.starts_with(b"IGVM") || file.len() < 32 {
-        return Err(InspectError::NotIgvm(file.len()));
-    }
-    let image = IgvmFile::new_from_binary(file, None)?;
+    let image = parse(file)?;
     let platforms = image
         .platforms()
         .iter()
@@ -65,11 +75,18 @@ pub fn inspect(file: &[u8]) -> Result<Contents, InspectError> {
         })
         .collect();
     let mut regions: Vec<Region> = Vec::new();
-    let mut command_line = String::new();
+    let (mut command_line, mut snp_command_line) = (String::new(), String::new());
     for directive in image.directives() {
-        if let IgvmDirectiveHeader::PageData { gpa: boot::COMMAND_LINE, data, .. } = directive {
-            let text = data.split(|b| *b == 0).next().unwrap_or_default();
-            command_line = String::from_utf8_lossy(text).into_owned();
+        if let IgvmDirectiveHeader::PageData { gpa, data, .. } = directive {
+            let line = match *gpa {
+                boot::COMMAND_LINE => Some(&mut command_line),
+                snp::PAYLOAD => Some(&mut snp_command_line),
+                _ => None,
+            };
+            if let Some(line) = line {
+                let text = data.split(|b| *b == 0).next().unwrap_or_default();
+                *line = String::from_utf8_lossy(text).into_owned();
+            }
         }
         let next = region(directive);
         match regions.last_mut() {
@@ -77,7 +94,7 @@ pub fn inspect(file: &[u8]) -> Result<Contents, InspectError> {
             _ => regions.push(next),
         }
     }
-    Ok(Contents { platforms, regions, command_line })
+    Ok(Contents { platforms, regions, command_line, snp_command_line })
 }
 
 fn joins(last: &Region, next: &Region) -> bool {
@@ -118,6 +135,13 @@ fn region(directive: &IgvmDirectiveHeader) -> Region {
             gpa = context.rip;
             format!("native VP context {vp_index}")
         }
+        IgvmDirectiveHeader::SnpVpContext { gpa: at, vp_index, .. } => {
+            (gpa, size) = (*at, PAGE);
+            format!("VMSA {vp_index}")
+        }
+        IgvmDirectiveHeader::SnpIdBlock { author_key_enabled, .. } => {
+            if *author_key_enabled == 0 { "ID block" } else { "ID block with author key" }.to_owned()
+        }
         IgvmDirectiveHeader::RequiredMemory { gpa: at, number_of_bytes, .. } => {
             (gpa, size) = (*at, u64::from(*number_of_bytes));
             "required memory".to_owned()
@@ -134,16 +158,27 @@ fn region(directive: &IgvmDirectiveHeader) -> Region {
     }
 }
 
+const SNP_STACK: u64 = boot::STACK_TOP - boot::STACK_SIZE;
+
 /// What the fixed layout has at an address.
 fn holds(gpa: u64, size: u64) -> &'static str {
     match gpa {
         _ if size == 0 && gpa == 0 => "",
+        snp::SECRETS..snp::CPUID => "secrets",
+        snp::CPUID..boot::PARAMETERS => "CPUID",
         boot::PARAMETERS..boot::HANDOFF => "parameters",
         boot::HANDOFF..snp::PAGE_TABLES => "handoff",
+        snp::PAGE_TABLES..SNP_STACK => "page tables",
+        SNP_STACK..boot::SHIM_BASE => "stack",
         boot::SHIM_BASE..boot::PAGE_TABLES => "shim",
         boot::PAGE_TABLES..boot::COMMAND_LINE => "page tables",
         boot::COMMAND_LINE..boot::BOOT_PARAMS => "command line",
-        boot::HIGH_START.. => "kernel or initramfs",
+        snp::GHCB..snp::SITES => "GHCB",
+        snp::SITES..snp::PAYLOAD => "sites",
+        snp::PAYLOAD => "command line",
+        snp::PAYLOAD..snp::SHARED_END => "kernel or initramfs, to be hashed",
+        boot::HIGH_START..snp::SHARED_BASE => "kernel or initramfs",
+        snp::VMSA_GPA => "first processor",
         _ => "",
     }
 }
@@ -172,6 +207,9 @@ impl Contents {
             );
         }
         let _ = writeln!(text, "\ncommand line  {}", self.command_line);
+        if !self.snp_command_line.is_empty() {
+            let _ = writeln!(text, "under SEV-SNP  {}", self.snp_command_line);
+        }
         text
     }
 }

@@ -33,6 +33,17 @@ const REQUIRED: [&str; 14] = [
     "CONFIG_KVM_GUEST",
 ];
 
+/// Options without which a kernel is no SEV-SNP guest. Without PAT it stops in `early_memremap`, without AES `sev-guest`
+/// does not bind, without ACPI it finds one processor.
+const REQUIRED_BY_SNP: [&str; 6] = [
+    "CONFIG_SMP",
+    "CONFIG_AMD_MEM_ENCRYPT",
+    "CONFIG_ACPI",
+    "CONFIG_X86_PAT",
+    "CONFIG_SEV_GUEST",
+    "CONFIG_CRYPTO_AES",
+];
+
 /// Why a file is not a kernel for an image.
 #[derive(Debug, Error, PartialEq, Eq)]
 pub enum KernelError {
@@ -83,13 +94,13 @@ pub struct Kernel {
 }
 
 impl Kernel {
-    /// Reads and checks an ELF file.
+    /// Reads and checks an ELF file; `snp` asks for what an SEV-SNP guest needs too.
     ///
     /// # Errors
     /// [`KernelError`], naming the segment or the option.
-    pub fn parse(file: &[u8]) -> Result<Self, KernelError> {
+    pub fn parse(file: &[u8], snp: bool) -> Result<Self, KernelError> {
         let kernel = Self::parse_elf(file)?;
-        check_options(file)?;
+        check_options(file, if snp { &REQUIRED_BY_SNP } else { &[] })?;
         Ok(kernel)
     }
 
@@ -147,7 +158,7 @@ impl Kernel {
 }
 
 /// Reads the configuration that CONFIG_IKCONFIG leaves between two marks, and looks for what is needed.
-fn check_options(file: &[u8]) -> Result<(), KernelError> {
+fn check_options(file: &[u8], more: &[&'static str]) -> Result<(), KernelError> {
     const START: &[u8] = b"IKCFG_ST";
     const END: &[u8] = b"IKCFG_ED";
     const LONGEST: u64 = 16 << 20;
@@ -159,7 +170,11 @@ fn check_options(file: &[u8]) -> Result<(), KernelError> {
         .take(LONGEST)
         .read_to_string(&mut text)
         .map_err(|_| KernelError::NoConfiguration("it does not inflate"))?;
-    match REQUIRED.iter().find(|option| !text.lines().any(|l| l.strip_suffix("=y") == Some(option))) {
+    match REQUIRED
+        .iter()
+        .chain(more)
+        .find(|option| !text.lines().any(|l| l.strip_suffix("=y") == Some(option)))
+    {
         Some(option) => Err(KernelError::MissingOption(option)),
         None => Ok(()),
     }
@@ -204,22 +219,36 @@ pub(crate) mod tests {
 
     #[test]
     fn a_kernel_is_read() {
-        let kernel = Kernel::parse(&vmlinux(&REQUIRED, 0x100_0000)).unwrap();
+        let kernel = Kernel::parse(&vmlinux(&REQUIRED, 0x100_0000), false).unwrap();
         assert_eq!(kernel.entry, 0x100_0000);
         assert_eq!(kernel.span(), (0x100_0000, 0x100_5000));
     }
 
     #[test]
     fn a_missing_option_is_named() {
-        let error = Kernel::parse(&vmlinux(&REQUIRED[1..], 0x100_0000)).unwrap_err();
+        let error = Kernel::parse(&vmlinux(&REQUIRED[1..], 0x100_0000), false).unwrap_err();
         assert_eq!(error, KernelError::MissingOption("CONFIG_VIRTIO_MMIO_CMDLINE_DEVICES"));
     }
 
     #[test]
+    fn an_snp_guest_needs_more() {
+        let error = Kernel::parse(&vmlinux(&REQUIRED, 0x100_0000), true).unwrap_err();
+        assert_eq!(error, KernelError::MissingOption("CONFIG_SMP"));
+        let all: Vec<&str> = REQUIRED.into_iter().chain(REQUIRED_BY_SNP).collect();
+        assert!(Kernel::parse(&vmlinux(&all, 0x100_0000), true).is_ok());
+    }
+
+    #[test]
     fn what_is_no_vmlinux_is_refused_in_words() {
-        assert!(matches!(Kernel::parse(b"MZ bzImage"), Err(KernelError::NotElf(_))));
-        assert!(matches!(Kernel::parse(&vmlinux(&REQUIRED, 0x8000)), Err(KernelError::Segment { .. })));
-        assert!(matches!(Kernel::parse(&vmlinux(&REQUIRED, !0xfff)), Err(KernelError::Segment { .. })));
+        assert!(matches!(Kernel::parse(b"MZ bzImage", false), Err(KernelError::NotElf(_))));
+        assert!(matches!(
+            Kernel::parse(&vmlinux(&REQUIRED, 0x8000), false),
+            Err(KernelError::Segment { .. })
+        ));
+        assert!(matches!(
+            Kernel::parse(&vmlinux(&REQUIRED, !0xfff), false),
+            Err(KernelError::Segment { .. })
+        ));
     }
 
     proptest! {
@@ -227,7 +256,7 @@ pub(crate) mod tests {
         fn a_changed_byte_never_makes_it_panic(at in 0usize..200, value in any::<u8>()) {
             let mut file = vmlinux(&REQUIRED, 0x100_0000);
             file[at] = value;
-            let _ = Kernel::parse(&file);
+            let _ = Kernel::parse(&file, false);
         }
     }
 }

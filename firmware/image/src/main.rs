@@ -1,21 +1,30 @@
-//! `coffer-image`: build and inspect IGVM images.
+//! `coffer-image`: build, measure and inspect IGVM images.
 
 use std::{fs, path::PathBuf, process::ExitCode};
 
 use anyhow::{Context, Result, bail};
 use coffer_image::{
-    build::{Inputs, Profile, build},
+    build::{C_BIT, Inputs, Profile, Signing, build},
     inspect::inspect,
+    measure::{hex, measure},
+    reference::{self, Cpu},
 };
+use p384::{SecretKey, pkcs8::DecodePrivateKey as _};
 
 const USAGE: &str = "\
 coffer-image: packs and shows the images that coffer-vmm boots
 
   coffer-image build --shim ELF --kernel VMLINUX (--init ELF | --initramfs CPIO) -o FILE
-                     [--profile up|smp|up-debug|smp-debug] [--cmdline-extra TEXT]
+                     [--profile up|smp|up-debug|smp-debug] [--cmdline-extra TEXT] [--c-bit N]
+                     [--id-key PEM [--author-key PEM] [--vcpus N]]
+      --c-bit: 51 (the default) on Milan, Genoa and Turin; 47 for --tee snp-emulated. smp images boot under SEV-SNP too.
+      --id-key: ECDSA P-384 private key; signs the launch digest, which then holds for N processors only (1)
+  coffer-image measure FILE --platform snp [--vcpus N] [--cpu milan|genoa|turin] [--json | --reference-values]
+      the launch digest that hardware reports; the same on all three generations, because KVM resets the processors
+      behind the first before it knows their model. --reference-values: bodies for Trustee, and a policy for --cpu
   coffer-image inspect [--json] FILE
   coffer-image initramfs --init ELF -o FILE      the initramfs alone, as build packs it
-  coffer-image command-line [--profile P]        the kernel's command line of a profile";
+  coffer-image command-line [--profile P] [--platform snp]     the kernel's command line of a profile";
 
 fn main() -> ExitCode {
     match run() {
@@ -37,6 +46,13 @@ struct Flags {
     profile: Option<Profile>,
     extra: String,
     json: bool,
+    c_bit: Option<u32>,
+    id_key: Option<PathBuf>,
+    author_key: Option<PathBuf>,
+    vcpus: Option<u32>,
+    cpu: Option<Cpu>,
+    platform: Option<String>,
+    reference_values: bool,
     files: Vec<PathBuf>,
 }
 
@@ -60,6 +76,19 @@ fn run() -> Result<()> {
             }
             "--cmdline-extra" => flags.extra = value()?,
             "--json" => flags.json = true,
+            "--c-bit" => flags.c_bit = Some(number(&word, &value()?)?),
+            "--id-key" => flags.id_key = Some(value()?.into()),
+            "--author-key" => flags.author_key = Some(value()?.into()),
+            "--vcpus" => flags.vcpus = Some(number(&word, &value()?)?),
+            "--platform" => flags.platform = Some(value()?),
+            "--reference-values" => flags.reference_values = true,
+            "--cpu" => {
+                let name = value()?;
+                flags.cpu = Some(
+                    Cpu::from_name(&name)
+                        .with_context(|| format!("unknown CPU `{name}`: name one of milan, genoa, turin"))?,
+                );
+            }
             _ if word.starts_with('-') => bail!("unknown flag `{word}`: see coffer-image --help"),
             _ => flags.files.push(word.into()),
         }
@@ -67,11 +96,16 @@ fn run() -> Result<()> {
     match command.as_str() {
         "build" => build_image(&flags),
         "inspect" => show(&flags),
+        "measure" => print_measurement(&flags),
         "initramfs" => write(&flags, &packed_init(&flags)?),
         "command-line" => {
             println!(
                 "{}",
-                coffer_image::command_line::command_line(flags.profile.unwrap_or(Profile::Up), &flags.extra)
+                coffer_image::command_line::command_line(
+                    flags.profile.unwrap_or(Profile::Up),
+                    flags.platform.as_deref() == Some("snp"),
+                    &flags.extra
+                )
             );
             Ok(())
         }
@@ -101,6 +135,33 @@ fn write(flags: &Flags, bytes: &[u8]) -> Result<()> {
         .with_context(|| format!("write {}", path.display()))
 }
 
+fn number(flag: &str, value: &str) -> Result<u32> {
+    value.parse().with_context(|| format!("{flag} {value}: not a number"))
+}
+
+/// A P-384 private key, PKCS #8 or SEC 1, in PEM.
+fn key(path: &PathBuf, flag: &str) -> Result<SecretKey> {
+    let text = fs::read_to_string(path).with_context(|| format!("read {}", path.display()))?;
+    // openssl ecparam writes the curve's name in a block before the key's.
+    let sec1 =
+        text.find("-----BEGIN EC PRIVATE KEY").and_then(|at| SecretKey::from_sec1_pem(&text[at..]).ok());
+    SecretKey::from_pkcs8_pem(&text).ok().or(sec1).with_context(|| {
+        format!(
+            "{flag} {}: not a P-384 private key in PEM: openssl ecparam -name secp384r1 -genkey",
+            path.display()
+        )
+    })
+}
+
+fn signing(flags: &Flags) -> Result<Option<Signing>> {
+    let Some(path) = &flags.id_key else {
+        anyhow::ensure!(flags.author_key.is_none(), "--author-key signs an ID key: give --id-key too");
+        return Ok(None);
+    };
+    let author_key = flags.author_key.as_ref().map(|path| key(path, "--author-key")).transpose()?;
+    Ok(Some(Signing { id_key: key(path, "--id-key")?, author_key, vcpus: flags.vcpus.unwrap_or(1) }))
+}
+
 fn build_image(flags: &Flags) -> Result<()> {
     let shim = read(flags.shim.as_ref(), "--shim")?;
     let kernel = read(flags.kernel.as_ref(), "--kernel")?;
@@ -115,6 +176,8 @@ fn build_image(flags: &Flags) -> Result<()> {
         initramfs: &initramfs,
         profile: flags.profile.unwrap_or(Profile::Up),
         extra_command_line: &flags.extra,
+        c_bit: flags.c_bit.unwrap_or(C_BIT),
+        signing: signing(flags)?,
     })?;
     write(flags, &image)
 }
@@ -126,6 +189,36 @@ fn show(flags: &Flags) -> Result<()> {
         println!("{}", serde_json::to_string_pretty(&contents)?);
     } else {
         print!("{}", contents.table());
+    }
+    Ok(())
+}
+
+fn print_measurement(flags: &Flags) -> Result<()> {
+    let [path] = flags.files.as_slice() else { bail!("measure wants one file") };
+    match flags.platform.as_deref() {
+        Some("snp") => {}
+        Some(other) => bail!("--platform {other}: only snp is measured"),
+        None => bail!("--platform is missing: give snp"),
+    }
+    let bytes = read(Some(path), "FILE")?;
+    let file = coffer_image::inspect::parse(&bytes).with_context(|| path.display().to_string())?;
+    let vcpus = flags.vcpus.unwrap_or(1);
+    let measurement = measure(&file, vcpus).with_context(|| path.display().to_string())?;
+    if flags.reference_values {
+        let cpu = flags.cpu.context("--reference-values needs --cpu: the policy names the processor")?;
+        println!("{}", serde_json::to_string_pretty(&reference::requests(&measurement.digest, cpu))?);
+    } else if flags.json {
+        let report = serde_json::json!({
+            "platform": "snp",
+            "vcpus": vcpus,
+            "digest": hex(&measurement.digest),
+            "launch_pages": measurement.launch_pages(),
+            "launch_commands": measurement.launch_commands(),
+            "pages": measurement.pages,
+        });
+        println!("{}", serde_json::to_string_pretty(&report)?);
+    } else {
+        println!("{}", hex(&measurement.digest));
     }
     Ok(())
 }

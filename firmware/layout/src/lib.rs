@@ -10,6 +10,7 @@ pub mod handoff;
 pub mod refusal;
 pub mod sites;
 pub mod snp;
+pub mod vmsa;
 
 /// Bytes in a page.
 pub const PAGE: u64 = 4096;

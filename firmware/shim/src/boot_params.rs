@@ -4,7 +4,8 @@
 
 use coffer_layout::{
     PAGE,
-    boot::{COMMAND_LINE, HIGH_START, LOW_END},
+    boot::{ACPI, ACPI_MAX, COMMAND_LINE, HIGH_START, LOW_END, PARAMETERS, Platform},
+    snp::{CC_BLOB_OFFSET, CC_DATA, CPUID, SECRETS},
 };
 
 use crate::plan::Plan;
@@ -25,9 +26,17 @@ const KERNEL_ALIGNMENT: usize = 0x230;
 const COMMAND_LINE_SIZE: usize = 0x238;
 const EXT_RAMDISK_IMAGE: usize = 0x0c0;
 const EXT_RAMDISK_SIZE: usize = 0x0c4;
+const ACPI_RSDP: usize = 0x070;
+const SETUP_DATA: usize = 0x250;
 
 const RAM: u32 = 1;
 const RESERVED: u32 = 2;
+const ACPI_DATA: u32 = 3;
+
+/// `SETUP_CC_BLOB`, a type of setup_data.
+const SETUP_CC_BLOB: u32 = 7;
+/// `CC_BLOB_SEV_HDR_MAGIC`: "AMDE".
+const CC_BLOB_MAGIC: u32 = 0x4544_4d41;
 
 /// Fills a zeroed page.
 pub fn write(plan: &Plan<'_>, page: &mut [u8; PAGE as usize]) {
@@ -58,10 +67,35 @@ pub fn write(plan: &Plan<'_>, page: &mut [u8; PAGE as usize]) {
         }
     };
     entry(LOW_END, HIGH_START, RESERVED);
+    if plan.handoff.platform == Platform::Snp {
+        // Where entries overlap, Linux takes the higher type.
+        entry(SECRETS, PARAMETERS, RESERVED);
+        entry(CC_DATA, CC_DATA + PAGE, RESERVED);
+        entry(ACPI, ACPI + ACPI_MAX, ACPI_DATA);
+    }
     for range in plan.usable() {
         entry(range.start, range.end, RAM);
     }
+    if plan.handoff.platform == Platform::Snp {
+        put(SETUP_DATA, &CC_DATA.to_le_bytes());
+        put(ACPI_RSDP, &ACPI.to_le_bytes());
+    }
     page[E820_COUNT] = count as u8;
+}
+
+/// Fills the zeroed page at [`CC_DATA`]: `cc_setup_data`, then `cc_blob_sev_info` (Linux `<asm/sev.h>`).
+pub fn write_cc_data(page: &mut [u8; PAGE as usize]) {
+    let mut put = |at: u64, bytes: &[u8]| page[at as usize..at as usize + bytes.len()].copy_from_slice(bytes);
+    // No next entry (8 bytes of zeros), type, length, address of the blob.
+    put(8, &SETUP_CC_BLOB.to_le_bytes());
+    put(12, &4u32.to_le_bytes());
+    put(16, &((CC_DATA + CC_BLOB_OFFSET) as u32).to_le_bytes());
+    // Magic, version and reserved (zeros), then address, length and zeros of secrets and CPUID page.
+    put(CC_BLOB_OFFSET, &CC_BLOB_MAGIC.to_le_bytes());
+    put(CC_BLOB_OFFSET + 8, &SECRETS.to_le_bytes());
+    put(CC_BLOB_OFFSET + 16, &(PAGE as u32).to_le_bytes());
+    put(CC_BLOB_OFFSET + 24, &CPUID.to_le_bytes());
+    put(CC_BLOB_OFFSET + 32, &(PAGE as u32).to_le_bytes());
 }
 
 #[cfg(test)]
@@ -87,6 +121,33 @@ mod tests {
         assert_eq!(&page[0x2d0 + 20..0x2d0 + 28], &0u64.to_le_bytes());
         assert_eq!(&page[0x2d0 + 28..0x2d0 + 36], &0x9_fc00u64.to_le_bytes());
         assert_eq!(page[0x2d0 + 36], 1);
+    }
+
+    #[test]
+    fn an_snp_guest_is_told_where_secrets_cpuid_and_acpi_are() {
+        let handoff = coffer_layout::boot::Handoff { platform: Platform::Snp, ..handoff() };
+        let parameters = parameters(1, &[(0, 0x10000, 0)]);
+        let plan = plan(&handoff, &parameters).unwrap();
+        let mut page = [0; PAGE as usize];
+        write(&plan, &mut page);
+        assert_eq!(&page[0x070..0x078], &0x26000u64.to_le_bytes());
+        assert_eq!(&page[0x250..0x258], &0x25000u64.to_le_bytes());
+        assert_eq!(page[0x1e8], 6);
+        let entry = |index: usize| {
+            let bytes = &page[0x2d0 + 20 * index..][..20];
+            let word = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap());
+            (word(0), word(8), bytes[16])
+        };
+        assert_eq!(entry(1), (0x8000, 0x2000, 2));
+        assert_eq!(entry(2), (0x25000, 0x1000, 2));
+        assert_eq!(entry(3), (0x26000, 0x1000, 3));
+        let mut cc = [0; PAGE as usize];
+        write_cc_data(&mut cc);
+        // struct cc_setup_data: type 7, length 4, address; struct cc_blob_sev_info: magic, secrets, CPUID.
+        assert_eq!(&cc[..20], &[0, 0, 0, 0, 0, 0, 0, 0, 7, 0, 0, 0, 4, 0, 0, 0, 0, 0x51, 2, 0]);
+        assert_eq!(&cc[0x100..0x108], b"AMDE\0\0\0\0");
+        assert_eq!(&cc[0x108..0x118], &[0, 0x80, 0, 0, 0, 0, 0, 0, 0, 0x10, 0, 0, 0, 0, 0, 0]);
+        assert_eq!(&cc[0x118..0x128], &[0, 0x90, 0, 0, 0, 0, 0, 0, 0, 0x10, 0, 0, 0, 0, 0, 0]);
     }
 
     #[test]

@@ -4,6 +4,9 @@
 #![cfg_attr(not(test), no_std)]
 #![forbid(unsafe_code)]
 
+pub mod acpi;
 pub mod boot_params;
 pub mod mp_table;
 pub mod plan;
+pub mod sha384;
+pub mod snp;

@@ -1,8 +1,13 @@
-//! The shim's entry and everything that touches the machine: ports, fixed addresses, the jump.
+//! The shim's entry and the order of its two ways: a plain VM, SEV-SNP.
 //!
-//! Owns: the instructions. Does not own: decisions, which are the library's and tested on the host.
+//! Owns: the entry, the jump to the kernel, how a refusal leaves. Does not own: decisions, which are the library's and
+//! tested on the host; instructions ([`hardware`]); exceptions ([`exceptions`]).
 #![no_std]
 #![no_main]
+
+mod exceptions;
+mod hardware;
+mod memory;
 
 use core::{
     arch::{asm, global_asm},
@@ -11,13 +16,15 @@ use core::{
 };
 
 use coffer_layout::{
-    MARK_PORT, PAGE,
+    PAGE,
     boot::{
-        BOOT_PARAMS, HANDOFF, Handoff, MP_POINTER, MP_TABLE, MP_TABLE_MAX, PARAMETERS, Refusal, STACK_TOP,
+        ACPI, BOOT_PARAMS, HANDOFF, Handoff, MP_POINTER, MP_TABLE, PARAMETERS, Platform, Refusal, STACK_TOP,
     },
     mark,
+    snp::{CC_DATA, CPUID},
 };
-use coffer_shim::{boot_params, mp_table, plan};
+use coffer_shim::{acpi, boot_params, mp_table, plan, snp};
+use hardware::Snp;
 
 global_asm!(
     ".section .text.entry, \"ax\"",
@@ -33,93 +40,71 @@ global_asm!(
 );
 
 extern "C" fn shim_main() -> ! {
-    tell(mark::SHIM_ENTRY);
-    match prepare() {
-        Ok(entry) => {
-            tell(mark::KERNEL_ENTRY);
-            // SAFETY: `entry` is the kernel's 64-bit entry in RAM, mapped by the identity tables; boot_params is complete.
-            unsafe {
-                asm!("cli", "jmp {entry}", entry = in(reg) entry, in("rsi") BOOT_PARAMS, options(noreturn))
-            }
+    exceptions::catch();
+    let prepared = match Handoff::from_page(page(HANDOFF)) {
+        Some(handoff) if handoff.platform == Platform::Snp => {
+            hardware::set_snp();
+            prepare_snp(&handoff)
         }
+        Some(handoff) => prepare_native(&handoff),
+        None => Err(Refusal::Handoff),
+    };
+    match prepared {
+        // SAFETY: `entry` is the kernel's 64-bit entry in RAM, mapped by the identity tables; boot_params is complete.
+        Ok(entry) => unsafe {
+            asm!("cli", "jmp {entry}", entry = in(reg) entry, in("rsi") BOOT_PARAMS, options(noreturn))
+        },
         Err(refusal) => refuse(refusal),
     }
 }
 
-/// Builds everything and returns the kernel's entry.
-fn prepare() -> Result<u64, Refusal> {
-    // SAFETY: the image puts both pages there; nothing writes to them while the shim runs.
-    let (page, parameters) =
-        unsafe { (&*(HANDOFF as *const [u8; PAGE as usize]), &*(PARAMETERS as *const [u8; PAGE as usize])) };
-    let handoff = Handoff::from_page(page).ok_or(Refusal::Handoff)?;
-    let plan = plan::plan(&handoff, parameters)?;
-    // SAFETY: this page is the shim's, lies in RAM and has no other reference.
-    let page = unsafe { &mut *(BOOT_PARAMS as *mut [u8; PAGE as usize]) };
-    page.fill(0);
-    boot_params::write(&plan, page);
-    // SAFETY: likewise.
-    let table = unsafe { &mut *(MP_TABLE as *mut [u8; MP_TABLE_MAX as usize]) };
-    mp_table::write(plan.processors, table);
+/// Builds everything where it lies and returns the kernel's entry.
+fn prepare_native(handoff: &Handoff) -> Result<u64, Refusal> {
+    hardware::port_write(mark::SHIM_ENTRY);
+    let plan = plan::plan(handoff, page(PARAMETERS))?;
+    boot_params::write(&plan, cleared(BOOT_PARAMS));
+    mp_table::write(plan.processors, cleared(MP_TABLE));
     for (index, byte) in mp_table::pointer().into_iter().enumerate() {
         // SAFETY: 16 bytes of RAM that the memory map keeps from Linux.
         unsafe { ptr::write_volatile((MP_POINTER as *mut u8).add(index), byte) };
     }
+    hardware::port_write(mark::KERNEL_ENTRY);
     Ok(handoff.kernel_entry)
 }
 
-fn refuse(refusal: Refusal) -> ! {
-    tell(mark::SHIM_REFUSED);
-    tell(refusal as u8);
-    loop {
-        // SAFETY: nothing is left to do; interrupts are off, so this is for ever.
-        unsafe { asm!("cli", "hlt", options(nomem, nostack)) }
-    }
+/// Validates RAM, copies and compares, builds everything and returns the kernel's entry.
+fn prepare_snp(handoff: &Handoff) -> Result<u64, Refusal> {
+    let mut hardware = Snp;
+    let plan = snp::prepare(&mut hardware, handoff, page(PARAMETERS), page(CPUID))?;
+    boot_params::write(&plan, cleared(BOOT_PARAMS));
+    boot_params::write_cc_data(cleared(CC_DATA));
+    acpi::write(plan.processors, cleared(ACPI));
+    snp::tell(&mut hardware, mark::KERNEL_ENTRY)?;
+    Ok(handoff.kernel_entry)
 }
 
-fn tell(byte: u8) {
-    // SAFETY: the port is the VMM's mark port and has no effect on memory.
-    unsafe { asm!("out dx, al", in("dx") MARK_PORT, in("al") byte, options(nomem, nostack, preserves_flags)) }
+/// A page that the image loaded.
+fn page(address: u64) -> &'static [u8; PAGE as usize] {
+    // SAFETY: callers name pages that the image loads; nothing writes to them while the shim runs, under a TEE because
+    // they are private, and without one the host is trusted with everything anyway.
+    unsafe { &*(address as *const [u8; PAGE as usize]) }
+}
+
+/// A page of RAM that is the shim's to fill.
+fn cleared(address: u64) -> &'static mut [u8; PAGE as usize] {
+    // SAFETY: callers name each of these pages once; they lie in RAM, which is valid by now, and apart from everything
+    // else.
+    let page = unsafe { &mut *(address as *mut [u8; PAGE as usize]) };
+    page.fill(0);
+    page
+}
+
+/// Says why, and stops.
+fn refuse(refusal: Refusal) -> ! {
+    hardware::terminate(refusal as u8)
 }
 
 #[panic_handler]
 fn panic(_: &PanicInfo<'_>) -> ! {
     refuse(Refusal::Internal)
-}
-
-// What the compiler calls for copies and fills; there is no C library here.
-
-/// # Safety
-/// As C's memcpy.
-#[unsafe(no_mangle)]
-unsafe extern "C" fn memcpy(to: *mut u8, from: *const u8, count: usize) -> *mut u8 {
-    // SAFETY: the caller's promise is C's: both ranges are valid and do not overlap.
-    unsafe {
-        asm!("rep movsb", inout("rcx") count => _, inout("rdi") to => _, inout("rsi") from => _, options(nostack, preserves_flags));
-    }
-    to
-}
-
-/// # Safety
-/// As C's memset.
-#[unsafe(no_mangle)]
-unsafe extern "C" fn memset(to: *mut u8, byte: i32, count: usize) -> *mut u8 {
-    // SAFETY: the caller's promise is C's: the range is valid.
-    unsafe {
-        asm!("rep stosb", inout("rcx") count => _, inout("rdi") to => _, in("al") byte as u8, options(nostack, preserves_flags));
-    }
-    to
-}
-
-/// # Safety
-/// As C's memcmp.
-#[unsafe(no_mangle)]
-unsafe extern "C" fn memcmp(a: *const u8, b: *const u8, count: usize) -> i32 {
-    for index in 0..count {
-        // SAFETY: the caller's promise is C's: both ranges are valid.
-        let (x, y) = unsafe { (ptr::read(a.add(index)), ptr::read(b.add(index))) };
-        if x != y {
-            return i32::from(x) - i32::from(y);
-        }
-    }
-    0
 }
