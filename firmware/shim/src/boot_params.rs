@@ -37,6 +37,9 @@ const ACPI_DATA: u32 = 3;
 const SETUP_CC_BLOB: u32 = 7;
 /// `CC_BLOB_SEV_HDR_MAGIC`: "AMDE".
 const CC_BLOB_MAGIC: u32 = 0x4544_4d41;
+/// Bytes of `cc_blob_sev_info`, and of what comes before the data of a setup_data.
+const CC_BLOB_SIZE: u64 = 40;
+const SETUP_DATA_HEADER: u64 = 16;
 
 /// Fills a zeroed page.
 pub fn write(plan: &Plan<'_>, page: &mut [u8; PAGE as usize]) {
@@ -68,9 +71,9 @@ pub fn write(plan: &Plan<'_>, page: &mut [u8; PAGE as usize]) {
     };
     entry(LOW_END, HIGH_START, RESERVED);
     if plan.handoff.platform == Platform::Snp {
-        // Where entries overlap, Linux takes the higher type.
+        // Where entries overlap, Linux takes the higher type. CC_DATA stays RAM: Linux keeps setup_data by itself, and maps
+        // what is reserved without the C-bit (`__ioremap_check_encrypted`).
         entry(SECRETS, PARAMETERS, RESERVED);
-        entry(CC_DATA, CC_DATA + PAGE, RESERVED);
         entry(ACPI, ACPI + ACPI_MAX, ACPI_DATA);
     }
     for range in plan.usable() {
@@ -86,9 +89,10 @@ pub fn write(plan: &Plan<'_>, page: &mut [u8; PAGE as usize]) {
 /// Fills the zeroed page at [`CC_DATA`]: `cc_setup_data`, then `cc_blob_sev_info` (Linux `<asm/sev.h>`).
 pub fn write_cc_data(page: &mut [u8; PAGE as usize]) {
     let mut put = |at: u64, bytes: &[u8]| page[at as usize..at as usize + bytes.len()].copy_from_slice(bytes);
-    // No next entry (8 bytes of zeros), type, length, address of the blob.
+    // No next entry (8 bytes of zeros), type, length, address of the blob. The length covers the blob, so that Linux keeps
+    // that too.
     put(8, &SETUP_CC_BLOB.to_le_bytes());
-    put(12, &4u32.to_le_bytes());
+    put(12, &((CC_BLOB_OFFSET + CC_BLOB_SIZE - SETUP_DATA_HEADER) as u32).to_le_bytes());
     put(16, &((CC_DATA + CC_BLOB_OFFSET) as u32).to_le_bytes());
     // Magic, version and reserved (zeros), then address, length and zeros of secrets and CPUID page.
     put(CC_BLOB_OFFSET, &CC_BLOB_MAGIC.to_le_bytes());
@@ -132,19 +136,18 @@ mod tests {
         write(&plan, &mut page);
         assert_eq!(&page[0x070..0x078], &0x26000u64.to_le_bytes());
         assert_eq!(&page[0x250..0x258], &0x25000u64.to_le_bytes());
-        assert_eq!(page[0x1e8], 6);
+        assert_eq!(page[0x1e8], 5);
         let entry = |index: usize| {
             let bytes = &page[0x2d0 + 20 * index..][..20];
             let word = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap());
             (word(0), word(8), bytes[16])
         };
         assert_eq!(entry(1), (0x8000, 0x2000, 2));
-        assert_eq!(entry(2), (0x25000, 0x1000, 2));
-        assert_eq!(entry(3), (0x26000, 0x1000, 3));
+        assert_eq!(entry(2), (0x26000, 0x1000, 3));
         let mut cc = [0; PAGE as usize];
         write_cc_data(&mut cc);
-        // struct cc_setup_data: type 7, length 4, address; struct cc_blob_sev_info: magic, secrets, CPUID.
-        assert_eq!(&cc[..20], &[0, 0, 0, 0, 0, 0, 0, 0, 7, 0, 0, 0, 4, 0, 0, 0, 0, 0x51, 2, 0]);
+        // struct cc_setup_data: type 7, length 0x118, address; struct cc_blob_sev_info: magic, secrets, CPUID.
+        assert_eq!(&cc[..20], &[0, 0, 0, 0, 0, 0, 0, 0, 7, 0, 0, 0, 0x18, 1, 0, 0, 0, 0x51, 2, 0]);
         assert_eq!(&cc[0x100..0x108], b"AMDE\0\0\0\0");
         assert_eq!(&cc[0x108..0x118], &[0, 0x80, 0, 0, 0, 0, 0, 0, 0, 0x10, 0, 0, 0, 0, 0, 0]);
         assert_eq!(&cc[0x118..0x128], &[0, 0x90, 0, 0, 0, 0, 0, 0, 0, 0x10, 0, 0, 0, 0, 0, 0]);
