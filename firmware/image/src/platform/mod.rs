@@ -3,6 +3,7 @@
 //! Owns: the platforms' masks, and pages as directives.
 
 pub(crate) mod native;
+mod pieces;
 pub(crate) mod snp;
 
 use coffer_layout::PAGE;

@@ -19,7 +19,7 @@ use igvm_defs::{
 use sha2::{Digest, Sha384};
 use zerocopy::FromZeros;
 
-use super::{SNP_MASK, add_pages, is_zero, padded, page_data};
+use super::{SNP_MASK, add_pages, is_zero, padded, page_data, pieces};
 use crate::{
     build::{BuildError, Parts},
     page_tables,
@@ -92,15 +92,15 @@ pub(crate) fn contents(parts: &Parts<'_>) -> Result<Contents, BuildError> {
     line.push(0);
     let size = line.len() as u64;
     let mut regions = vec![(RegionKind::CommandLine, COMMAND_LINE, line, size)];
-    for segment in &parts.kernel.segments {
-        regions.push((RegionKind::Kernel, segment.address, segment.data.clone(), segment.size));
+    let room = REGIONS_MAX - 2;
+    for piece in
+        pieces::of(&parts.kernel.segments, room).ok_or(BuildError::Regions(parts.kernel.segments.len()))?
+    {
+        regions.push((RegionKind::Kernel, piece.address, piece.data, piece.size));
     }
     if !parts.initramfs.is_empty() {
         let size = parts.initramfs.len() as u64;
         regions.push((RegionKind::Initramfs, parts.initramfs_start, parts.initramfs.to_vec(), size));
-    }
-    if regions.len() > REGIONS_MAX {
-        return Err(BuildError::Regions(parts.kernel.segments.len()));
     }
     let mut handoff = Handoff {
         platform: Platform::Snp,
