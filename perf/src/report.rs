@@ -4,7 +4,7 @@
 
 use std::{collections::BTreeMap, fmt::Write, fs, io, path::Path};
 
-use coffer_chart::{Bar, Curve, bars, cdf, lines};
+use coffer_chart::{Bar, Curve, bars, cdf, lines, work_before};
 
 use crate::{
     fingerprint::Fingerprint,
@@ -170,7 +170,7 @@ fn stage_bars(group: &Group, runtimes: &Runtimes<'_>) -> Vec<Bar> {
                 Some(at(index)? - if index == 0 { 0.0 } else { at(index - 1)? })
             };
             let samples = Samples::new(list.iter().filter_map(length).collect())?;
-            parts.push((format!("→ {stage}"), samples.median()));
+            parts.push((work_before(stage).0.to_owned(), samples.median()));
         }
         if parts.is_empty() {
             parts.push((Window::Pid1.words().to_owned(), window(list, Window::Pid1)?.median()));

@@ -1,4 +1,5 @@
 //! Plots of boot times as SVG text: distributions, stacked stages, times against a number, one boot's timeline.
+//! Also the stages' names, so that every plot has the same.
 //!
 //! Owns: how they look. Does not own: what is measured, and files. Every string given is escaped; numbers that are not
 //! finite are left out.
@@ -8,9 +9,11 @@
 mod axis;
 mod bars;
 mod curves;
+mod stage;
 mod svg;
 mod timeline;
 
 pub use bars::{Bar, bars};
 pub use curves::{Curve, cdf, lines};
+pub use stage::work_before;
 pub use timeline::{Span, timeline};

@@ -2,9 +2,11 @@
 
 use std::fmt::Write;
 
-/// Okabe and Ito's colours, which people with any colour vision can tell apart, darkest first.
-pub(crate) const COLOURS: [&str; 8] =
-    ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#666666", "#b8a800"];
+/// Okabe and Ito's colours, then four of Tol's: people with any colour vision can tell them apart.
+const COLOURS: [&str; 12] = [
+    "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#666666", "#b8a800", "#332288",
+    "#882255", "#44aa99", "#117733",
+];
 
 /// Where a text stands relative to its point.
 #[derive(Clone, Copy)]
@@ -100,7 +102,7 @@ pub(crate) fn colour(index: usize) -> &'static str {
 
 /// Pixels that a text of the plots' size takes, nearly.
 pub(crate) fn text_width(text: &str) -> f64 {
-    text.chars().count() as f64 * 6.8
+    text.chars().count() as f64 * 7.0
 }
 
 fn escape(text: &str) -> String {

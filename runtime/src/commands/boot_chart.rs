@@ -8,7 +8,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use coffer_chart::{Span, timeline};
+use coffer_chart::{Span, timeline, work_before};
 use serde::Deserialize;
 
 use crate::{
@@ -75,32 +75,13 @@ fn last_start(text: &str) -> Vec<(String, u64)> {
     stages
 }
 
-/// What happens before a stage is reached, and who does it.
-fn before(stage: &str) -> (&str, &'static str) {
-    match stage {
-        "image-checked" => ("read and check the image", "coffer-vmm"),
-        "vm-created" => ("make the VM", "coffer-vmm"),
-        "memory-loaded" => ("map memory, load the image", "coffer-vmm"),
-        "vcpus-set" => ("make processors", "coffer-vmm"),
-        "devices-made" => ("make devices", "coffer-vmm"),
-        "first-run" => ("start threads", "coffer-vmm"),
-        "shim-entry" => ("first entry into the guest", "coffer-vmm"),
-        "kernel-entry" => ("shim", "shim"),
-        "init-entry" => ("kernel", "kernel"),
-        "init-ready" => ("init: mounts, network, vsock", "init"),
-        "container-created" => ("wait for create; namespaces, mounts, cgroup", "container"),
-        "container-started" => ("wait for start; let it go", "container"),
-        other => (other, "other"),
-    }
-}
-
 fn spans(stages: &[(String, u64)]) -> Vec<Span> {
     let origin = stages.first().map_or(0, |s| s.1);
     let ms = |ns: u64| ns.saturating_sub(origin) as f64 / 1e6;
     stages
         .windows(2)
         .map(|pair| {
-            let (name, owner) = before(&pair[1].0);
+            let (name, owner) = work_before(&pair[1].0);
             // A clock that runs backwards is a broken trace, not a reason to draw backwards.
             let (from_ms, to_ms) = (ms(pair[0].1), ms(pair[1].1).max(ms(pair[0].1)));
             Span { name: name.to_owned(), owner: owner.to_owned(), from_ms, to_ms }

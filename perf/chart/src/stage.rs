@@ -1,0 +1,22 @@
+//! The stages of a start, in words.
+
+/// What is done until a stage of the VMM's trace is reached, and by whom. A stage that is not known has its own name.
+#[must_use]
+pub fn work_before(stage: &str) -> (&str, &'static str) {
+    match stage {
+        "process-entry" => ("exec", "coffer-vmm"),
+        "image-checked" => ("read and check the image", "coffer-vmm"),
+        "vm-created" => ("make the VM", "coffer-vmm"),
+        "memory-loaded" => ("map memory, load the image", "coffer-vmm"),
+        "vcpus-set" => ("make processors", "coffer-vmm"),
+        "devices-made" => ("make devices", "coffer-vmm"),
+        "first-run" => ("start threads", "coffer-vmm"),
+        "shim-entry" => ("first entry into the guest", "coffer-vmm"),
+        "kernel-entry" => ("shim", "shim"),
+        "init-entry" => ("kernel", "kernel"),
+        "init-ready" => ("init: mounts, network, vsock", "init"),
+        "container-created" => ("wait for create; namespaces, mounts, cgroup", "container"),
+        "container-started" => ("wait for start; let it go", "container"),
+        other => (other, "other"),
+    }
+}
