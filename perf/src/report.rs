@@ -142,7 +142,7 @@ pub fn plots(directory: &Path, records: &[Record]) -> io::Result<Vec<String>> {
     if !stacked.is_empty() {
         write(
             "stages.svg".into(),
-            bars("Where the time goes, median of each stage", "ms from exec of the VMM", &stacked),
+            bars("Where the time goes, median of each stage", "ms from the exec", &stacked),
         )?;
     }
     let slopes = slopes(&groups);
@@ -161,7 +161,10 @@ pub fn plots(directory: &Path, records: &[Record]) -> io::Result<Vec<String>> {
 /// A bar for each runtime whose stages are known; for the others one part up to PID 1.
 fn stage_bars(group: &Group, runtimes: &Runtimes<'_>) -> Vec<Bar> {
     let bar = |(kind, list): &(Kind, Vec<&Record>)| {
-        let name = format!("{} {} {} MiB", kind.word(), group.image, group.memory_mib);
+        let name = [kind.word(), group.image.as_str(), group.class.word()]
+            .map(str::trim)
+            .join(" ")
+            .replace("  ", " ");
         let names: Vec<&str> = list.first()?.stages.iter().map(|s| s.stage.as_str()).collect();
         let mut parts = Vec::new();
         for (index, stage) in names.iter().enumerate() {
@@ -173,7 +176,8 @@ fn stage_bars(group: &Group, runtimes: &Runtimes<'_>) -> Vec<Bar> {
             parts.push((work_before(stage).0.to_owned(), samples.median()));
         }
         if parts.is_empty() {
-            parts.push((Window::Pid1.words().to_owned(), window(list, Window::Pid1)?.median()));
+            let which = if group.image.is_empty() { Window::Output } else { Window::Pid1 };
+            parts.push((which.words().to_owned(), window(list, which)?.median()));
         }
         Some(Bar { name, parts })
     };

@@ -17,6 +17,8 @@ pub fn work_before(stage: &str) -> (&str, &'static str) {
         "init-ready" => ("init: mounts, network, vsock", "init"),
         "container-created" => ("wait for create; namespaces, mounts, cgroup", "container"),
         "container-started" => ("wait for start; let it go", "container"),
+        "orderly-end" => ("the container runs", "container"),
+        "ended" => ("the VM ends", "coffer-vmm"),
         other => (other, "other"),
     }
 }
