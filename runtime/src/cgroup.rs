@@ -7,7 +7,7 @@ use std::{
     fs,
     path::{Path, PathBuf},
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use oci_spec::runtime::{LinuxResources, Spec};
@@ -101,14 +101,26 @@ pub fn join(path: &Path, pid: i32) -> Result<(), Error> {
         .map_err(host(format!("join cgroup {}", path.display())))
 }
 
-/// Removes it once it is empty. One that somebody else uses stays.
+/// How long processes of ours may take to leave.
+const LEAVE_LIMIT: Duration = Duration::from_secs(10);
+
+/// Removes it once those processes that are ours have left. One that somebody else uses stays.
 pub fn remove(path: &Path) {
-    for _ in 0..50 {
-        match fs::remove_dir(path) {
-            Err(e) if e.raw_os_error() == Some(libc::EBUSY) => thread::sleep(Duration::from_millis(2)),
-            _ => return,
+    let began = Instant::now();
+    while let Err(e) = fs::remove_dir(path) {
+        let busy = e.raw_os_error() == Some(libc::EBUSY);
+        if !busy || began.elapsed() > LEAVE_LIMIT || !holds_ours(path) {
+            return;
         }
+        thread::sleep(Duration::from_millis(2));
     }
+}
+
+/// A process that ends has no name any more, but is still in its cgroup: it counts.
+fn holds_ours(path: &Path) -> bool {
+    let pids = fs::read_to_string(path.join("cgroup.procs")).unwrap_or_default();
+    let name = |pid: &str| fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+    pids.trim().is_empty() || pids.lines().any(|pid| matches!(name(pid).trim(), "" | "coffer" | "coffer-vmm"))
 }
 
 #[cfg(test)]

@@ -106,6 +106,9 @@ pub fn vmm(start: &Start<'_>) -> Result<Child, Error> {
     let network =
         start.network.map(File::open).transpose().map_err(host("open the pod's network namespace"))?;
     let binds = start.plan.binds.clone();
+    // exec's own pipe carries a number only: the words go into a file.
+    let problem = start.directory.file("problem");
+    let words = problem.clone();
     let set_up = move || {
         nix::unistd::setsid()?;
         if let Some(network) = &network {
@@ -116,8 +119,17 @@ pub fn vmm(start: &Start<'_>) -> Result<Child, Error> {
         inherit_only(&kept)
     };
     // SAFETY: between fork and exec of a process with one thread; allocation is safe there.
-    unsafe { command.pre_exec(set_up) };
-    command.spawn().map_err(host(format!("start {}", start.home.vmm().display())))
+    unsafe {
+        command.pre_exec(move || {
+            set_up().inspect_err(|e| {
+                let _ = fs::write(&words, e.to_string());
+            })
+        })
+    };
+    command.spawn().map_err(|error| match fs::read_to_string(&problem) {
+        Ok(words) => Error::State(format!("prepare the VMM's files and network: {words}")),
+        Err(_) => host(format!("start {}", start.home.vmm().display()))(error),
+    })
 }
 
 /// Lets exec keep these descriptors and no other: callers leak sockets of published ports and more.

@@ -151,7 +151,10 @@ impl Machine {
             ))
         })?;
         if kvm.get_api_version() != KVM_API_VERSION as i32 {
-            return Err(MachineError::Kvm(format!("KVM API version {}", kvm.get_api_version())));
+            return Err(MachineError::Kvm(format!(
+                "/dev/kvm is not KVM's: API version {} where {KVM_API_VERSION} is wanted",
+                kvm.get_api_version()
+            )));
         }
         let vm = kvm.create_vm().map_err(kvm_error("KVM_CREATE_VM"))?;
         vm.set_tss_address(TSS_ADDRESS).map_err(kvm_error("KVM_SET_TSS_ADDR"))?;

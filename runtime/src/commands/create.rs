@@ -64,6 +64,13 @@ pub(super) fn create(call: &Call, root: &Path) -> Result<(), Error> {
     if !plan.rootfs.is_dir() {
         return Err(Error::Bundle(format!("root file system {} is not a directory", plan.rootfs.display())));
     }
+    if let Some(bind) = plan.binds.iter().find(|b| !b.source.exists()) {
+        return Err(Error::Bundle(format!(
+            "config.json: mounts: source {} is not there",
+            bind.source.display()
+        )));
+    }
+    super::collect(root);
     let directory = Directory::of(root, &id)?;
     directory.create()?;
     let share = vm.as_ref().zip(share).map(|(vm, name)| vm.directory.file("share").join(name));

@@ -30,6 +30,7 @@ fn pid(record: &Record, status: Status) -> i32 {
 /// All containers of a root directory.
 pub(super) fn list(call: &Call, root: &Path) -> Result<i32, Error> {
     let json_wanted = wants_json(call)?;
+    super::collect(root);
     let all: Vec<_> = state::all(root).into_iter().map(|(d, r)| (d.status(&r), r)).collect();
     let mut out = std::io::stdout().lock();
     if call.has("quiet") {

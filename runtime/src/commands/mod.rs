@@ -195,6 +195,16 @@ fn forgotten(directory: &Directory, id: &str) {
     }
 }
 
+/// Removes what nobody will ask for any more: containers that have stopped and whose bundle is gone, because their caller was
+/// killed before it could delete them.
+fn collect(root: &Path) {
+    for (directory, record) in state::all(root) {
+        if directory.status(&record) == Status::Stopped && !record.bundle.join("config.json").exists() {
+            let _ = delete(root, &record.id, true);
+        }
+    }
+}
+
 fn freeze(root: &Path, id: &str, frozen: bool) -> Result<(), Error> {
     let (directory, record) = find(root, id)?;
     match (directory.status(&record), frozen) {
@@ -214,4 +224,31 @@ fn spec(call: &Call) -> Result<(), Error> {
     }
     let text = serde_json::to_vec_pretty(&Spec::default()).map_err(|e| Error::State(e.to_string()))?;
     state::write_whole(&path, &text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pid::Pid;
+
+    #[test]
+    fn what_stopped_is_collected_only_when_its_bundle_is_gone() {
+        let root = tempfile::tempdir().unwrap();
+        let bundle = tempfile::tempdir().unwrap();
+        std::fs::write(bundle.path().join("config.json"), "{}").unwrap();
+        let gone = Pid { pid: i32::MAX, start: 1 };
+        let me = Pid::of(std::process::id() as i32).unwrap();
+        for (id, kept, stub) in [("kept", true, gone), ("orphan", false, gone), ("alive", false, me)] {
+            let directory = Directory::of(root.path(), id).unwrap();
+            directory.create().unwrap();
+            let record = serde_json::json!({
+                "id": id, "oci_version": "1.0.2", "rootfs": "/", "annotations": {}, "created": "", "cgroup": null,
+                "bundle": if kept { bundle.path() } else { Path::new("/no/such/bundle") }, "stub": stub, "vmm": gone,
+            });
+            directory.write(&serde_json::from_value(record).unwrap()).unwrap();
+        }
+        collect(root.path());
+        let left: Vec<_> = state::all(root.path()).into_iter().map(|(_, record)| record.id).collect();
+        assert_eq!(left, ["alive", "kept"]);
+    }
 }
