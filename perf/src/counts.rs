@@ -94,6 +94,24 @@ fn figures(entry: &Entry) -> Figures {
     );
     // The second mark of PID 1 is its last before it waits for the host.
     take("mark-1", &[("program", "instructions-init-until-ready")]);
+    // With a container, the third is its making and the fourth its start.
+    for (stage, name) in [("mark-2", "created"), ("mark-3", "started")] {
+        if let Some(sums) = entry.stages.iter().find(|s| s.stage == stage) {
+            for (from, whose) in [("program", "guest-programs"), ("kernel", "kernel")] {
+                if let Some(count) = sums.counts.get(from) {
+                    figures.insert(format!("instructions-{whose}-until-{name}"), *count);
+                }
+            }
+        }
+    }
+    // The whole of a runtime's run: its own programs and the host's kernel for them.
+    if let Some(sums) = find("end") {
+        for (from, whose) in [("host-program", "host-programs"), ("host-kernel", "host-kernel")] {
+            if let Some(count) = sums.counts.get(from) {
+                figures.insert(format!("instructions-{whose}-in-all"), *count);
+            }
+        }
+    }
     if let (Some(from), Some(to)) = (find("pid1-first-instruction"), find("mark-1"))
         && let (Some(from), Some(to)) = (from.counts.get("kernel"), to.counts.get("kernel"))
     {
@@ -113,13 +131,18 @@ mod tests {
         end();
         let text = r#"{"stages":[{"stage":"kernel-first-instruction","guest-entries":5,"firmware":7,"host-program":3,"host-kernel":4},
             {"stage":"pid1-first-instruction","guest-entries":50,"firmware":7,"kernel":100,"host-program":5,"host-kernel":9},
-            {"stage":"mark-0","program":1},{"stage":"mark-1","program":11,"kernel":160}]}"#
+            {"stage":"mark-0","program":1},{"stage":"mark-1","program":11,"kernel":160},
+            {"stage":"mark-2","program":12,"kernel":161},{"stage":"end","host-kernel":99}]}"#
             .replace('\n', "");
         let all = parse(&text).unwrap();
         let figure = |name: &str| all[0][name];
         assert_eq!((figure("instructions-firmware"), figure("instructions-kernel")), (7, 100));
         assert_eq!(figure("instructions-kernel-for-init-until-ready"), 60);
         assert_eq!(figure("guest-entries-until-pid1"), 50);
+        assert_eq!(
+            (figure("instructions-kernel-until-created"), figure("instructions-host-kernel-in-all")),
+            (161, 99)
+        );
         assert!(parse("{\"stages\":[]}\nx").unwrap_err().to_string().contains("line 2"));
     }
 
