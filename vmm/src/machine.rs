@@ -71,8 +71,12 @@ pub enum MachineError {
     Emulated(#[from] StartError),
     #[error("no usable KVM: {0}")]
     Kvm(String),
-    #[error("--tee {0} cannot be started by this build of coffer-vmm")]
-    Tee(&'static str),
+    #[error("this host cannot start SEV-SNP guests:\n  {}", .0.join("\n  "))]
+    NoSnp(Vec<String>),
+    #[error(
+        "--tee snp: the launch on hardware is planned and tested, but not tied to KVM in this build of coffer-vmm"
+    )]
+    SnpNotTied,
     #[error(transparent)]
     Vcpu(#[from] VcpuError),
     #[error(transparent)]
@@ -95,7 +99,8 @@ impl MachineError {
     pub fn code(&self) -> u8 {
         match self {
             Self::Open { .. } | Self::Image { .. } | Self::Launch { .. } | Self::Plan { .. } => 65,
-            Self::Kvm(_) | Self::Vcpu(_) | Self::Tee(_) | Self::Emulated(_) => 69,
+            Self::Kvm(_) | Self::Vcpu(_) | Self::SnpNotTied | Self::Emulated(_) => 69,
+            Self::NoSnp(_) => 78,
             Self::Memory(_) => 73,
             Self::Device(_) | Self::Vsock(_) | Self::Fs(_) | Self::Net(_) | Self::Host { .. } => 74,
         }
@@ -240,7 +245,10 @@ fn plan(args: &Args, image: &[u8], path: &str) -> Result<Planned, MachineError> 
             let plan = launch::plan(&read(igvm::Platform::Native)?, &ram, args.vcpus, image);
             plan.map(Planned::Plain).map_err(|source| MachineError::Launch { path: path.to_owned(), source })
         }
-        Tee::Snp => Err(MachineError::Tee("snp")),
+        Tee::Snp => match snp::preflight::judge(&snp::preflight::facts()) {
+            missing if missing.is_empty() => Err(MachineError::SnpNotTied),
+            missing => Err(MachineError::NoSnp(missing)),
+        },
         Tee::SnpEmulated => {
             let options = snp::plan::Options {
                 ram: &ram,

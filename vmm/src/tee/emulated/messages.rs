@@ -186,3 +186,127 @@ fn seal(key: &[u8; 32], page: &mut [u8; PAGE as usize], sequence: u64, text: &[u
     page[..TAG].copy_from_slice(tag);
     Some(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use sev::{
+        certs::snp::{Chain as SevChain, Verifiable},
+        firmware::guest::AttestationReport,
+        parser::ByteParser,
+    };
+
+    fn processor() -> (tempfile::TempDir, SecurityProcessor) {
+        let directory = tempfile::tempdir().unwrap();
+        let mut processor = SecurityProcessor::new(directory.path().join("root"), None, 0x00a0_0f11).unwrap();
+        processor.guest.digest = [0xd1; 48];
+        processor.guest.host_data = [0x4d; 32];
+        processor.guest.policy = 0x30000;
+        (directory, processor)
+    }
+
+    /// A request as Linux's sev-guest driver makes it (`struct snp_guest_msg_hdr`).
+    fn request(key: &[u8; 32], number: u8, sequence: u64, kind: u8, text: &[u8]) -> Box<[u8; PAGE as usize]> {
+        let mut page = Box::new([0; PAGE as usize]);
+        page[32..40].copy_from_slice(&sequence.to_le_bytes());
+        (page[48], page[49], page[50], page[52], page[53], page[60]) = (1, 1, 96, kind, 1, number);
+        page[54..56].copy_from_slice(&(text.len() as u16).to_le_bytes());
+        seal(key, &mut page, sequence, text).unwrap();
+        page
+    }
+
+    fn read(key: &[u8; 32], page: &[u8; PAGE as usize], sequence: u64) -> Vec<u8> {
+        let size = usize::from(u16::from_le_bytes([page[54], page[55]]));
+        assert_eq!(page[32..40], sequence.to_le_bytes());
+        open(key, page, sequence, size).unwrap()
+    }
+
+    fn certificates(table: &[u8]) -> Vec<&[u8]> {
+        let number = |at: usize| u32::from_le_bytes(table[at..at + 4].try_into().unwrap()) as usize;
+        let entries = (0..).map(|i| i * 24).take_while(|at| number(at + 20) != 0);
+        entries.map(|at| &table[number(at + 16)..][..number(at + 20)]).collect()
+    }
+
+    /// The `sev` crate is the judge: chain, signature, and each field where it looks for it.
+    #[test]
+    fn the_sev_crate_verifies_a_report_and_its_chain() {
+        let (_directory, mut processor) = processor();
+        let key = processor.guest.message_keys[0];
+        let mut text = [0; 96];
+        text[..64].copy_from_slice(&[0x5a; 64]);
+        let reply = processor.answer(&request(&key, 0, 1, 5, &text)).unwrap();
+        assert_eq!((reply[52], reply[53]), (6, 1));
+        let reply = read(&key, &reply, 2);
+        assert_eq!(reply[..8], [0, 0, 0, 0, 0xa0, 4, 0, 0]);
+        let bytes: [u8; report::REPORT] = reply[32..].try_into().unwrap();
+        let report = AttestationReport::from_bytes(&bytes).unwrap();
+        assert_eq!((report.version, report.policy.0, report.vmpl), (3, 0x30000, 0));
+        assert_eq!(report.measurement[..], [0xd1; 48]);
+        assert_eq!(report.host_data[..], [0x4d; 32]);
+        assert_eq!(report.report_data[..], [0x5a; 64]);
+        let table = processor.certificates().unwrap();
+        let [vcek, ask, ark] = certificates(&table)[..] else { panic!("not three certificates") };
+        let chain = SevChain::from_der(ark, ask, vcek).unwrap();
+        (&chain, &report).verify().unwrap();
+        // A changed report is none.
+        let mut changed = bytes;
+        changed[0x90] ^= 1;
+        assert!((&chain, &AttestationReport::from_bytes(&changed).unwrap()).verify().is_err());
+    }
+
+    #[test]
+    fn the_root_is_made_once_and_names_itself_a_development_one() {
+        let (directory, mut processor) = processor();
+        let table = processor.certificates().unwrap();
+        let again = Chain::open(&directory.path().join("root")).unwrap();
+        assert_eq!(again.table(), table);
+        let ark = certificates(&table)[2];
+        let name = b"ARK-COFFER-DEVELOPMENT";
+        assert!(ark.windows(name.len()).any(|w| w == name));
+    }
+
+    #[test]
+    fn messages_that_are_repeated_forged_or_malformed_get_a_status() {
+        let (_directory, mut processor) = processor();
+        let key = processor.guest.message_keys[1];
+        let good = request(&key, 1, 1, 3, &{
+            let mut text = [0; 32];
+            text[16] = 1;
+            text
+        });
+        let mut forged = good.clone();
+        forged[100] ^= 1;
+        assert_eq!(processor.answer(&forged).unwrap_err(), status::BAD_SIGNATURE);
+        assert!(processor.answer(&good).is_ok());
+        assert_eq!(processor.answer(&good).unwrap_err(), status::AEAD_OFLOW);
+        for (at, value) in [(48, 2), (49, 0), (50, 95), (55, 0xff), (60, 4)] {
+            let mut page = request(&key, 1, 3, 3, &[0; 32]);
+            page[at] = value;
+            assert_eq!(processor.answer(&page).unwrap_err(), status::INVALID_PARAM, "{at}");
+        }
+        // VMPL 0 is out of reach for the key of VMPL 1, and kinds that there are not.
+        assert_eq!(processor.answer(&request(&key, 1, 3, 3, &[0; 32])).unwrap_err(), status::INVALID_PARAM);
+        assert_eq!(processor.answer(&request(&key, 1, 3, 9, &[0; 32])).unwrap_err(), status::INVALID_PARAM);
+    }
+
+    #[test]
+    fn derived_keys_depend_on_what_was_asked_for() {
+        let (_directory, mut processor) = processor();
+        let key = processor.guest.message_keys[0];
+        let mut sequence = 1;
+        let mut derive = |processor: &mut SecurityProcessor, fields: u8| {
+            let mut text = [0; 32];
+            text[8] = fields;
+            let reply = processor.answer(&request(&key, 0, sequence, 3, &text)).unwrap();
+            sequence += 2;
+            read(&key, &reply, sequence - 1)[32..].to_vec()
+        };
+        let plain = derive(&mut processor, 0);
+        let measured = derive(&mut processor, 8);
+        assert_eq!(derive(&mut processor, 0), plain);
+        assert_ne!(plain, measured);
+        processor.guest.digest[0] ^= 1;
+        assert_eq!(derive(&mut processor, 0), plain);
+        assert_ne!(derive(&mut processor, 8), measured);
+    }
+}

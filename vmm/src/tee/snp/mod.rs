@@ -7,5 +7,6 @@ pub mod cpuid;
 pub mod digest;
 pub mod launch;
 pub mod plan;
+pub mod preflight;
 pub mod status;
 pub mod vmsa;
