@@ -32,7 +32,10 @@ fn grouped(records: &[Record]) -> BTreeMap<Group, Runtimes<'_>> {
 }
 
 fn window(records: &[&Record], window: Window) -> Option<Samples> {
-    Samples::new(records.iter().filter_map(|r| r.windows.get(&window).copied()).collect())
+    // Nothing happens in no time: a 0 is from a clock that is not ours.
+    Samples::new(
+        records.iter().filter_map(|r| r.windows.get(&window).copied()).filter(|ms| *ms > 0.0).collect(),
+    )
 }
 
 /// The whole summary as Markdown. Times are left out when instructions were counted: the plugin slows everything down.
