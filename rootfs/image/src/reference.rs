@@ -56,10 +56,11 @@ impl FromStr for Reference {
 
 impl fmt::Display for Reference {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}", self.path.display())?;
-        if let Some(tag) = &self.tag {
-            write!(f, ":{tag}")?;
-        }
+        let tag = self.tag.as_ref().map(|tag| format!(":{tag}")).unwrap_or_default();
+        let text = format!("{}{tag}", self.path.display());
+        // A directory whose own name begins so needs the scheme before it.
+        f.write_str(if text.starts_with("oci:") { "oci:" } else { "" })?;
+        f.write_str(&text)?;
         if let Some(digest) = &self.digest {
             write!(f, "@{digest}")?;
         }
@@ -83,6 +84,11 @@ mod tests {
         assert_eq!(r.to_string(), all);
         let r: Reference = "dir:x/layout".parse().unwrap();
         assert_eq!((r.path.to_str(), r.tag), (Some("dir:x/layout"), None));
+        // Found by fuzzing: what is shown must read back as itself.
+        for text in ["oci:oci:a", "oci:oci:/a/a"] {
+            let r: Reference = text.parse().unwrap();
+            assert_eq!(r.to_string().parse(), Ok(r));
+        }
         for bad in ["", ":tag", "a:", "a:b c", "a@sha256:00", "@"] {
             assert!(bad.parse::<Reference>().is_err(), "{bad}");
         }

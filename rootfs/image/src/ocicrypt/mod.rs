@@ -61,6 +61,9 @@ pub struct LayerKey {
     pub hmac: [u8; 32],
 }
 
+/// What a key travels in: wiped when it is dropped.
+pub type KeyBytes = Zeroizing<Vec<u8>>;
+
 /// Gives keys to open wraps with.
 pub trait KeySource {
     /// The key that a packet's `kid` names, `kbs:///repository/type/tag`: 32 bytes for A256GCM.
