@@ -21,11 +21,11 @@ use crate::{
     record::{Stage, Window},
 };
 
-/// Makes a bundle whose container is `program`, a static executable.
+/// Makes a bundle whose container is `program`, a static executable; a guest that it gets has `memory_mib`.
 ///
 /// # Errors
 /// The system's.
-pub fn make_bundle(directory: &Path, program: &Path, trace: &Path) -> Result<(), BootError> {
+pub fn make_bundle(directory: &Path, program: &Path, trace: &Path, memory_mib: u64) -> Result<(), BootError> {
     let root = directory.join("rootfs");
     for name in ["bin", "proc", "dev", "sys", "tmp"] {
         fs::create_dir_all(root.join(name)).map_err(system("make the bundle"))?;
@@ -46,7 +46,10 @@ pub fn make_bundle(directory: &Path, program: &Path, trace: &Path) -> Result<(),
             { "destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "mode=755"] }
         ],
         "linux": { "namespaces": namespaces },
-        "annotations": { "io.coffer.trace": trace.display().to_string() }
+        "annotations": {
+            "io.coffer.trace": trace.display().to_string(),
+            "io.coffer.memory-mib": memory_mib.to_string()
+        }
     });
     fs::write(directory.join("config.json"), config.to_string()).map_err(system("write config.json"))
 }
@@ -159,7 +162,7 @@ mod tests {
         fs::write(&runtime, "#!/bin/sh\nread up idle </proc/uptime\necho 1${up%.*}000000000\nsleep 0.05\n")
             .unwrap();
         fs::set_permissions(&runtime, fs::Permissions::from_mode(0o755)).unwrap();
-        make_bundle(&directory.path().join("bundle"), &runtime, Path::new("/t")).unwrap();
+        make_bundle(&directory.path().join("bundle"), &runtime, Path::new("/t"), 128).unwrap();
         let config = fs::read(directory.path().join("bundle/config.json")).unwrap();
         let config: serde_json::Value = serde_json::from_slice(&config).unwrap();
         assert_eq!(config["annotations"]["io.coffer.trace"], "/t");

@@ -136,7 +136,7 @@ fn start(
         }
         _ => {
             let trace = directory.join("trace");
-            container::make_bundle(&directory.join("bundle"), setting.stamp, &trace)?;
+            container::make_bundle(&directory.join("bundle"), setting.stamp, &trace, cell.memory_mib)?;
             let id = format!("bench-{}-{index}", std::process::id());
             container::measure(runtime.kind, &runtime.program, directory, &id, setting.limit)
         }
