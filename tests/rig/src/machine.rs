@@ -58,8 +58,9 @@ pub(crate) fn command(
     let mut argv: Vec<String> = Vec::new();
     let mut add = |words: &[&str]| argv.extend(words.iter().map(|w| (*w).to_owned()));
     add(&["qemu-system-x86_64", "-M", "q35", "-accel", "tcg,thread=multi,tb-size=512"]);
-    // EPYC is the CPU model that the software CPU implements best; newer ones cost time and bring nothing.
-    add(&["-cpu", "EPYC,+svm,+npt"]);
+    // EPYC is the CPU model that the software CPU implements best; newer ones cost time and bring nothing. Guest physical
+    // addresses have 48 bits, the most that its nested paging takes: emulated TEEs have their C-bit or shared bit at 47.
+    add(&["-cpu", "EPYC,+svm,+npt,phys-bits=48"]);
     add(&["-smp", &run.processors.to_string(), "-m", &run.memory_mib.to_string()]);
     add(&["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]);
     add(&["-serial", &format!("file:{}/console", state.display())]);
