@@ -174,7 +174,10 @@ fn become_program(
     let argument =
         |text: &String| CString::new(text.as_bytes()).map_err(|e| ContainerError::guest("argument", e));
     let args = process.args().iter().flatten().map(argument).collect::<Result<Vec<_>, _>>()?;
-    let env = process.env().iter().flatten().map(argument).collect::<Result<Vec<_>, _>>()?;
+    let mut env = process.env().iter().flatten().map(argument).collect::<Result<Vec<_>, _>>()?;
+    if !process.env().iter().flatten().any(|e| e.starts_with("HOME=")) {
+        env.push(argument(&format!("HOME={}", security::home(process.user().uid())))?);
+    }
     reset_signals();
     let path = CString::new(std::os::unix::ffi::OsStrExt::as_bytes(program.as_os_str()))
         .map_err(|e| ContainerError::guest("program", e))?;

@@ -96,6 +96,24 @@ pub(super) fn identity(process: &Process) -> Result<(), ContainerError> {
         .map_err(caps_failed("set ambient capabilities"))
 }
 
+/// Most bytes of a container's passwd that are looked at.
+const MOST_PASSWD: u64 = 1 << 20;
+
+/// The home directory of a user by the container's own passwd, as runc sets it where the configuration does not.
+pub(super) fn home(uid: u32) -> String {
+    let mut text = Vec::new();
+    if let Ok(file) = fs::File::open("/etc/passwd") {
+        let _ = std::io::Read::read_to_end(&mut std::io::Read::take(file, MOST_PASSWD), &mut text);
+    }
+    home_in(&String::from_utf8_lossy(&text), uid).unwrap_or_else(|| "/".to_owned())
+}
+
+fn home_in(passwd: &str, uid: u32) -> Option<String> {
+    let mut lines = passwd.lines().map(|l| l.split(':').collect::<Vec<_>>());
+    let line = lines.find(|f| f.get(2).and_then(|u| u.parse().ok()) == Some(uid))?;
+    line.get(5).filter(|home| !home.is_empty() && !home.contains('\0')).map(|home| (*home).to_owned())
+}
+
 /// No new privileges, and the filter. Last: the filter may forbid anything above.
 pub(super) fn filter(spec: &Spec, process: &Process) -> Result<(), ContainerError> {
     let profile = spec.linux().as_ref().and_then(|l| l.seccomp().as_ref());
@@ -106,4 +124,16 @@ pub(super) fn filter(spec: &Spec, process: &Process) -> Result<(), ContainerErro
         }
     }
     profile.map_or(Ok(()), seccomp::install)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::home_in;
+
+    #[test]
+    fn a_users_home_is_its_lines_sixth_field() {
+        let text = "root:x:0:0:root:/root:/bin/sh\nbroken\nnone:x:5:5::\napp:x:1000:1000::/srv:/bin/sh\n";
+        assert_eq!(home_in(text, 1000).as_deref(), Some("/srv"));
+        assert_eq!((home_in(text, 7), home_in(text, 5)), (None, None));
+    }
 }

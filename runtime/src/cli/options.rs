@@ -4,6 +4,7 @@
 pub(super) type Flag = (&'static str, &'static [&'static str], bool);
 
 const BUNDLE: Flag = ("bundle", &["-b"], true);
+const CONFIG: Flag = ("config", &["-f"], true);
 const CONSOLE: Flag = ("console-socket", &[], true);
 const PID_FILE: Flag = ("pid-file", &[], true);
 const PRESERVE: Flag = ("preserve-fds", &[], true);
@@ -20,6 +21,7 @@ pub(super) fn of(command: &str) -> Option<&'static [Flag]> {
         }
         "run" => &[
             BUNDLE,
+            CONFIG,
             CONSOLE,
             PID_FILE,
             PRESERVE,

@@ -40,7 +40,15 @@ use crate::{
 pub(super) fn create(call: &Call, root: &Path) -> Result<(), Error> {
     let id = call.id()?.to_owned();
     let bundle = std::path::absolute(call.value("bundle").unwrap_or(".")).map_err(host("find the bundle"))?;
-    let mut plan = plan::plan(&bundle, &id, &config(&bundle)?)?;
+    let path = bundle.join(call.value("config").unwrap_or("config.json"));
+    let text = std::fs::read(&path).map_err(|e| Error::Bundle(format!("{}: {e}", path.display())))?;
+    let mut plan = plan::plan(&bundle, &id, &text)?;
+    if call.value("preserve-fds").is_some_and(|n| n != "0") {
+        return Err(Error::Usage(format!(
+            "{}: --preserve-fds: open files of the host cannot be given to a VM",
+            call.command
+        )));
+    }
     pod::sweep(root);
     let vm = pod::find(root, &plan.spec, &id);
     let share = vm.as_ref().map(|_| {
@@ -49,7 +57,7 @@ pub(super) fn create(call: &Call, root: &Path) -> Result<(), Error> {
         format!("{id}.{}", elapsed.as_nanos())
     });
     if let Some(name) = &share {
-        plan = plan::plan(&bundle, name, &config(&bundle)?)?;
+        plan = plan::plan(&bundle, name, &text)?;
     }
     let console = call.value("console-socket").map(PathBuf::from);
     if call.global.systemd_cgroup {
@@ -73,6 +81,7 @@ pub(super) fn create(call: &Call, root: &Path) -> Result<(), Error> {
     super::collect(root);
     let directory = Directory::of(root, &id)?;
     directory.create()?;
+    state::write_whole(&directory.file("config.json"), &text)?;
     let share = vm.as_ref().zip(share).map(|(vm, name)| vm.directory.file("share").join(name));
     let made = Making { root, plan: &plan, directory: &directory, bundle, id: &id, vm, share }
         .all(console.as_deref());
@@ -102,7 +111,7 @@ pub(super) fn run(call: &Call, root: &Path) -> Result<i32, Error> {
         return Ok(0);
     }
     let wants_terminal =
-        plan::wants_terminal(&config(&record.bundle)?) && call.value("console-socket").is_none();
+        plan::wants_terminal(&config(&Directory::of(root, id)?)?) && call.value("console-socket").is_none();
     let terminal = if wants_terminal { foreground::terminal()? } else { None };
     let code = record.stub.map_or(Ok(0), |stub| foreground::wait(stub.pid, terminal));
     if !call.has("keep") {

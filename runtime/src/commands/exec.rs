@@ -38,8 +38,13 @@ pub(super) fn exec(call: &Call, root: &Path) -> Result<i32, Error> {
         }
         Status::Stopped => return Err(Error::State("cannot exec in a stopped container".into())),
     }
+    if call.value("preserve-fds").is_some_and(|n| n != "0") {
+        return Err(Error::Usage(
+            "exec: --preserve-fds: open files of the host cannot be given to a VM".into(),
+        ));
+    }
     let owner = record.stub.ok_or(Error::NotRunning)?;
-    let process = process(call, &record.bundle)?;
+    let process = process(call, &directory)?;
     let wants_terminal = process["terminal"].as_bool().unwrap_or(false) || call.has("tty");
     let console = call.value("console-socket").map(PathBuf::from);
     if wants_terminal && call.has("detach") && console.is_none() {

@@ -81,9 +81,10 @@ fn find(root: &Path, id: &str) -> Result<(Directory, Record), Error> {
     Ok((directory, record))
 }
 
-fn config(bundle: &Path) -> Result<Vec<u8>, Error> {
-    std::fs::read(bundle.join("config.json"))
-        .map_err(|e| Error::Bundle(format!("{}: {e}", bundle.join("config.json").display())))
+/// The configuration as it was when the container was made: later changes of the bundle have no effect.
+fn config(directory: &Directory) -> Result<Vec<u8>, Error> {
+    let path = directory.file("config.json");
+    std::fs::read(&path).map_err(|e| Error::Bundle(format!("{}: {e}", path.display())))
 }
 
 fn start(root: &Path, id: &str) -> Result<(), Error> {
@@ -94,7 +95,7 @@ fn start(root: &Path, id: &str) -> Result<(), Error> {
         Status::Paused => return Err(Error::State("cannot start a container in the paused state".into())),
         Status::Running => return Err(Error::State("cannot start an already running container".into())),
     }
-    let spec: Spec = serde_json::from_slice(&config(&record.bundle)?)
+    let spec: Spec = serde_json::from_slice(&config(&directory)?)
         .map_err(|e| Error::Bundle(format!("config.json: {e}")))?;
     // What came into the network namespace since create.
     if let Some(stub) = record.stub
@@ -162,6 +163,7 @@ fn delete(root: &Path, id: &str, force: bool) -> Result<(), Error> {
     if let Some(path) = &record.cgroup {
         cgroup::remove(path);
     }
+    let spec = config(&directory).ok().and_then(|c| serde_json::from_slice::<Spec>(&c).ok());
     match (others, &record.share) {
         (false, _) => directory.remove()?,
         (true, Some(_)) => {
@@ -175,7 +177,6 @@ fn delete(root: &Path, id: &str, force: bool) -> Result<(), Error> {
         }
     }
     pod::sweep(root);
-    let spec = config(&record.bundle).ok().and_then(|c| serde_json::from_slice::<Spec>(&c).ok());
     let poststop = spec.as_ref().and_then(|s| s.hooks().as_ref()).and_then(|h| h.poststop().as_ref());
     // The container is gone whatever they say.
     let _ = hooks::run(poststop, &record, Status::Stopped);

@@ -1,26 +1,25 @@
 //! The process that `exec` adds: from a file, or the container's own with what the command line changes.
 
-use std::path::Path;
-
 use serde_json::{Value, json};
 
 use super::config;
 use crate::{
     cli::Call,
     error::{Error, host},
+    state::Directory,
 };
 
 /// OCI `process`.
 ///
 /// # Errors
 /// [`Error::Usage`], naming the option or file.
-pub(super) fn process(call: &Call, bundle: &Path) -> Result<Value, Error> {
+pub(super) fn process(call: &Call, directory: &Directory) -> Result<Value, Error> {
     if let Some(path) = call.value("process") {
         let text = std::fs::read(path).map_err(host(format!("read {path}")))?;
         return serde_json::from_slice(&text).map_err(|e| Error::Usage(format!("exec: {path}: {e}")));
     }
-    let spec: Value =
-        serde_json::from_slice(&config(bundle)?).map_err(|e| Error::Bundle(format!("config.json: {e}")))?;
+    let spec: Value = serde_json::from_slice(&config(directory)?)
+        .map_err(|e| Error::Bundle(format!("config.json: {e}")))?;
     if call.words.len() < 2 {
         return Err(Error::Usage("exec: a command is missing: see coffer --help".into()));
     }

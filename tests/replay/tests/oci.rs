@@ -205,3 +205,16 @@ fn what_the_specification_does_not_know_is_no_error_and_what_is_wrong_is_named()
     fs::write(bench.path("c/config.json"), "{").unwrap();
     assert!(bench.create("c", &bench.path("c")).failed(1).contains("config.json"));
 }
+
+#[test]
+fn changes_of_the_bundle_after_create_have_no_effect() {
+    let bench = Bench::new();
+    let bundle = bench.bundle("c", &config(&["sh", "-c", "echo first; echo $HOME"]));
+    let _ = bench.create("c", &bundle).ok();
+    let mut other = config(&["echo", "second"]);
+    other["hooks"]["poststart"] = json!([{ "path": "/bin/false" }]);
+    bench.configure("c", &other);
+    let _ = bench.call(&["start", "c"]).ok();
+    bench.wait_stopped("c");
+    assert_eq!(bench.read("c.out"), "first\n/root\n");
+}

@@ -99,7 +99,8 @@ fn main() {
         report(path, "orderly", 0, "the guest ended in good order");
         exit(0);
     }
-    report(path, "panic", 70, "the guest's kernel or init failed");
+    let why = fs::read_to_string(get("--log")).unwrap_or_default();
+    report(path, "panic", 70, &format!("the guest's kernel or init failed: {why}"));
     exit(70);
 }
 

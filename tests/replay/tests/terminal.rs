@@ -1,0 +1,115 @@
+//! Terminals: what conmon asks for over its console socket, and what a user's own terminal sees.
+
+use std::{
+    fs::File,
+    io::{IoSliceMut, Read, Write},
+    os::{
+        fd::{AsRawFd, FromRawFd, OwnedFd},
+        unix::{net::UnixListener, process::CommandExt},
+    },
+    process::Command,
+    thread,
+};
+
+use coffer_replay::{Bench, config, finish, until};
+use nix::{
+    pty::{Winsize, openpty},
+    sys::socket::{ControlMessageOwned, MsgFlags, UnixAddr, recvmsg},
+};
+use serde_json::json;
+
+/// Takes the terminal as conmon does: one message with one descriptor.
+fn take(listener: &UnixListener) -> OwnedFd {
+    let (stream, _) = listener.accept().unwrap();
+    let mut bytes = [0; 64];
+    let mut buffers = [IoSliceMut::new(&mut bytes)];
+    let mut space = nix::cmsg_space!(i32);
+    let message =
+        recvmsg::<UnixAddr>(stream.as_raw_fd(), &mut buffers, Some(&mut space), MsgFlags::empty()).unwrap();
+    let Some(ControlMessageOwned::ScmRights(fds)) = message.cmsgs().unwrap().next() else {
+        panic!("no descriptor")
+    };
+    assert!(message.bytes > 0 && fds.len() == 1);
+    // SAFETY: the kernel made this descriptor for us with the message.
+    unsafe { OwnedFd::from_raw_fd(fds[0]) }
+}
+
+fn size(terminal: &impl AsRawFd, rows: u16, columns: u16) {
+    let size = Winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
+    // SAFETY: the structure outlives the call.
+    assert_eq!(unsafe { libc::ioctl(terminal.as_raw_fd(), libc::TIOCSWINSZ, &raw const size) }, 0);
+}
+
+/// Everything that comes out of a terminal, kept where it can be looked at.
+fn record(terminal: File, bench: &Bench, name: &str) {
+    let mut file = File::create(bench.path(name)).unwrap();
+    thread::spawn(move || {
+        let (mut terminal, mut buffer) = (terminal, [0; 4096]);
+        while let Ok(count @ 1..) = terminal.read(&mut buffer) {
+            let _ = file.write_all(&buffer[..count]);
+        }
+    });
+}
+
+/// Says its terminal, its size at first and at each change, and ends at a line.
+const SCRIPT: &str = "trap 'echo size $(stty size)' WINCH; tty; stat -c 'owner %u' $(tty); echo size $(stty size); while ! read -r word; do :; done; echo got $word; exit 4";
+
+#[test]
+fn conmons_console_socket_gets_the_terminal_before_create_returns() {
+    let bench = Bench::new();
+    let mut config = config(&["sh", "-c", SCRIPT]);
+    config["process"]["terminal"] = json!(true);
+    config["process"]["user"] = json!({ "uid": 1000, "gid": 1000 });
+    let bundle = bench.bundle("c", &config);
+    assert!(bench.create("c", &bundle).failed(1).contains("--console-socket"));
+    let listener = UnixListener::bind(bench.path("console")).unwrap();
+    let mut command = bench.command(&["create", "--bundle"]);
+    command.arg(&bundle).arg("--console-socket").arg(bench.path("console")).arg("c");
+    let mut child = command.spawn().unwrap();
+    let mut terminal = File::from(take(&listener));
+    assert_eq!(finish(&mut child), 0);
+    size(&terminal, 30, 90);
+    record(terminal.try_clone().unwrap(), &bench, "out");
+    let _ = bench.call(&["start", "c"]).ok();
+    until(|| bench.read("out").contains("size 30 90"));
+    assert!(bench.read("out").starts_with("/dev/pts/0\r\nowner 1000\r\n"), "{:?}", bench.read("out"));
+    size(&terminal, 40, 100);
+    until(|| bench.read("out").contains("size 40 100"));
+    terminal.write_all(b"word\n").unwrap();
+    // The guest's line discipline echoes; there is no second one.
+    until(|| bench.read("out").contains("got word"));
+    assert_eq!(bench.read("out").matches("word\r\n").count(), 2, "{:?}", bench.read("out"));
+    bench.wait_stopped("c");
+}
+
+#[test]
+fn a_users_own_terminal_is_raw_while_run_lasts_and_its_size_follows() {
+    let bench = Bench::new();
+    let mut config = config(&["sh", "-c", SCRIPT]);
+    config["process"]["terminal"] = json!(true);
+    let bundle = bench.bundle("c", &config);
+    let pair = openpty(None, None).unwrap();
+    size(&pair.master, 20, 70);
+    let mut command: Command = bench.command(&["run", "-b"]);
+    let slave = || pair.slave.try_clone().unwrap();
+    command.arg(&bundle).arg("c").stdin(slave()).stdout(slave()).stderr(slave());
+    // SAFETY: between fork and exec; both calls are safe there.
+    unsafe {
+        command.pre_exec(|| {
+            nix::unistd::setsid()?;
+            libc::ioctl(0, libc::TIOCSCTTY, 0);
+            Ok(())
+        });
+    }
+    let mut child = command.spawn().unwrap();
+    let mut master = File::from(pair.master);
+    record(master.try_clone().unwrap(), &bench, "out");
+    until(|| bench.read("out").contains("size 20 70"));
+    size(&master, 25, 75);
+    until(|| bench.read("out").contains("size 25 75"));
+    master.write_all(b"word\n").unwrap();
+    assert_eq!(finish(&mut child), 4);
+    until(|| bench.read("out").contains("got word"));
+    let after = nix::sys::termios::tcgetattr(&pair.slave).unwrap();
+    assert!(after.local_flags.contains(nix::sys::termios::LocalFlags::ICANON));
+}
