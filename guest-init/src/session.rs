@@ -238,7 +238,15 @@ impl Session {
         match read_some(fd.as_fd()) {
             Ok(Some(bytes)) if !bytes.is_empty() => self.send(kind, &bytes),
             Ok(None) => {}
-            Ok(Some(_)) | Err(_) => *slot = None,
+            Ok(Some(_)) | Err(_) => {
+                *slot = None;
+                // Whoever reads on the host learns of it, as from a pipe.
+                match part {
+                    Part::Stdout => self.send(Kind::StdoutEnd, &[]),
+                    Part::Stderr => self.send(Kind::StderrEnd, &[]),
+                    Part::Host | Part::Stdin | Part::Terminal => {}
+                }
+            }
         }
     }
 

@@ -33,6 +33,10 @@ pub enum Kind {
     Resize = 9,
     /// Guest to host, last frame: an [`crate::Ended`] as JSON. All output was sent before it.
     Ended = 10,
+    /// Guest to host: nobody has stdout open any more; no payload.
+    StdoutEnd = 11,
+    /// Guest to host: nobody has stderr open any more; no payload.
+    StderrEnd = 12,
 }
 
 impl Kind {
@@ -48,6 +52,8 @@ impl Kind {
             8 => Self::Signal,
             9 => Self::Resize,
             10 => Self::Ended,
+            11 => Self::StdoutEnd,
+            12 => Self::StderrEnd,
             _ => return None,
         })
     }
@@ -130,7 +136,7 @@ mod tests {
     use proptest::prelude::*;
 
     fn any_kind() -> impl Strategy<Value = Kind> {
-        (1u8..=10).prop_map(|byte| Kind::from_byte(byte).expect("1 to 10 are kinds"))
+        (1u8..=12).prop_map(|byte| Kind::from_byte(byte).expect("1 to 12 are kinds"))
     }
 
     proptest! {

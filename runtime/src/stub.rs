@@ -200,6 +200,9 @@ impl Relay {
                 Ok(Some(Frame { kind, payload })) => match kind {
                     Kind::Stdout => write(self.terminal.as_ref().map_or(1, AsRawFd::as_raw_fd), &payload),
                     Kind::Stderr => write(2, &payload),
+                    // Readers of a pipe see its end when a daemon closes what it inherited, though its stub lives on.
+                    Kind::StdoutEnd => close(1),
+                    Kind::StderrEnd => close(2),
                     Kind::StdinCredit => {
                         let more = <[u8; 4]>::try_from(payload.as_slice()).map_or(0, u32::from_le_bytes);
                         *credit = credit.saturating_add(more as usize).min(STDIN_WINDOW);
@@ -287,6 +290,12 @@ pub fn window(terminal: &impl AsRawFd) -> Option<WindowSize> {
     // SAFETY: the pointer is to a winsize that outlives the call.
     let known = unsafe { libc::ioctl(terminal.as_raw_fd(), libc::TIOCGWINSZ, &raw mut size) } == 0;
     (known && size.ws_row > 0).then_some(WindowSize { rows: size.ws_row, columns: size.ws_col })
+}
+
+/// Closes one of the inherited descriptors, which nothing here owns.
+fn close(fd: RawFd) {
+    // SAFETY: later writes to it fail, and nothing else depends on it.
+    unsafe { libc::close(fd) };
 }
 
 /// Writes everything; a reader that is gone loses it.

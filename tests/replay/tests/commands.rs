@@ -186,3 +186,15 @@ fn signals_to_run_in_the_foreground_are_the_containers() {
     unsafe { libc::kill(child.id() as i32, libc::SIGTERM) };
     assert_eq!(coffer_replay::finish(&mut child), 3);
 }
+
+#[test]
+fn a_daemon_that_closes_its_output_lets_readers_of_it_go() {
+    let bench = Bench::new();
+    let bundle = bench.bundle("c", &config(&["sh", "-c", "echo ready; exec >&- 2>&-; sleep 1000"]));
+    let mut command = bench.command(&["run", "--detach", "c", "-b"]);
+    command.arg(&bundle).stdout(Stdio::piped()).stderr(Stdio::piped());
+    // Waits for the end of both pipes.
+    let output = command.spawn().unwrap().wait_with_output().unwrap();
+    assert_eq!((output.status.code(), output.stdout.as_slice()), (Some(0), &b"ready\n"[..]));
+    assert_eq!(bench.status("c"), "running");
+}
