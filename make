@@ -42,5 +42,11 @@ for p in "${profiles[@]}"; do
     for input in "$kernel" "$shim" "$built/coffer-init" "$built/coffer-image"; do
         [ "$image" -nt "$input" ] || fresh=1
     done
-    [ -z "$fresh" ] || "$built/coffer-image" build --shim "$shim" --kernel "$kernel" --init "$built/coffer-init" --profile "$p" -o "$image"
+    emulated=$home/images/smp-emulated.igvm
+    [ "$p" != smp ] || [ -e "$emulated" ] || fresh=1
+    [ -n "$fresh" ] || continue
+    pack() { "$built/coffer-image" build --shim "$shim" --kernel "$kernel" --init "$built/coffer-init" --profile "$p" "$@"; }
+    # The emulated SNP machine has its C-bit where hardware has none: what is built for one does not start on the other.
+    [ "$p" != smp ] || pack --c-bit 47 -o "$emulated"
+    pack -o "$image"
 done
