@@ -7,15 +7,21 @@
 //! The formats are Confidential Containers' as its source has them (kbs-types 0.18, guest-components and Trustee of
 //! August 2026), where its documents say otherwise too.
 
+#[cfg(all(feature = "tls", feature = "policy"))]
+pub mod api;
 pub mod config;
 pub mod encoding;
 pub mod evidence;
+#[cfg(all(feature = "tls", feature = "policy"))]
+pub mod guest;
 pub mod hash;
 pub mod initdata;
 pub mod jwe;
 pub mod jws;
 pub mod kbs;
 pub mod key;
+#[cfg(feature = "policy")]
+pub mod policy;
 pub mod sealed;
 pub mod snp;
 #[cfg(feature = "verify")]

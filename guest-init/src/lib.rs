@@ -4,6 +4,7 @@
 //! input: it is checked, and what is wrong is answered, not obeyed.
 
 pub mod boot;
+pub mod confidential;
 pub mod container;
 pub mod image;
 pub mod network;

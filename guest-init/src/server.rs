@@ -30,10 +30,11 @@ use thiserror::Error;
 
 use crate::{
     boot,
+    confidential::Confidential,
     container::{self, Cgroup, ContainerError, Sync},
     image::{self, Images},
     network, owner,
-    session::{Part, Process, Session, unblock},
+    session::{Part, Process, Session, Stdio, Streams, unblock},
 };
 
 /// Most connections at once; the host's further ones are closed.
@@ -67,6 +68,8 @@ pub struct Server {
     sessions: BTreeMap<u64, Session>,
     next_session: u64,
     containers: BTreeMap<String, Container>,
+    /// From the first request on, which sets the pod up.
+    confidential: Option<Confidential>,
     images: Images,
     /// Initdata, or that there is none, was taken.
     owned: bool,
@@ -101,6 +104,7 @@ impl Server {
             sessions: BTreeMap::new(),
             next_session: 0,
             containers: BTreeMap::new(),
+            confidential: None,
             images: Images::default(),
             owned: false,
             had_container: false,
@@ -247,10 +251,12 @@ impl Server {
     }
 
     fn request(&mut self, key: u64, request: Request) -> Result<Reply, ContainerError> {
+        let request = self.admit(request)?;
         match request {
             Request::Sandbox(sandbox) => {
                 set_up(&sandbox)?;
                 self.owner(sandbox.initdata.as_deref())?;
+                self.confidential()?.serve_workload()?;
             }
             Request::Network(wanted) => {
                 network::apply(&wanted).map_err(|e| ContainerError::new(ErrorKind::Guest, e.to_string()))?
@@ -300,6 +306,28 @@ impl Server {
         Ok(())
     }
 
+    /// Lets a request in: after the pod's setting up, and when the owner's policy allows it.
+    fn admit(&mut self, request: Request) -> Result<Request, ContainerError> {
+        if let Request::Sandbox(sandbox) = &request {
+            check_version(sandbox)?;
+            if self.confidential.is_some() {
+                return Err(ContainerError::new(ErrorKind::WrongState, "the pod is set up already"));
+            }
+            let mut confidential = Confidential::new(sandbox.initdata.as_deref())?;
+            confidential.check(&request)?;
+            self.confidential = Some(confidential);
+        } else if self.confidential.is_some() || !matches!(request, Request::Shutdown) {
+            // A machine in which nothing is yet may be ended by anybody.
+            self.confidential()?.check(&request)?;
+        }
+        Ok(request)
+    }
+
+    fn confidential(&mut self) -> Result<&mut Confidential, ContainerError> {
+        let none = || ContainerError::new(ErrorKind::WrongState, "the pod is not set up");
+        self.confidential.as_mut().ok_or_else(none)
+    }
+
     fn get(&self, id: &str) -> Result<&Container, ContainerError> {
         self.containers.get(id).ok_or_else(|| no_container(id))
     }
@@ -315,9 +343,14 @@ impl Server {
                 format!("container {id:?} exists already"),
             ));
         }
-        if let Some(source) = image {
-            let made = self.images.unpack(&id, &source);
+        if let Some(source) = &image {
+            let made = self.images.unpack(&id, source);
             made.and_then(|unpacked| unpacked.apply(&mut spec)).map_err(|e| image_error(&e))?;
+        }
+        let confidential = self.confidential()?;
+        confidential.check_container(&id, &spec, image.as_ref().map(|i| i.digest.as_str()))?;
+        if let Some(process) = spec.get_mut("process") {
+            confidential.unseal(process)?;
         }
         container::prepare_shared_memory(&mut spec)?;
         let spec = container::parse_spec(spec)?;
@@ -344,9 +377,7 @@ impl Server {
             }
         };
         boot::tell(mark::CONTAINER_CREATED);
-        if let Some(session) = self.sessions.get_mut(&key) {
-            session.process = Some(Process::new(launched.pid, launched.stdio));
-        }
+        self.attach(key, &id, launched.pid, launched.stdio)?;
         self.containers.insert(
             id,
             Container { pid: launched.pid, spec, cgroup, sync: Some(launched.sync), ended: false },
@@ -367,7 +398,19 @@ impl Server {
         sync.go()
     }
 
-    fn exec(&mut self, key: u64, exec: Exec) -> Result<(), ContainerError> {
+    /// Gives a process to its connection, with the streams that the owner's policy allows.
+    fn attach(&mut self, key: u64, id: &str, pid: i32, stdio: Stdio) -> Result<(), ContainerError> {
+        let confidential = self.confidential()?;
+        let streams =
+            Streams { stdin: confidential.allows_stdin(id), output: confidential.allows_output(id) };
+        if let Some(session) = self.sessions.get_mut(&key) {
+            session.attach(Process::new(pid, stdio), streams);
+        }
+        Ok(())
+    }
+
+    fn exec(&mut self, key: u64, mut exec: Exec) -> Result<(), ContainerError> {
+        self.confidential()?.unseal(&mut exec.process)?;
         let container = self.get(&exec.id)?;
         if container.ended {
             return Err(ContainerError::new(ErrorKind::WrongState, "cannot exec in a stopped container"));
@@ -378,10 +421,7 @@ impl Server {
         let launched =
             container::exec(&process, container.pid, &container.cgroup, &container.spec, exec.window)?;
         launched.sync.go()?;
-        if let Some(session) = self.sessions.get_mut(&key) {
-            session.process = Some(Process::new(launched.pid, launched.stdio));
-        }
-        Ok(())
+        self.attach(key, &exec.id, launched.pid, launched.stdio)
     }
 
     fn signal(&self, target: &SignalTarget, signal: u32) -> Result<(), ContainerError> {
@@ -466,14 +506,18 @@ fn send_signal(pid: i32, signal: u32) -> io::Result<()> {
     if unsafe { libc::kill(pid, signal) } < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-fn set_up(sandbox: &Sandbox) -> Result<(), ContainerError> {
-    if sandbox.version != VERSION {
-        let message = format!(
-            "the host speaks protocol version {}, this image version {VERSION}: build both from one source",
-            sandbox.version
-        );
-        return Err(ContainerError::new(ErrorKind::Invalid, message));
+fn check_version(sandbox: &Sandbox) -> Result<(), ContainerError> {
+    if sandbox.version == VERSION {
+        return Ok(());
     }
+    let message = format!(
+        "the host speaks protocol version {}, this image version {VERSION}: build both from one source",
+        sandbox.version
+    );
+    Err(ContainerError::new(ErrorKind::Invalid, message))
+}
+
+fn set_up(sandbox: &Sandbox) -> Result<(), ContainerError> {
     if let Some(name) = &sandbox.hostname {
         nix::unistd::sethostname(name).map_err(|e| ContainerError::guest("set the host name", e))?;
     }

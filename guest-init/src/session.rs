@@ -34,6 +34,13 @@ pub(crate) struct Process {
     stdin_ends: bool,
 }
 
+/// What the host may do with a process's stdio.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Streams {
+    pub(crate) stdin: bool,
+    pub(crate) output: bool,
+}
+
 impl Process {
     pub(crate) fn new(pid: i32, stdio: Stdio) -> Self {
         Self { pid, stdio, ended: None, stdin_waiting: Vec::new(), stdin_ends: false }
@@ -47,6 +54,7 @@ pub(crate) struct Session {
     out: Vec<u8>,
     written: usize,
     pub(crate) process: Option<Process>,
+    streams: Streams,
     /// Everything was said: close once it is written.
     pub(crate) finishing: bool,
     /// The host is gone, or broke the protocol.
@@ -86,8 +94,18 @@ impl Session {
             out: Vec::new(),
             written: 0,
             process: None,
+            streams: Streams { stdin: true, output: true },
             finishing: false,
             dead: false,
+        }
+    }
+
+    /// Takes a process. Stdin that the owner's policy keeps from the host is at its end at once.
+    pub(crate) fn attach(&mut self, process: Process, streams: Streams) {
+        self.process = Some(process);
+        self.streams = streams;
+        if !streams.stdin {
+            self.end_stdin();
         }
     }
 
@@ -178,6 +196,11 @@ impl Session {
 
     /// Bytes of the host for stdin. A host that ignores the window is cut off.
     pub(crate) fn take_stdin(&mut self, bytes: &[u8]) {
+        if !self.streams.stdin {
+            // They go nowhere, but the host may send on.
+            self.send(Kind::StdinCredit, &(bytes.len() as u32).to_le_bytes());
+            return;
+        }
         let Some(process) = &mut self.process else { return };
         if process.stdin_waiting.len() + bytes.len() > STDIN_WINDOW {
             self.dead = true;
@@ -236,6 +259,7 @@ impl Session {
         };
         let Some(fd) = slot else { return };
         match read_some(fd.as_fd()) {
+            Ok(Some(bytes)) if !bytes.is_empty() && !self.streams.output => {}
             Ok(Some(bytes)) if !bytes.is_empty() => self.send(kind, &bytes),
             Ok(None) => {}
             Ok(Some(_)) | Err(_) => {

@@ -41,11 +41,11 @@ pub trait Attester {
     /// Its name in the protocol.
     fn tee(&self) -> &'static str;
 
-    /// Evidence that carries this digest.
+    /// Evidence that carries this: a digest, or at most 64 bytes of the workload's.
     ///
     /// # Errors
     /// [`EvidenceError`].
-    fn evidence(&mut self, report_data: &ReportData) -> Result<Value, EvidenceError>;
+    fn evidence(&mut self, report_data: &[u8]) -> Result<Value, EvidenceError>;
 
     /// What the host bound to the launch, where this TEE has such a field: HOST_DATA or MRCONFIGID by name.
     ///

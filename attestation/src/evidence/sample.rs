@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use super::{Attester, EvidenceError, ReportData};
+use super::{Attester, EvidenceError};
 use crate::encoding::to_base64;
 
 /// Instead of a TEE.
@@ -18,7 +18,7 @@ impl Attester for Sample {
         "sample"
     }
 
-    fn evidence(&mut self, report_data: &ReportData) -> Result<Value, EvidenceError> {
+    fn evidence(&mut self, report_data: &[u8]) -> Result<Value, EvidenceError> {
         Ok(json!({ "svn": "1", "report_data": to_base64(report_data) }))
     }
 }
@@ -28,7 +28,7 @@ impl Attester for SampleDevice {
         "sampledevice"
     }
 
-    fn evidence(&mut self, report_data: &ReportData) -> Result<Value, EvidenceError> {
+    fn evidence(&mut self, report_data: &[u8]) -> Result<Value, EvidenceError> {
         Ok(json!({ "svn": "2", "report_data": to_base64(report_data) }))
     }
 }

@@ -11,7 +11,7 @@ use std::{
 
 use serde_json::Value;
 
-use super::{Attester, BoundData, EvidenceError, ReportData, tsm};
+use super::{Attester, BoundData, EvidenceError, tsm};
 use crate::{
     initdata::fit,
     snp::{Certificate, Report, certificate_table, evidence_json},
@@ -71,7 +71,7 @@ impl Attester for Snp {
         "snp"
     }
 
-    fn evidence(&mut self, report_data: &ReportData) -> Result<Value, EvidenceError> {
+    fn evidence(&mut self, report_data: &[u8]) -> Result<Value, EvidenceError> {
         let (report, certificates) = self.report(&fit(report_data))?;
         Ok(evidence_json(&report, &certificates))
     }

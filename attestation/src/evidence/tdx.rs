@@ -7,7 +7,7 @@ use std::{fs, path::Path};
 
 use serde_json::{Value, json};
 
-use super::{Attester, BoundData, EvidenceError, ReportData, tsm};
+use super::{Attester, BoundData, EvidenceError, tsm};
 use crate::{encoding::to_base64, initdata::fit};
 
 const EVENT_LOG: &str = "/sys/firmware/acpi/tables/data/CCEL";
@@ -43,7 +43,7 @@ impl Attester for Tdx {
         "tdx"
     }
 
-    fn evidence(&mut self, report_data: &ReportData) -> Result<Value, EvidenceError> {
+    fn evidence(&mut self, report_data: &[u8]) -> Result<Value, EvidenceError> {
         let quote = Self::quote(&fit(report_data))?;
         let log = fs::read(EVENT_LOG).ok().map(|area| {
             let mut log = event_log(&area).to_vec();

@@ -1,0 +1,215 @@
+//! The workload's view: upstream's REST calls on `127.0.0.1:8006` in the pod.
+//!
+//! Owns: paths, status codes, one request at a time. Does not own: the process that it runs in.
+//!
+//! Source: guest-components `api-server-rest`.
+
+use std::{
+    io::{self, Read, Write},
+    net::{SocketAddr, TcpListener},
+    time::Duration,
+};
+
+use serde_json::json;
+
+use crate::{encoding::from_base64url, guest::Guest, kbs::ResourceUri};
+
+/// Where it is.
+pub const ADDRESS: &str = "127.0.0.1:8006";
+/// Longest request, in bytes.
+const MOST: usize = 16 * 1024;
+/// A caller that says nothing is not waited for longer.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Status and body.
+type Answer = (u16, Vec<u8>);
+
+fn says(status: u16, text: impl Into<String>) -> Answer {
+    (status, text.into().into_bytes())
+}
+
+/// Serves until the listener fails.
+pub fn serve(listener: &TcpListener, guest: &mut Guest) {
+    while let Ok((mut stream, peer)) = listener.accept() {
+        let _ = stream.set_read_timeout(Some(PATIENCE));
+        let _ = stream.set_write_timeout(Some(PATIENCE));
+        // A caller that breaks off hurts itself only.
+        let _ = one(&mut stream, peer, guest);
+    }
+}
+
+fn one(stream: &mut (impl Read + Write), peer: SocketAddr, guest: &mut Guest) -> io::Result<()> {
+    let mut bytes = Vec::new();
+    let mut buffer = [0; 4096];
+    let (method, target) = loop {
+        match request(&bytes) {
+            Ok(Some(found)) => break found,
+            Ok(None) if bytes.len() < MOST => match stream.read(&mut buffer)? {
+                0 => return Ok(()),
+                count => bytes.extend_from_slice(&buffer[..count]),
+            },
+            _ => return write(stream, &says(400, "not a request")),
+        }
+    };
+    let answer = if peer.ip().is_loopback() {
+        answer(&method, &target, guest)
+    } else {
+        says(403, "only from the pod itself")
+    };
+    write(stream, &answer)
+}
+
+/// Method and target, once the head is whole. Bodies are not looked at: no call here has one.
+fn request(bytes: &[u8]) -> Result<Option<(String, String)>, httparse::Error> {
+    let mut headers = [httparse::EMPTY_HEADER; 64];
+    let mut request = httparse::Request::new(&mut headers);
+    Ok(match request.parse(bytes)? {
+        httparse::Status::Partial => None,
+        httparse::Status::Complete(_) => {
+            Some((request.method.unwrap_or_default().into(), request.path.unwrap_or_default().into()))
+        }
+    })
+}
+
+fn write(stream: &mut impl Write, (status, body): &Answer) -> io::Result<()> {
+    let reason = match status {
+        200 => "OK",
+        400 => "Bad Request",
+        403 => "Forbidden",
+        404 => "Not Found",
+        405 => "Method Not Allowed",
+        _ => "Internal Server Error",
+    };
+    let head =
+        format!("HTTP/1.1 {status} {reason}\r\nContent-Length: {}\r\nConnection: close\r\n\r\n", body.len());
+    stream.write_all(&[head.as_bytes(), body].concat())
+}
+
+/// Answers one call.
+pub fn answer(method: &str, target: &str, guest: &mut Guest) -> Answer {
+    let (path, query) = target.split_once('?').unwrap_or((target, ""));
+    let attestation = guest.config().coffer.attestation_api;
+    let known = path == "/info"
+        || path.starts_with("/cdh/resource/")
+        || attestation && matches!(path, "/aa/token" | "/aa/evidence");
+    if !known {
+        return says(404, "no such call");
+    }
+    if method != "GET" {
+        return says(405, "only GET");
+    }
+    if let Some(resource) = path.strip_prefix("/cdh/resource/") {
+        return match ResourceUri::from_path(resource).map(|uri| guest.fetch(&uri)) {
+            Ok(Ok(secret)) => (200, secret.to_vec()),
+            Ok(Err(error)) => says(500, error.to_string()),
+            Err(error) => says(400, error.to_string()),
+        };
+    }
+    match path {
+        "/info" => {
+            let info =
+                json!({ "version": env!("CARGO_PKG_VERSION"), "tee": guest.tee(), "additional_tees": [] });
+            says(200, info.to_string())
+        }
+        "/aa/token" if parameter(query, "token_type") == Some("kbs") => match guest.token() {
+            Ok((token, pem)) => says(200, json!({ "token": token, "tee_keypair": pem.as_str() }).to_string()),
+            Err(error) => says(500, error.to_string()),
+        },
+        "/aa/evidence" => match runtime_data(query) {
+            Some(data) => match guest.evidence(&data) {
+                Ok(evidence) => says(200, evidence.to_string()),
+                Err(error) => says(500, error.to_string()),
+            },
+            None => says(
+                400,
+                "runtime_data: at most 64 bytes of text, or with encoding=base64 of URL-safe Base64",
+            ),
+        },
+        _ => says(400, "token_type must be kbs"),
+    }
+}
+
+fn parameter<'a>(query: &'a str, name: &str) -> Option<&'a str> {
+    query.split('&').find_map(|pair| pair.split_once('=').filter(|(n, _)| *n == name).map(|(_, v)| v))
+}
+
+fn runtime_data(query: &str) -> Option<Vec<u8>> {
+    let text = parameter(query, "runtime_data")?;
+    let data = match parameter(query, "encoding") {
+        None => text.as_bytes().to_vec(),
+        Some("base64") => from_base64url(text).ok()?,
+        Some(_) => return None,
+    };
+    (data.len() <= 64).then_some(data)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::evidence::{Attesters, Sample};
+    use proptest::prelude::*;
+
+    fn guest(attestation: bool) -> Guest {
+        let raw = format!(
+            "version = \"0.1.0\"\nalgorithm = \"sha256\"\n[data]\n\"coffer.toml\" = \"attestation_api = {attestation}\"\n"
+        );
+        Guest::new(Some(raw.as_bytes()), Attesters::of(Sample)).unwrap()
+    }
+
+    #[test]
+    fn status_codes_are_upstreams() {
+        let status = |method: &str, target: &str, on: bool| answer(method, target, &mut guest(on)).0;
+        assert_eq!(status("GET", "/info", false), 200);
+        assert_eq!(status("POST", "/info", false), 405);
+        assert_eq!(status("GET", "/nothing", false), 404);
+        assert_eq!(
+            status("GET", "/aa/evidence?runtime_data=a", false),
+            404,
+            "off unless initdata turns it on"
+        );
+        assert_eq!(status("GET", "/aa/token?token_type=kbs", false), 404);
+        assert_eq!(status("GET", "/aa/evidence?runtime_data=a", true), 200);
+        assert_eq!(status("GET", "/aa/evidence", true), 400);
+        assert_eq!(status("GET", "/aa/token?token_type=other", true), 400);
+        assert_eq!(status("GET", "/cdh/resource/a/b", false), 400);
+        assert_eq!(status("GET", "/cdh/resource/a/b/c", false), 500, "no KBS");
+    }
+
+    #[test]
+    fn evidence_carries_the_workloads_data() {
+        let (_, body) = answer("GET", "/aa/evidence?encoding=base64&runtime_data=AAEC", &mut guest(true));
+        let evidence: serde_json::Value = serde_json::from_slice(&body).unwrap();
+        assert_eq!(evidence["report_data"], crate::encoding::to_base64(&[0, 1, 2]));
+    }
+
+    #[test]
+    fn only_the_pod_itself_is_answered() {
+        struct Both(io::Cursor<Vec<u8>>, Vec<u8>);
+        impl Read for Both {
+            fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+                self.0.read(buffer)
+            }
+        }
+        impl Write for Both {
+            fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+                self.1.write(bytes)
+            }
+            fn flush(&mut self) -> io::Result<()> {
+                Ok(())
+            }
+        }
+        for (peer, status) in [("127.0.0.1:9", "200"), ("10.0.0.1:9", "403")] {
+            let mut stream = Both(io::Cursor::new(b"GET /info HTTP/1.1\r\n\r\n".to_vec()), Vec::new());
+            one(&mut stream, peer.parse().unwrap(), &mut guest(false)).unwrap();
+            assert!(String::from_utf8(stream.1).unwrap().contains(status));
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_target_is_answered(target in "/[ -~]{0,60}") {
+            let (status, _) = answer("GET", &target, &mut guest(true));
+            prop_assert!([200, 400, 404, 500].contains(&status));
+        }
+    }
+}

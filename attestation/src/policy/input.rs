@@ -1,0 +1,125 @@
+//! Input documents: what a policy sees of a request.
+//!
+//! Owns: the form. Members of `OCI` and `process` are named as in Kata's agent. The same code makes them in the guest
+//! that decides and on the owner's machine that writes a policy.
+
+use serde_json::{Map, Value, json};
+
+/// File systems that the guest's kernel makes by itself. What any other has inside, the host decides.
+const KERNELS: [&str; 9] =
+    ["proc", "sysfs", "tmpfs", "devpts", "mqueue", "cgroup", "cgroup2", "devtmpfs", "ramfs"];
+
+/// `CreateContainerRequest`. `image` is the digest of the image that the guest verified, if the root is one.
+#[must_use]
+pub fn create_input(id: &str, spec: &Value, image: Option<&str>) -> Value {
+    let none = Vec::new();
+    let mounts = spec.get("mounts").and_then(Value::as_array).unwrap_or(&none);
+    let mounts: Vec<Value> = mounts.iter().map(mount).collect();
+    let linux = spec.get("linux").unwrap_or(&Value::Null);
+    let namespaces: Vec<&Value> = linux
+        .get("namespaces")
+        .and_then(Value::as_array)
+        .into_iter()
+        .flatten()
+        .filter_map(|n| n.get("type"))
+        .collect();
+    json!({
+        "container_id": id,
+        "host_root": image.is_none(),
+        "image": image,
+        "OCI": {
+            "Process": process(spec.get("process").unwrap_or(&Value::Null)),
+            "Root": { "Readonly": spec.pointer("/root/readonly").and_then(Value::as_bool).unwrap_or(false) },
+            "Hostname": spec.get("hostname"),
+            "Mounts": mounts,
+            "Linux": {
+                "Devices": linux.get("devices").cloned().unwrap_or_else(|| json!([])),
+                "Namespaces": namespaces,
+                "Sysctl": linux.get("sysctl").cloned().unwrap_or_else(|| json!({})),
+                "Seccomp": linux.get("seccomp").is_some_and(|s| !s.is_null()),
+                "MaskedPaths": linux.get("maskedPaths").cloned().unwrap_or_else(|| json!([])),
+                "ReadonlyPaths": linux.get("readonlyPaths").cloned().unwrap_or_else(|| json!([])),
+            },
+        },
+    })
+}
+
+/// `ExecProcessRequest`.
+#[must_use]
+pub fn process_input(id: &str, exec_id: &str, spec: &Value) -> Value {
+    json!({ "container_id": id, "exec_id": exec_id, "process": process(spec) })
+}
+
+fn mount(mount: &Value) -> Value {
+    let options: Vec<&str> = mount
+        .get("options")
+        .and_then(Value::as_array)
+        .into_iter()
+        .flatten()
+        .filter_map(Value::as_str)
+        .collect();
+    let writable = !options.iter().any(|o| matches!(*o, "ro" | "rro"));
+    let kind = mount.get("type").and_then(Value::as_str).unwrap_or("bind");
+    let bound = options.iter().any(|o| matches!(*o, "bind" | "rbind"));
+    let from_host = bound || !KERNELS.contains(&kind);
+    json!({
+        "destination": mount.get("destination"),
+        "type_": mount.get("type"),
+        "from_host": from_host,
+        "writable": writable,
+        "options": options,
+    })
+}
+
+fn process(process: &Value) -> Value {
+    let get = |name: &str, default: Value| process.get(name).cloned().unwrap_or(default);
+    let user = process.get("user").unwrap_or(&Value::Null);
+    let number = |name: &str| user.get(name).and_then(Value::as_u64).unwrap_or(0);
+    let sets = process.get("capabilities").and_then(Value::as_object);
+    let capabilities: Map<String, Value> = ["bounding", "effective", "inheritable", "permitted", "ambient"]
+        .into_iter()
+        .map(|set| {
+            let name = set[..1].to_uppercase() + &set[1..];
+            (name, sets.and_then(|s| s.get(set)).cloned().unwrap_or_else(|| json!([])))
+        })
+        .collect();
+    json!({
+        "Args": get("args", json!([])),
+        "Env": get("env", json!([])),
+        "Cwd": get("cwd", json!("/")),
+        "Terminal": get("terminal", json!(false)),
+        "NoNewPrivileges": get("noNewPrivileges", json!(false)),
+        "User": {
+            "UID": number("uid"),
+            "GID": number("gid"),
+            "AdditionalGids": user.get("additionalGids").cloned().unwrap_or_else(|| json!([])),
+        },
+        "Capabilities": capabilities,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_policy_sees_what_a_container_would_get() {
+        let spec = json!({
+            "process": { "args": ["sh"], "env": ["A=1"], "cwd": "/w", "user": { "uid": 5, "gid": 6 },
+                         "capabilities": { "bounding": ["CAP_CHOWN"] } },
+            "mounts": [{ "destination": "/proc", "type": "proc", "source": "proc" },
+                       { "destination": "/d", "type": "bind", "source": "/x", "options": ["rbind", "ro"] }],
+            "linux": { "namespaces": [{ "type": "pid" }] }
+        });
+        let input = create_input("c", &spec, None);
+        assert_eq!(input["host_root"], true);
+        assert_eq!(input["OCI"]["Process"]["User"]["UID"], 5);
+        assert_eq!(input["OCI"]["Process"]["Capabilities"]["Bounding"][0], "CAP_CHOWN");
+        let mount = &input["OCI"]["Mounts"][1];
+        assert_eq!((&mount["from_host"], &mount["writable"]), (&json!(true), &json!(false)));
+        assert_eq!(input["OCI"]["Linux"]["Namespaces"], json!(["pid"]));
+        assert_eq!(input["OCI"]["Mounts"][0]["from_host"], false);
+        // Nothing at all is something that a policy can be asked about too.
+        assert_eq!(create_input("c", &Value::Null, Some("sha256:0"))["host_root"], false);
+    }
+}

@@ -1,0 +1,234 @@
+//! What init decides before it obeys: is initdata the launch's, and does its policy allow the request.
+//!
+//! Owns: requests in a policy's terms, sealed environment values, the process that serves the workload's REST calls. Does
+//! not own: formats and protocols (`coffer-attestation`).
+//!
+//! A KBS is reached over the pod's own network: that needs nothing of the VMM, and the host sees TLS either way. A pod
+//! with `--network none` therefore gets no secrets.
+
+use std::net::TcpListener;
+
+use coffer_attestation::{
+    api,
+    evidence::Attesters,
+    guest::Guest,
+    policy::{Policy, Rule, create_input, process_input},
+};
+use coffer_protocol::{ErrorKind, Request, SignalTarget};
+use nix::{
+    mount::{MsFlags, mount},
+    unistd::{ForkResult, fork},
+};
+use serde_json::{Value, json};
+
+use crate::container::ContainerError;
+
+/// A pod that was set up.
+pub struct Confidential {
+    guest: Guest,
+    policy: Policy,
+}
+
+fn refused(error: impl std::fmt::Display) -> ContainerError {
+    ContainerError::new(ErrorKind::Invalid, error.to_string())
+}
+
+impl Confidential {
+    /// Checks initdata against the launch. Whatever is wrong ends the pod's making.
+    ///
+    /// # Errors
+    /// [`ContainerError`] in the words of the check that failed.
+    pub fn new(initdata: Option<&str>) -> Result<Self, ContainerError> {
+        // Where reports come from on newer kernels; without it there is /dev/sev-guest.
+        let quiet = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+        let _ = mount(Some("configfs"), "/sys/kernel/config", Some("configfs"), quiet, None::<&str>);
+        Self::with(initdata, Attesters::probe())
+    }
+
+    fn with(initdata: Option<&str>, attesters: Attesters) -> Result<Self, ContainerError> {
+        let guest = Guest::new(initdata.map(str::as_bytes), attesters).map_err(refused)?;
+        let policy = guest.policy().map_err(refused)?;
+        Ok(Self { guest, policy })
+    }
+
+    /// Asks the policy about a request.
+    ///
+    /// # Errors
+    /// [`ContainerError`] with rule, field, value and what is allowed.
+    pub fn check(&mut self, request: &Request) -> Result<(), ContainerError> {
+        for (rule, input) in questions(request) {
+            self.policy.check(rule, &input).map_err(refused)?;
+        }
+        Ok(())
+    }
+
+    /// Asks the policy about a container, whose configuration has what its verified image says.
+    ///
+    /// # Errors
+    /// As [`Self::check`].
+    pub fn check_container(
+        &mut self,
+        id: &str,
+        spec: &Value,
+        image: Option<&str>,
+    ) -> Result<(), ContainerError> {
+        self.policy.check(Rule::CreateContainer, &create_input(id, spec, image)).map_err(refused)
+    }
+
+    /// Whether a container's processes may be written to by the host.
+    pub fn allows_stdin(&mut self, id: &str) -> bool {
+        let input = json!({ "container_id": id, "stdin": true });
+        self.policy.check(Rule::WriteStream, &input).is_ok()
+    }
+
+    /// Whether the host may read what a container's processes write.
+    pub fn allows_output(&mut self, id: &str) -> bool {
+        self.policy.check(Rule::ReadStream, &json!({ "container_id": id })).is_ok()
+    }
+
+    /// Opens sealed values in a process's environment. The policy has seen them sealed.
+    ///
+    /// # Errors
+    /// [`ContainerError`], naming the variable.
+    pub fn unseal(&mut self, process: &mut Value) -> Result<(), ContainerError> {
+        let Some(list) = process.get_mut("env").and_then(Value::as_array_mut) else { return Ok(()) };
+        let mut environment: Vec<String> =
+            list.iter().map(|v| v.as_str().unwrap_or_default().to_owned()).collect();
+        if !environment.iter().any(|pair| pair.contains("=sealed.")) {
+            return Ok(());
+        }
+        self.guest
+            .unseal_environment(&mut environment)
+            .map_err(|e| ContainerError::new(ErrorKind::Guest, e.to_string()))?;
+        *list = environment.into_iter().map(Value::from).collect();
+        Ok(())
+    }
+
+    /// Forks the process that serves the workload, where initdata gives it something to serve.
+    ///
+    /// # Errors
+    /// [`ContainerError`] of kind `Guest`.
+    pub fn serve_workload(&mut self) -> Result<(), ContainerError> {
+        if self.guest.config().kbs.is_none() && !self.guest.config().coffer.attestation_api {
+            return Ok(());
+        }
+        // SAFETY: PID 1 has one thread, so the child may go on like any process.
+        match unsafe { fork() }.map_err(|e| ContainerError::guest("fork the workload's server", e))? {
+            ForkResult::Parent { .. } => Ok(()),
+            ForkResult::Child => {
+                // SAFETY: this process uses none of PID 1's descriptors beyond stdio.
+                unsafe { libc::close_range(3, u32::MAX, 0) };
+                // SAFETY: asks the kernel to end this process along with its parent.
+                unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
+                if let Ok(listener) = TcpListener::bind(api::ADDRESS) {
+                    api::serve(&listener, &mut self.guest);
+                }
+                std::process::exit(1)
+            }
+        }
+    }
+}
+
+/// What the policy is asked about a request.
+fn questions(request: &Request) -> Vec<(Rule, Value)> {
+    let of = |id: &str| json!({ "container_id": id });
+    match request {
+        Request::Sandbox(sandbox) => {
+            let network = serde_json::to_value(&sandbox.network).unwrap_or_default();
+            vec![
+                (Rule::CreateSandbox, json!({ "hostname": sandbox.hostname })),
+                (Rule::UpdateInterface, network),
+            ]
+        }
+        Request::Network(network) => {
+            vec![(Rule::UpdateInterface, serde_json::to_value(network).unwrap_or_default())]
+        }
+        // Asked once the configuration is what will run: see `check_container`.
+        Request::Create(_) => Vec::new(),
+        Request::Start { id } => vec![(Rule::StartContainer, of(id))],
+        Request::Exec(exec) => {
+            vec![(Rule::ExecProcess, process_input(&exec.id, &exec.exec_id, &exec.process))]
+        }
+        Request::Signal { target, signal } => {
+            let (SignalTarget::Init(id) | SignalTarget::All(id)) = target;
+            let all = matches!(target, SignalTarget::All(_));
+            vec![(Rule::SignalProcess, json!({ "container_id": id, "signal": signal, "all": all }))]
+        }
+        Request::Freeze { id, frozen } => {
+            vec![(Rule::PauseContainer, json!({ "container_id": id, "frozen": frozen }))]
+        }
+        Request::Update { id, resources } => {
+            vec![(Rule::UpdateContainer, json!({ "container_id": id, "resources": resources }))]
+        }
+        Request::Processes { id } => vec![(Rule::ListProcesses, of(id))],
+        Request::Stats { id } => vec![(Rule::StatsContainer, of(id))],
+        Request::Delete { id } => vec![(Rule::RemoveContainer, of(id))],
+        Request::Shutdown => vec![(Rule::DestroySandbox, json!({}))],
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use coffer_attestation::evidence::Sample;
+    use coffer_protocol::Exec;
+
+    fn pod(policy: &str) -> Result<Confidential, ContainerError> {
+        let text = format!(
+            "version = \"0.1.0\"\nalgorithm = \"sha256\"\n[data]\n\"policy.rego\" = '''\n{policy}'''\n"
+        );
+        Confidential::with(Some(&text), Attesters::of(Sample))
+    }
+
+    fn exec(program: &str) -> Request {
+        Request::Exec(Box::new(Exec {
+            id: "c".into(),
+            exec_id: "e".into(),
+            process: json!({ "args": [program] }),
+            window: None,
+        }))
+    }
+
+    #[test]
+    fn the_owners_policy_decides_request_by_request() {
+        let mut pod = pod(
+            "package agent_policy\nimport rego.v1\ndefault ExecProcessRequest := false\nExecProcessRequest if input.process.Args[0] == \"ls\"\nStartContainerRequest := true\n",
+        )
+        .unwrap();
+        pod.check(&exec("ls")).unwrap();
+        let message = pod.check(&exec("sh")).unwrap_err().message;
+        assert!(message.starts_with("policy: ExecProcessRequest denied"), "{message}");
+        pod.check(&Request::Start { id: "c".into() }).unwrap();
+        assert!(pod.check(&Request::Shutdown).is_err(), "a rule that is not there denies");
+        assert!(!pod.allows_stdin("c") && !pod.allows_output("c"));
+    }
+
+    #[test]
+    fn without_initdata_and_tee_nothing_is_in_the_way() {
+        let mut pod = Confidential::with(None, Attesters::of(Sample)).unwrap();
+        pod.check(&exec("sh")).unwrap();
+        pod.check_container("c", &json!({}), None).unwrap();
+        assert!(pod.allows_stdin("c") && pod.allows_output("c"));
+        let mut process = json!({ "env": ["A=1", "B=sealed.x"] });
+        let message = pod.unseal(&mut process).unwrap_err().message;
+        assert!(message.contains("environment variable B"), "{message}");
+    }
+
+    #[test]
+    fn a_host_root_is_refused_by_a_policy_that_wants_an_image() {
+        let mut pod = pod(
+            "package agent_policy\nimport rego.v1\ndefault CreateContainerRequest := false\nCreateContainerRequest if input.image == \"sha256:00\"\nreasons contains {\"field\": \"image\", \"value\": input.image, \"allowed\": \"sha256:00\"}\n",
+        )
+        .unwrap();
+        pod.check_container("c", &json!({}), Some("sha256:00")).unwrap();
+        let message = pod.check_container("c", &json!({}), None).unwrap_err().message;
+        assert_eq!(message, "policy: CreateContainerRequest denied: image is null, allowed: \"sha256:00\"");
+    }
+
+    #[test]
+    fn initdata_that_is_none_ends_it() {
+        let message = Confidential::with(Some("x"), Attesters::of(Sample)).err().unwrap().message;
+        assert!(message.starts_with("initdata: "), "{message}");
+        assert!(pod("package other\n").err().unwrap().message.contains("package agent_policy"));
+    }
+}

@@ -1,0 +1,289 @@
+//! The client against the server, and against a host in the middle.
+
+use std::{
+    collections::BTreeMap,
+    io::{Read, Write},
+    net::{SocketAddr, TcpListener, TcpStream},
+    sync::Arc,
+    thread,
+    time::Duration,
+};
+
+use coffer_attestation::{
+    evidence::{Attesters, Sample, SampleDevice},
+    kbs::{Client, ClientError, Credential, Outcome, Step, Transport, Url, trusting},
+    key::{KeyAlgorithm, TeeKey},
+};
+use coffer_kbs::{Config, Identity, Kbs, Query, Running, serve};
+use serde_json::{Value, json};
+
+const SECRET: &[u8] = b"what only an attested guest may read";
+
+fn config() -> Config {
+    let resources = BTreeMap::from([
+        ("one/2/trois".into(), SECRET.to_vec()),
+        ("one/2/other".into(), b"another secret".to_vec()),
+    ]);
+    Config { resources, allow_all: true, admin: true, ..Config::default() }
+}
+
+fn server(identity: Option<&Identity>, config: Config) -> Running {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    serve(Arc::new(Kbs::new(config).unwrap()), listener, identity).unwrap()
+}
+
+fn plain(address: SocketAddr) -> Transport {
+    Transport::plain(Url::parse(&format!("http://{address}")).unwrap())
+}
+
+/// Drives without the pauses between attempts.
+fn fetch(
+    transport: &mut Transport,
+    client: &mut Client,
+    attesters: &mut Attesters,
+    uri: &str,
+) -> Result<Outcome, ClientError> {
+    client.fetch(uri.parse().unwrap());
+    loop {
+        match client.step() {
+            Step::Send(request) => match transport.exchange(&request) {
+                Ok(response) => client.received(&response),
+                Err(error) => client.failed(&error.to_string()),
+            },
+            Step::Measure(nonce) => {
+                let evidence = attesters.collect(&nonce, &client.key().public());
+                client.measured(evidence.map_err(|e| e.to_string()));
+            }
+            Step::Wait(_) => {}
+            Step::Finished(result) => return result,
+        }
+    }
+}
+
+fn client(algorithm: KeyAlgorithm, credential: Credential) -> Client {
+    Client::new("sample", algorithm, None, credential).unwrap()
+}
+
+fn secret() -> Result<Outcome, ClientError> {
+    Ok(Outcome::Resource(SECRET.to_vec().into()))
+}
+
+#[test]
+fn every_kind_of_key_and_credential_gets_the_secret() {
+    let server = server(None, config());
+    for algorithm in [KeyAlgorithm::P256, KeyAlgorithm::P521, KeyAlgorithm::Rsa] {
+        for credential in [Credential::Cookie, Credential::Bearer] {
+            let mut client = client(algorithm, credential);
+            let mut attesters =
+                Attesters { primary: Box::new(Sample), devices: vec![Box::new(SampleDevice)] };
+            let found = fetch(&mut plain(server.address), &mut client, &mut attesters, "kbs:///one/2/trois");
+            assert_eq!(found, secret(), "{algorithm:?} {credential:?}");
+        }
+    }
+}
+
+#[test]
+fn the_default_policy_refuses_sample_evidence_and_says_so() {
+    let server = server(None, Config { allow_all: false, ..config() });
+    let mut client = client(KeyAlgorithm::P256, Credential::Cookie);
+    let found =
+        fetch(&mut plain(server.address), &mut client, &mut Attesters::of(Sample), "kbs:///one/2/trois");
+    let message = found.unwrap_err().to_string();
+    assert!(message.contains("PolicyDeny"), "{message}");
+}
+
+#[test]
+fn the_owners_calls_change_what_guests_get() {
+    let kbs = Kbs::new(config()).unwrap();
+    let call = |method: &str, path: &str, body: &[u8]| {
+        kbs.answer(&Query {
+            method: method.into(),
+            path: format!("/kbs/v0/{path}"),
+            body: body.to_vec(),
+            ..Query::default()
+        })
+    };
+    assert_eq!(call("POST", "resource/a/b/c", b"new").status, 200);
+    assert_eq!(call("DELETE", "resource/a/b/c", b"").status, 200);
+    assert_eq!(call("DELETE", "resource/a/b/c", b"").status, 401);
+    let policy = coffer_attestation::encoding::to_base64url(b"package policy\nallow := false\n");
+    let body = json!({ "policy": policy }).to_string();
+    assert_eq!(call("POST", "resource-policy", body.as_bytes()).status, 200);
+    assert_eq!(call("GET", "resource-policy", b"").body, json!(policy).to_string().as_bytes());
+    assert_eq!(call("GET", "nothing/here", b"").status, 404);
+    assert_eq!(call("GET", "resource/one/2/trois", b"").status, 401);
+}
+
+/// A host between guest and KBS that may change each direction's bytes; `direction` 0 is to the KBS. It gives up on a
+/// connection on which nothing came for `idle`: a changed length leaves both sides waiting.
+fn middle(
+    to: SocketAddr,
+    idle: Duration,
+    change: impl Fn(usize, Vec<u8>) -> Vec<u8> + Send + Sync + 'static,
+) -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    let change = Arc::new(change);
+    thread::spawn(move || {
+        for guest in listener.incoming().flatten() {
+            let kbs = TcpStream::connect(to).unwrap();
+            for (direction, mut from, mut into) in [
+                (0, guest.try_clone().unwrap(), kbs.try_clone().unwrap()),
+                (1, kbs.try_clone().unwrap(), guest.try_clone().unwrap()),
+            ] {
+                let change = change.clone();
+                from.set_read_timeout(Some(idle)).unwrap();
+                thread::spawn(move || {
+                    let mut buffer = [0; 64 * 1024];
+                    while let Ok(count) = from.read(&mut buffer) {
+                        if count == 0 || into.write_all(&change(direction, buffer[..count].to_vec())).is_err()
+                        {
+                            break;
+                        }
+                    }
+                    let _ = into.shutdown(std::net::Shutdown::Both);
+                    let _ = from.shutdown(std::net::Shutdown::Both);
+                });
+            }
+        }
+    });
+    address
+}
+
+fn identity() -> Identity {
+    Identity::self_signed(vec!["127.0.0.1".into()]).unwrap()
+}
+
+fn through(address: SocketAddr, identity: &Identity) -> Result<Outcome, ClientError> {
+    let url = Url::parse(&format!("https://{address}")).unwrap();
+    let mut transport = trusting(url, &identity.certificate_pem).unwrap();
+    let mut client = client(KeyAlgorithm::P256, Credential::Cookie);
+    fetch(&mut transport, &mut client, &mut Attesters::of(Sample), "kbs:///one/2/trois")
+}
+
+#[test]
+fn tls_with_the_pinned_certificate_works_and_with_another_never_sends_a_thing() {
+    let identity = identity();
+    let server = server(Some(&identity), config());
+    assert_eq!(through(server.address, &identity), secret());
+    let other = Identity::self_signed(vec!["127.0.0.1".into()]).unwrap();
+    let message = through(server.address, &other).unwrap_err().to_string();
+    assert!(message.starts_with("KBS: challenge:"), "{message}");
+}
+
+#[test]
+fn a_middle_that_delays_and_cuts_into_pieces_changes_nothing() {
+    let identity = identity();
+    let server = server(Some(&identity), config());
+    let address = middle(server.address, Duration::from_secs(60), |_, bytes| {
+        thread::sleep(Duration::from_millis(20));
+        bytes
+    });
+    assert_eq!(through(address, &identity), secret());
+}
+
+#[test]
+fn no_change_of_bytes_gives_a_wrong_secret() {
+    let identity = identity();
+    let server = server(Some(&identity), config());
+    type Change = fn(Vec<u8>) -> Vec<u8>;
+    let changes: [(&str, Change); 5] = [
+        ("flip the last bit", |mut b| {
+            if let Some(last) = b.last_mut() {
+                *last ^= 1;
+            }
+            b
+        }),
+        ("flip a bit in the middle", |mut b| {
+            let at = b.len() / 2;
+            b[at] ^= 0x10;
+            b
+        }),
+        ("cut the end off", |mut b| {
+            b.truncate(b.len().saturating_sub(1));
+            b
+        }),
+        ("send twice", |b| [b.clone(), b].concat()),
+        ("swap halves", |mut b| {
+            let at = b.len() / 2;
+            b.rotate_left(at);
+            b
+        }),
+    ];
+    for (name, change) in changes {
+        for wanted in [0, 1] {
+            let address = middle(server.address, Duration::from_millis(300), move |direction, b| {
+                if direction == wanted { change(b) } else { b }
+            });
+            let found = through(address, &identity);
+            assert!(found.is_err(), "{name}, direction {wanted}: {found:?}");
+        }
+    }
+}
+
+/// Answers of plain HTTP, as the KBS gives them to `query`, with the request and the answer in the host's hands.
+fn ask(kbs: &Kbs, method: &str, path: &str, cookie: Option<&str>, body: &Value) -> coffer_kbs::Answer {
+    kbs.answer(&Query {
+        method: method.into(),
+        path: format!("/kbs/v0/{path}"),
+        cookie: cookie.map(str::to_owned),
+        bearer: None,
+        body: body.to_string().into_bytes(),
+    })
+}
+
+/// A whole attestation of a guest, changed by the host just before it reaches the KBS.
+fn attested(kbs: &Kbs, change: impl FnOnce(&mut Value)) -> (TeeKey, String, coffer_kbs::Answer) {
+    let auth = json!({ "version": "0.4.0", "tee": "sample", "extra-params": {} });
+    let challenge = ask(kbs, "POST", "auth", None, &auth);
+    let cookie = challenge.cookie.unwrap();
+    let nonce = serde_json::from_slice::<Value>(&challenge.body).unwrap()["nonce"].clone();
+    let key = TeeKey::generate(KeyAlgorithm::P256).unwrap();
+    let evidence = Attesters::of(Sample).collect(nonce.as_str().unwrap(), &key.public()).unwrap();
+    let mut body = json!({
+        "init-data": null,
+        "runtime-data": { "nonce": nonce, "tee-pubkey": key.public() },
+        "tee-evidence": evidence,
+    });
+    change(&mut body);
+    let answer = ask(kbs, "POST", "attest", Some(&cookie), &body);
+    (key, cookie, answer)
+}
+
+#[test]
+fn the_host_cannot_put_its_own_key_nonce_or_devices_into_an_attestation() {
+    let kbs = Kbs::new(config()).unwrap();
+    assert_eq!(attested(&kbs, |_| {}).2.status, 200);
+    let hosts = TeeKey::generate(KeyAlgorithm::P256).unwrap().public();
+    let swap = |at: &'static str, with: Value| {
+        attested(&kbs, move |body| *body.pointer_mut(at).unwrap() = with).2.status
+    };
+    assert_eq!(swap("/runtime-data/tee-pubkey", json!(hosts)), 401);
+    assert_eq!(swap("/runtime-data/nonce", json!("AAAA")), 401);
+    assert_eq!(swap("/tee-evidence/additional_evidence", json!("{\"sampledevice\":{}}")), 401);
+    assert_eq!(swap("/tee-evidence/primary_evidence", json!({ "svn": "1", "report_data": "" })), 401);
+    assert_eq!(swap("/init-data", json!({ "format": "json", "body": "{}" })), 401);
+    assert_eq!(swap("/tee-evidence", json!(null)), 401);
+}
+
+#[test]
+fn an_attestation_cannot_be_replayed_in_another_session() {
+    let kbs = Kbs::new(config()).unwrap();
+    let mut recorded = Value::Null;
+    attested(&kbs, |body| recorded = body.clone());
+    assert_eq!(attested(&kbs, |body| *body = recorded).2.status, 401);
+}
+
+#[test]
+fn an_eavesdropper_with_the_cookie_gets_only_ciphertext_for_the_guest() {
+    let kbs = Kbs::new(config()).unwrap();
+    let (key, cookie, _) = attested(&kbs, |_| {});
+    let stolen = ask(&kbs, "GET", "resource/one/2/trois", Some(&cookie), &Value::Null);
+    assert_eq!(stolen.status, 200);
+    assert!(!stolen.body.windows(8).any(|w| SECRET.windows(8).any(|s| s == w)));
+    let message = serde_json::from_slice(&stolen.body).unwrap();
+    assert!(
+        coffer_attestation::jwe::decrypt(&TeeKey::generate(KeyAlgorithm::P256).unwrap(), &message).is_err()
+    );
+    assert_eq!(coffer_attestation::jwe::decrypt(&key, &message).unwrap().as_slice(), SECRET);
+}
