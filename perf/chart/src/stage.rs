@@ -15,7 +15,7 @@ pub fn work_before(stage: &str) -> (&str, &'static str) {
         "kernel-entry" => ("shim", "shim"),
         "init-entry" => ("kernel", "kernel"),
         "init-ready" => ("init: mounts, network, vsock", "init"),
-        "container-created" => ("wait for create; namespaces, mounts, cgroup", "container"),
+        "container-created" => ("wait for create; make it", "container"),
         "container-started" => ("wait for start; let it go", "container"),
         "orderly-end" => ("the container runs", "container"),
         "ended" => ("the VM ends", "coffer-vmm"),
