@@ -28,9 +28,33 @@ impl Home {
         self.0.join("bin/coffer-vmm")
     }
 
-    /// The image for a number of processors.
+    /// The image for a number of processors under a TEE: `snp`, `snp-emulated`, or none. Every TEE's kernel is an smp one; the
+    /// emulated machine has its C-bit elsewhere, so that no image is for both.
     #[must_use]
-    pub fn image(&self, vcpus: u32) -> PathBuf {
-        self.0.join(if vcpus > 1 { "images/smp.igvm" } else { "images/up.igvm" })
+    pub fn image(&self, vcpus: u32, tee: Option<&str>) -> PathBuf {
+        self.0.join(match (tee, vcpus) {
+            (Some("snp-emulated"), _) => "images/smp-emulated.igvm",
+            (Some("snp"), _) | (_, 2..) => "images/smp.igvm",
+            _ => "images/up.igvm",
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_emulated_machine_has_an_image_of_its_own_and_nothing_else_gets_it() {
+        let home = Home("/h".into());
+        let name = |vcpus, tee| home.image(vcpus, tee).display().to_string();
+        assert_eq!(name(1, Some("snp-emulated")), "/h/images/smp-emulated.igvm");
+        assert_eq!(name(1, Some("snp")), "/h/images/smp.igvm");
+        for tee in [None, Some("none")] {
+            assert_eq!(
+                (name(1, tee), name(2, tee)),
+                ("/h/images/up.igvm".into(), "/h/images/smp.igvm".into())
+            );
+        }
     }
 }
