@@ -6,14 +6,16 @@
 
 mod sample;
 mod sev_guest;
+mod silent;
 mod tdx;
 mod tsm;
 
 pub use sample::{Sample, SampleDevice};
 pub use sev_guest::Snp;
+pub use silent::{Silent, kernel_tee};
 pub use tdx::{Tdx, event_log};
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, path::Path};
 
 use serde::Serialize;
 use serde_json::Value;
@@ -111,13 +113,16 @@ impl Attesters {
         Self { primary: Box::new(primary), devices: Vec::new() }
     }
 
-    /// Finds out where this runs: SNP, TDX, or nothing, for which the `sample` evidence stands.
+    /// Finds out where this runs: SNP, TDX, or nothing, for which the `sample` evidence stands. A TEE whose driver is not
+    /// there is still a TEE: [`Silent`] stands for it, and nothing is trusted.
     #[must_use]
     pub fn probe() -> Self {
         let primary: Box<dyn Attester> = if let Some(snp) = Snp::probe() {
             Box::new(snp)
         } else if let Some(tdx) = Tdx::probe() {
             Box::new(tdx)
+        } else if let Some(tee) = kernel_tee(Path::new("/")) {
+            Box::new(Silent(tee))
         } else {
             Box::new(Sample)
         };

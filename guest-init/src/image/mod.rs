@@ -12,6 +12,7 @@ use std::{
     sync::atomic::AtomicU64,
 };
 
+use coffer_attestation::evidence::kernel_tee;
 use coffer_layers::{
     config::{ConfigError, Process},
     digest::{Digest, DigestError},
@@ -176,14 +177,7 @@ impl Unpacked {
 
 /// Whether the processor keeps this machine's memory from the host.
 fn confidential() -> bool {
-    [
-        "/dev/sev-guest",
-        "/dev/tdx_guest",
-        "/sys/devices/platform/sev-guest",
-        "/sys/firmware/uv/prot_virt_guest",
-    ]
-    .iter()
-    .any(|path| Path::new(path).exists())
+    kernel_tee(Path::new("/")).is_some() || Path::new("/sys/firmware/uv/prot_virt_guest").exists()
 }
 
 /// Bytes of memory that can be had now.
