@@ -162,8 +162,10 @@ impl Bench {
             fs::create_dir_all(rootfs.join(directory)).expect("a directory");
         }
         let busybox = ["/bin/busybox", "/usr/bin/busybox"].map(Path::new).into_iter().find(|p| p.exists());
-        fs::copy(busybox.expect("busybox: apt-get install busybox-static"), rootfs.join("bin/busybox"))
-            .expect("copy busybox");
+        // A new file each time: a process of a container that just ended may still have the old one open.
+        let fresh = rootfs.join("bin/busybox.new");
+        fs::copy(busybox.expect("busybox: apt-get install busybox-static"), &fresh).expect("copy busybox");
+        fs::rename(&fresh, rootfs.join("bin/busybox")).expect("rename busybox");
         for applet in [
             "sh", "cat", "echo", "env", "false", "grep", "head", "hostname", "id", "kill", "ls", "mount",
             "ps", "readlink", "pwd", "seq", "sleep", "stat", "stty", "tail", "test", "touch", "true",

@@ -23,10 +23,11 @@ pub(crate) fn tsc_khz(cpuinfo: &str) -> Option<u64> {
 
 /// The machine's kernel's command line.
 fn kernel_words(run: &Run, tsc_khz: Option<u64>) -> String {
-    // mitigations: for an emulated CPU they only cost. panic: at once, QEMU ends with -no-reboot.
+    // mitigations: for an emulated CPU they only cost. panic: at once, QEMU ends with -no-reboot. no_timer_check: on a
+    // busy host the check's ten ticks come too late, and the kernel panics over a timer that works.
     let mut words =
         "console=ttyS0 quiet loglevel=4 reboot=t panic=-1 mitigations=off nokaslr nowatchdog audit=0 \
-                     cryptomgr.notests=1 random.trust_cpu=on"
+                     cryptomgr.notests=1 random.trust_cpu=on no_timer_check"
             .to_owned();
     match tsc_khz {
         Some(khz) => words += &format!(" tsc=reliable tsc_early_khz={khz}"),
