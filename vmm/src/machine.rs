@@ -321,6 +321,8 @@ fn make_emulated(
     let started = emulated::start::start(vm, base, plan, &wanted, &mut tell)?;
     trace.stage("memory-loaded");
     trace.counts(&started.counts.trace());
+    let digest: String = started.machine.digest().iter().map(|byte| format!("{byte:02x}")).collect();
+    log.write(Level::Warning, &format!("launch digest {digest}"));
     let vcpus = started.vcpus.into_iter().map(|(vcpu, processor)| (vcpu, Some(processor))).collect();
     Ok(Made { vcpus, memory: started.memory, emulated: Some(started.machine) })
 }
