@@ -17,6 +17,10 @@ command -v cargo >/dev/null || { echo "make: no cargo: install Rust 1.95 or late
 # /usr/src has the source as an archive; a shallow clone of this repository has no kernel in it.
 tests/install gcc libc6-dev linux-source-6.12 make flex bison bc libelf-dev xz-utils
 
+# Steps of ./test run side by side, and each may call this. -o: what cargo leaves running does not keep the lock.
+mkdir -p target
+[ -n "${COFFER_MAKE_LOCKED:-}" ] || COFFER_MAKE_LOCKED=1 exec flock -o target/make.lock "$PWD/make" "$@"
+
 # Static programs: init has no library in the guest, and coffer and coffer-vmm start in mount namespaces that show others.
 triple=x86_64-unknown-linux-gnu
 export CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUSTFLAGS="-C target-feature=+crt-static"
