@@ -5,6 +5,7 @@
 mod machine;
 pub mod seeds;
 
+use coffer_fuzz::Target;
 use coffer_layout::{
     PAGE,
     boot::{Handoff, LOW_END},
@@ -16,7 +17,7 @@ use machine::Checked;
 type Page = [u8; PAGE as usize];
 
 /// The targets by name.
-pub const TARGETS: [(&str, fn(&[u8])); 4] =
+pub const TARGETS: [Target; 4] =
     [("parameters", parameters), ("hash-page", hash_page), ("cpuid-page", cpuid_page), ("ghcb", ghcb)];
 
 fn page(data: &[u8]) -> Page {

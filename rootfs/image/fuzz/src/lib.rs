@@ -2,6 +2,7 @@
 
 use std::{collections::BTreeMap, thread};
 
+use coffer_fuzz::Target;
 use coffer_layers::{
     config::ImageConfig,
     manifest::{Compression, Document, layer_type},
@@ -13,9 +14,6 @@ use coffer_layers::{
     reference::Reference,
     tar::{Archive, Kind, MOST_PATH},
 };
-
-/// A target: its name and what it does with bytes.
-pub type Target = (&'static str, fn(&[u8]));
 
 /// The targets.
 pub const TARGETS: [Target; 7] = [
