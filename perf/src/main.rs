@@ -22,7 +22,8 @@ coffer-bench: boot latency, measured (perf/run and perf/check call it)
 
   coffer-bench run PLAN.toml --out DIR --stamp FILE   every start of a plan: DIR/raw.jsonl and DIR/machine.json
   coffer-bench report DIR                             DIR/summary.md and plots, from those two files
-  coffer-bench where DIR SYSTEM.MAP [N]               the N functions of the guest's kernel with the most instructions
+  coffer-bench where DIR SYSTEM.MAP [N [DIRECTORIES]] the N functions of the guest's kernel with the most instructions, or
+                                                      directories of its source, by the list that perf/peer-kernel makes
   coffer-bench check DIR BASELINE.json [--write]      counts against the baseline; with --write it becomes the baseline
 
 DIR/counts.jsonl, when it is there, is the QEMU plugin's: then times are not shown.";
@@ -48,9 +49,13 @@ fn try_main() -> Result<bool> {
         ["report", directory] => show(Path::new(directory)).map(|()| true),
         ["check", directory, baseline] => check(Path::new(directory), Path::new(baseline), false),
         ["check", directory, baseline, "--write"] => check(Path::new(directory), Path::new(baseline), true),
-        ["where", directory, map] => functions(Path::new(directory), Path::new(map), 40),
+        ["where", directory, map] => functions(Path::new(directory), Path::new(map), 40, None),
         ["where", directory, map, most] => {
-            functions(Path::new(directory), Path::new(map), most.parse().context("N is a number")?)
+            functions(Path::new(directory), Path::new(map), most.parse().context("N is a number")?, None)
+        }
+        ["where", directory, map, most, list] => {
+            let most = most.parse().context("N is a number")?;
+            functions(Path::new(directory), Path::new(map), most, Some(Path::new(list)))
         }
         ["--help"] => {
             println!("{USAGE}");
@@ -134,11 +139,19 @@ fn show(directory: &Path) -> Result<()> {
     Ok(())
 }
 
-fn functions(directory: &Path, map: &Path, most: usize) -> Result<bool> {
+fn functions(directory: &Path, map: &Path, most: usize, list: Option<&Path>) -> Result<bool> {
     let text = |path: &Path| fs::read_to_string(path).with_context(|| format!("read {}", path.display()));
     let addresses = text(&directory.join("addresses"))?;
     let map = text(map).context("the kernel's System.map lies beside its vmlinux in the build's cache")?;
-    print!("{}", symbols::table(&symbols::attribute(&addresses, &map)?, most));
+    let functions = symbols::attribute(&addresses, &map)?;
+    print!(
+        "{}",
+        match list {
+            Some(list) =>
+                symbols::table("directory", &symbols::by_directory(&functions, &text(list)?)?, most),
+            None => symbols::table("function", &functions, most),
+        }
+    );
     Ok(true)
 }
 

@@ -23,6 +23,8 @@ pub struct Guest {
     pub memory_mib: u64,
     /// Processors.
     pub vcpus: u32,
+    /// QEMU describes its machine by ACPI tables, as Firecracker does, instead of an MP table.
+    pub acpi: bool,
     /// The kernel is one that marks its entry and halts: no PID 1 is waited for.
     pub tiny: bool,
     /// How far it is watched.
@@ -60,7 +62,9 @@ impl Peer {
         match self.kind {
             // QEMU's manual, "microvm": the shortest start is without legacy devices and option ROMs.
             Kind::QemuMicrovm => {
-                add(&["-M", "microvm,x-option-roms=off,pit=off,pic=off,isa-serial=off,rtc=off,acpi=off"]);
+                let acpi = if guest.acpi { "on" } else { "off" };
+                let legacy = "x-option-roms=off,pit=off,pic=off,isa-serial=off,rtc=off";
+                add(&["-M", &format!("microvm,{legacy},acpi={acpi}")]);
                 add(&["-accel", "kvm", "-cpu", "host", "-smp", &vcpus, "-m", &memory]);
                 add(&["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]);
                 add(&["-kernel", &kernel]);
@@ -113,6 +117,11 @@ mod tests {
                 assert!(line.split([' ', '=']).any(|w| w.trim_end_matches('M') == word), "{word}: {line}");
             }
         }
+        let machine = |acpi| {
+            let guest = Guest { acpi, ..Guest::default() };
+            Peer::new(Kind::QemuMicrovm, "vmm".into()).unwrap().command(&guest, "M", "V")[2].clone()
+        };
+        assert!(machine(true).ends_with(",acpi=on") && machine(false).ends_with(",acpi=off"));
         let ours = Peer::new(Kind::CofferVmm, "vmm".into()).unwrap().command(&guest, "M", "V").join(" ");
         assert_eq!(ours, "vmm --image I --memory-mib 77 --vcpus 3 --vsock V --trace M");
         assert!(Peer::new(Kind::Crun, "crun".into()).is_none());

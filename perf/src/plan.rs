@@ -121,6 +121,9 @@ pub struct Image {
     pub initramfs: PathBuf,
     /// A file with the kernel's command line, without the devices of our machine.
     pub command_line: PathBuf,
+    /// It expects ACPI tables: no kernel of ours does, and only QEMU has them.
+    #[serde(default)]
+    pub acpi: bool,
 }
 
 /// A checked plan.
@@ -216,6 +219,9 @@ impl Plan {
         if plan.runtime.is_empty() {
             return wrong("[[runtime]] is missing");
         }
+        if plan.image.iter().any(|i| i.acpi) && plan.runtime.iter().any(|r| r.kind != Kind::QemuMicrovm) {
+            return wrong("acpi = true: only qemu-microvm has ACPI tables");
+        }
         if plan.image.is_empty() && plan.runtime.iter().any(|r| !r.kind.is_container_runtime()) {
             return wrong("a VMM wants an [[image]]");
         }
@@ -300,6 +306,7 @@ mod tests {
             ("\"cold\", \"warm\"", "\"template\"", "template"),
             ("[1, 4]", "[0]", "parallel"),
             ("repetitions = 3", "repetitions = 3\nuntil = \"ready\"", "until"),
+            ("igvm = \"i\"", "igvm = \"i\"\nacpi = true", "acpi"),
             ("kind = \"crun\"", "kind = \"krun\"", "krun"),
             ("name = \"x\"", "name = \"x\"\nspeed = 1", "speed"),
         ] {

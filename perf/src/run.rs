@@ -161,6 +161,7 @@ fn guest(image: &Image, cell: &Cell<'_>, directory: &Path) -> Result<Guest, Boot
         command_line: command_line.trim().to_owned(),
         memory_mib: cell.memory_mib,
         vcpus: cell.vcpus,
+        acpi: image.acpi,
         tiny,
         until: Until::Pid1,
     })
