@@ -1,17 +1,29 @@
 //! Annotations of a confidential pod: what protects it, and the owner's initdata.
 //!
-//! Owns: `io.coffer.tee` and `io.coffer.initdata`, and that the launch is bound to the initdata's digest. Does not own:
-//! what initdata says; the guest reads it.
+//! Owns: `io.coffer.tee` and `io.coffer.initdata`, that the launch is bound to the initdata's digest, and that the emulated
+//! machine, which protects nothing, runs only where the host's operator wants it. Does not own: what initdata says; the
+//! guest reads it.
 
-use std::{fs::File, io::Read, path::PathBuf};
+use std::{
+    collections::HashMap,
+    fs::{self, File},
+    io::Read,
+    path::{Path, PathBuf},
+};
 
 use coffer_attestation::initdata::Initdata;
 use oci_spec::runtime::Spec;
 
 use crate::error::{Error, host};
 
+const EMULATED: &str = "snp-emulated";
+
 /// Longest initdata in bytes that is read from its file; the guest's own bound is smaller.
 const MOST_INITDATA: u64 = 1 << 20;
+
+/// The operator's leave to run `snp-emulated`, which no annotation can give: a file whose only line is the directory of the
+/// development root, that signs the reports of such machines.
+pub const EMULATION: &str = "/etc/coffer/snp-emulated";
 
 /// What the annotations say.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -23,25 +35,54 @@ pub struct Confidential {
 }
 
 impl Confidential {
-    /// Reads the annotations.
+    /// Reads a configuration's annotations.
     ///
     /// # Errors
     /// [`Error::Bundle`], naming the annotation.
     pub fn of(spec: &Spec) -> Result<Self, Error> {
-        let annotation = |key: &str| spec.annotations().as_ref().and_then(|a| a.get(key)).cloned();
-        let tee = annotation("io.coffer.tee");
+        spec.annotations().as_ref().map_or_else(|| Ok(Self::default()), Self::read)
+    }
+
+    fn read(annotations: &HashMap<String, String>) -> Result<Self, Error> {
+        let tee = annotations.get("io.coffer.tee").cloned();
         if let Some(tee) = &tee
-            && !["none", "snp", "snp-emulated"].contains(&tee.as_str())
+            && !["none", "snp", EMULATED].contains(&tee.as_str())
         {
-            let wrong = format!("annotation io.coffer.tee={tee} is none of none, snp, snp-emulated");
+            let wrong = format!("annotation io.coffer.tee={tee} is none of none, snp, {EMULATED}");
             return Err(Error::Bundle(wrong));
         }
-        let file = annotation("io.coffer.initdata").map(PathBuf::from);
+        let file = annotations.get("io.coffer.initdata").map(PathBuf::from);
         if let Some(file) = file.as_ref().filter(|file| !file.is_absolute()) {
             let wrong = format!("annotation io.coffer.initdata={} is not an absolute path", file.display());
             return Err(Error::Bundle(wrong));
         }
         Ok(Self { tee, file })
+    }
+
+    /// Whether this can be had, before anything is made: in a VM of its own, or in a pod's that runs, whose first
+    /// container had these annotations.
+    ///
+    /// # Errors
+    /// [`Error::Bundle`], naming the annotation.
+    pub fn check(&self, pod: Option<&HashMap<String, String>>) -> Result<(), Error> {
+        let Some(pod) = pod.map(Self::read).transpose()? else { return self.flags().map(|_| ()) };
+        let has = |annotation: &str, wanted: &str, had: &str| {
+            let words = format!(
+                "annotation {annotation}={wanted}: the pod's VM runs already, with {had}: annotate the pod's first container"
+            );
+            Err(Error::Bundle(words))
+        };
+        let tee = |of: &Self| of.tee.clone().unwrap_or_else(|| "none".into());
+        if self.tee.is_some() && tee(self) != tee(&pod) {
+            return has("io.coffer.tee", &tee(self), &tee(&pod));
+        }
+        match &self.file {
+            Some(file) if pod.file.as_ref() != Some(file) => {
+                let had = pod.file.map_or_else(|| "none".into(), |had| had.display().to_string());
+                has("io.coffer.initdata", &file.display().to_string(), &had)
+            }
+            _ => Ok(()),
+        }
     }
 
     /// The initdata's text.
@@ -59,10 +100,17 @@ impl Confidential {
     /// Flags of the VMM: the TEE, and the digest that its launch is bound to.
     ///
     /// # Errors
-    /// As [`Confidential::initdata`], or that it is not initdata.
+    /// As [`Confidential::initdata`], or that it is not initdata, or that the operator wants no emulated machine.
     pub fn flags(&self) -> Result<Vec<String>, Error> {
+        self.flags_allowed_by(Path::new(EMULATION))
+    }
+
+    fn flags_allowed_by(&self, permission: &Path) -> Result<Vec<String>, Error> {
         let Some(tee) = self.tee.as_deref().filter(|tee| *tee != "none") else { return Ok(Vec::new()) };
         let mut flags = vec!["--tee".to_owned(), tee.to_owned()];
+        if tee == EMULATED {
+            flags.extend(["--development-keys".to_owned(), development_root(permission)?]);
+        }
         if let Some(text) = self.initdata()? {
             let initdata = Initdata::parse(text.as_bytes()).map_err(|e| Error::Bundle(e.to_string()))?;
             let digest =
@@ -73,9 +121,61 @@ impl Confidential {
     }
 }
 
+/// Directory of the development root, from the file with which the operator allows the emulated machine.
+fn development_root(permission: &Path) -> Result<String, Error> {
+    let refused = |why: String| {
+        let file = permission.display();
+        let what = format!("annotation io.coffer.tee={EMULATED}: this machine protects nothing");
+        Error::Bundle(format!("{what}, and {why}: to develop, write a directory for its keys into {file}"))
+    };
+    let text = fs::read_to_string(permission)
+        .map_err(|_| refused("the operator of this host has not allowed it".into()))?;
+    match text.trim() {
+        line if line.starts_with('/') && line.lines().count() == 1 => Ok(line.to_owned()),
+        _ => Err(refused(format!("{} is not one absolute path", permission.display()))),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_emulated_machine_is_the_operators_to_allow() {
+        let dir = tempfile::tempdir().unwrap();
+        let allowed = dir.path().join("allowed");
+        let pod = Confidential { tee: Some(EMULATED.into()), file: None };
+        let message = pod.flags_allowed_by(&allowed).unwrap_err().to_string();
+        assert!(message.contains("the operator of this host has not allowed it"), "{message}");
+        for text in ["", "keys\n", "/keys\n/others\n"] {
+            fs::write(&allowed, text).unwrap();
+            let message = pod.flags_allowed_by(&allowed).unwrap_err().to_string();
+            assert!(message.contains("is not one absolute path"), "{text:?}: {message}");
+        }
+        fs::write(&allowed, "/keys\n").unwrap();
+        let flags = pod.flags_allowed_by(&allowed).unwrap();
+        assert_eq!(flags, ["--tee", EMULATED, "--development-keys", "/keys"]);
+        // No other kind asks for it, or gets the keys.
+        let snp = Confidential { tee: Some("snp".into()), file: None };
+        assert_eq!(snp.flags_allowed_by(&dir.path().join("none")).unwrap(), ["--tee", "snp"]);
+    }
+
+    #[test]
+    fn a_container_gets_no_other_protection_than_its_pods_vm_has() {
+        let with = |pairs: &[(&str, &str)]| -> HashMap<String, String> {
+            pairs.iter().map(|(k, v)| (format!("io.coffer.{k}"), (*v).to_owned())).collect()
+        };
+        let of = |pairs: &[(&str, &str)]| Confidential::read(&with(pairs)).unwrap();
+        let message = of(&[("tee", "snp")]).check(Some(&with(&[]))).unwrap_err().to_string();
+        assert!(message.contains("io.coffer.tee=snp: the pod's VM runs already, with none"), "{message}");
+        let pod = with(&[("tee", "snp"), ("initdata", "/a")]);
+        assert!(of(&[("tee", "none")]).check(Some(&pod)).is_err());
+        assert!(of(&[("initdata", "/b")]).check(Some(&pod)).is_err());
+        for good in [&[][..], &[("tee", "snp")], &[("tee", "snp"), ("initdata", "/a")]] {
+            of(good).check(Some(&pod)).unwrap();
+        }
+        of(&[("tee", "none")]).check(Some(&with(&[]))).unwrap();
+    }
 
     #[test]
     fn the_launch_is_bound_to_the_files_digest() {
@@ -84,12 +184,12 @@ mod tests {
         // The worked vector of upstream's format; HOST_DATA is the first 32 bytes of its SHA-384.
         let text = "algorithm = \"sha384\"\nversion = \"0.1.0\"\n\n[data]\n\"key1\" = \"value1\"\n";
         std::fs::write(&file, text).unwrap();
-        let mut confidential = Confidential { tee: Some("snp-emulated".into()), file: Some(file) };
+        let mut confidential = Confidential { tee: Some("snp".into()), file: Some(file) };
         assert_eq!(
             confidential.flags().unwrap(),
             [
                 "--tee",
-                "snp-emulated",
+                "snp",
                 "--host-data",
                 "ad344b89d2a0c99aad897d9b86bb5d3e47a81d10a68ff85d050dfac2463a5420"
             ]

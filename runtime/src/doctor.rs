@@ -1,6 +1,7 @@
 //! `coffer doctor`: what this host can do, and what to do about the rest.
 //!
-//! Owns: looking at the host, and the words. Does not own: the probe of KVM, which is `coffer-vmm --probe`.
+//! Owns: looking at the host, and the words. Does not own: the probes of KVM and of SEV-SNP, which are
+//! `coffer-vmm --probe` and `--probe-snp`.
 
 use std::{
     fs,
@@ -8,7 +9,7 @@ use std::{
     process::{Command, Stdio},
 };
 
-use crate::home::Home;
+use crate::{confidential::EMULATION, home::Home};
 
 /// What was found. Nothing here is decided yet, so that the report can be tested without a host.
 #[derive(Clone, Debug, Default)]
@@ -23,9 +24,11 @@ struct Facts {
     image_smp: bool,
     tun: bool,
     cgroup2: bool,
-    /// `/sys/module/kvm_amd/parameters/sev_snp` and the like.
-    sev_snp: bool,
-    sev_device: bool,
+    /// What `coffer-vmm --probe-snp` says is missing, a line each. None without a VMM.
+    snp: Option<Vec<String>>,
+    /// The operator allows the emulated SNP machine.
+    emulation: bool,
+    /// `/sys/module/kvm_intel/parameters/tdx`.
     tdx: bool,
     /// First line of `podman --version`.
     podman: Option<String>,
@@ -77,9 +80,9 @@ fn found(program: &str, also: &[&str]) -> bool {
         .any(|p| p.exists())
 }
 
-/// The probe's own words, without the program's name.
-fn probe(vmm: &Path) -> Option<Result<(), String>> {
-    let output = Command::new(vmm).arg("--probe").stdin(Stdio::null()).output().ok()?;
+/// A probe's own words, without the program's name.
+fn probe(vmm: &Path, flag: &str) -> Option<Result<(), String>> {
+    let output = Command::new(vmm).arg(flag).stdin(Stdio::null()).output().ok()?;
     let words = String::from_utf8_lossy(&output.stderr);
     let words = words.trim().trim_start_matches("coffer-vmm: ").to_owned();
     Some(if output.status.success() { Ok(()) } else { Err(words) })
@@ -99,15 +102,16 @@ impl Facts {
         let kib = available.and_then(|l| l.split_whitespace().nth(1)).and_then(|n| n.parse::<u64>().ok());
         Self {
             root: nix::unistd::geteuid().is_root(),
-            kvm: probe(&vmm),
+            kvm: probe(&vmm, "--probe"),
+            snp: probe(&vmm, "--probe-snp")
+                .map(|said| said.err().map(|e| e.lines().map(str::to_owned).collect()).unwrap_or_default()),
+            emulation: Path::new(EMULATION).exists(),
             flags: flags.split_whitespace().map(str::to_owned).collect(),
             vmm,
             image_up: exists(home.as_ref().map(|h| h.image(1, None))),
             image_smp: exists(home.as_ref().map(|h| h.image(2, None))),
             tun: opens("/dev/net/tun"),
             cgroup2: Path::new("/sys/fs/cgroup/cgroup.controllers").exists(),
-            sev_snp: is_on("/sys/module/kvm_amd/parameters/sev_snp"),
-            sev_device: opens("/dev/sev"),
             tdx: is_on("/sys/module/kvm_intel/parameters/tdx"),
             podman: podman.map(|o| String::from_utf8_lossy(&o.stdout).trim().to_owned()),
             conmon: found("conmon", &["/usr/libexec/podman/conmon", "/usr/lib/podman/conmon"]),
@@ -135,17 +139,12 @@ impl Facts {
         }
     }
 
-    fn snp_line(&self) -> (Verdict, String) {
-        if self.sev_snp && self.sev_device {
-            (Verdict::Good, "kvm_amd has SNP on, and /dev/sev opens".into())
-        } else if self.sev_snp {
-            (Verdict::Lacking, "kvm_amd has SNP on, but /dev/sev does not open: load ccp, run as root".into())
-        } else if self.flag("sev_snp") {
-            let remedy =
-                "turn SNP on in the firmware (SMEE, RMP), boot Linux 6.11 or later with kvm_amd.sev_snp=1";
-            (Verdict::Lacking, format!("the processor has it, kvm_amd does not: {remedy}"))
-        } else {
-            (Verdict::Lacking, "this processor has none: EPYC 7003 or later".into())
+    /// One for each thing that is missing, in the words with which `--tee snp` fails.
+    fn snp_lines(&self) -> Vec<(Verdict, String)> {
+        match self.snp.as_deref() {
+            None => vec![(Verdict::Lacking, "cannot be looked at without coffer-vmm".into())],
+            Some([]) => vec![(Verdict::Good, "processor, kernel and firmware have it".into())],
+            Some(missing) => missing.iter().map(|words| (Verdict::Lacking, words.clone())).collect(),
         }
     }
 
@@ -209,7 +208,13 @@ impl Facts {
             "conmon",
             either(self.conmon, "found", Lacking, "none, and podman needs it: apt-get install conmon"),
         );
-        line("SEV-SNP", self.snp_line());
+        for missing in self.snp_lines() {
+            line("SEV-SNP", missing);
+        }
+        if self.emulation {
+            let words = format!("{EMULATION} lets pods ask for snp-emulated, which protects nothing");
+            line("emulated SNP", (Note, words));
+        }
         line("TDX", self.tdx_line());
         line("Secure Execution", (Lacking, "an IBM Z matter; coffer runs on x86-64 only".into()));
         let remedy = "tests/rig/rig installs qemu-system-x86 when it is first used";
@@ -288,14 +293,27 @@ mod tests {
     }
 
     #[test]
-    fn snp_needs_processor_kernel_and_device() {
-        let words = |flag: bool, module: bool, device: bool| {
-            let flags = if flag { vec!["sev_snp".to_owned()] } else { Vec::new() };
-            verdict(&Facts { flags, sev_snp: module, sev_device: device, ..good() }, "SEV-SNP")
+    fn what_snp_lacks_is_said_line_by_line_and_is_not_fatal() {
+        let lines = |snp: Option<&[&str]>| {
+            let snp = snp.map(|lines| lines.iter().map(|l| (*l).to_owned()).collect());
+            let facts = Facts { snp, ..good() };
+            assert!(fatal(&facts).is_empty());
+            let lines = facts.report().into_iter().filter(|l| l.what == "SEV-SNP");
+            lines.map(|l| (l.verdict, l.words)).collect::<Vec<_>>()
         };
-        assert_eq!(words(true, true, true).0, Verdict::Good);
-        assert!(words(true, true, false).1.contains("/dev/sev"));
-        assert!(words(true, false, false).1.contains("kvm_amd.sev_snp=1"));
-        assert!(words(false, false, false).1.contains("EPYC"));
+        assert_eq!(lines(Some(&[]))[0].0, Verdict::Good);
+        assert_eq!(lines(None)[0].0, Verdict::Lacking);
+        let missing = lines(Some(&["processor: none", "/dev/sev: none"]));
+        assert_eq!(
+            missing,
+            [(Verdict::Lacking, "processor: none".into()), (Verdict::Lacking, "/dev/sev: none".into())]
+        );
+    }
+
+    #[test]
+    fn an_operator_who_allows_the_emulated_machine_is_reminded() {
+        let facts = Facts { emulation: true, ..good() };
+        assert!(verdict(&facts, "emulated SNP").1.contains("protects nothing"));
+        assert!(good().report().iter().all(|l| l.what != "emulated SNP"));
     }
 }

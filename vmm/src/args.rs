@@ -29,6 +29,7 @@ coffer-vmm: boots an IGVM image in a microVM
   --certificates FILE    certificate table that extended guest requests get
   --development-keys DIR root that signs an emulated guest's reports, made when it is not there
   --probe                can this host's KVM run a guest? exit code 0 or 1, and why not
+  --probe-snp            can it run a guest with --tee snp? exit code 0 or 78, and what is missing, a line each
   --version, --help";
 
 /// What is wrong with a command line. One line, exit code 64.
@@ -113,6 +114,8 @@ pub enum Command {
     Version,
     /// Say whether this host's KVM can run a stock guest.
     Probe,
+    /// Say what this host lacks for SEV-SNP.
+    ProbeSnp,
 }
 
 /// Reads the words after the program's name.
@@ -135,6 +138,9 @@ pub fn parse(words: impl IntoIterator<Item = String>) -> Result<Command, ArgsErr
         }
         if flag == "--probe" {
             return Ok(Command::Probe);
+        }
+        if flag == "--probe-snp" {
+            return Ok(Command::ProbeSnp);
         }
         let known = [
             "--image",

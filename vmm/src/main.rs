@@ -6,6 +6,7 @@ use coffer_vmm::{
     args::{self, Args, Command},
     log::{Level, Log},
     machine::{Machine, MachineError},
+    tee::snp::preflight,
     trace::{self, Trace},
 };
 
@@ -29,6 +30,11 @@ fn main() -> ExitCode {
                 ExitCode::FAILURE
             }
         },
+        Ok(Command::ProbeSnp) => {
+            let missing = preflight::judge(&preflight::facts());
+            missing.iter().for_each(|line| eprintln!("{line}"));
+            if missing.is_empty() { ExitCode::SUCCESS } else { MachineError::NoSnp(missing).code().into() }
+        }
         Ok(Command::Run(args)) => run(&args, began),
         Err(error) => {
             eprintln!("coffer-vmm: {error}");

@@ -51,6 +51,7 @@ pub(super) fn create(call: &Call, root: &Path) -> Result<(), Error> {
     }
     pod::sweep(root);
     let vm = pod::find(root, &plan.spec, &id);
+    plan.confidential.check(vm.as_ref().map(|vm| &vm.record.annotations))?;
     let share = vm.as_ref().map(|_| {
         // Not the name that an earlier container of this id had in this VM, which the guest may still know.
         let elapsed = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
