@@ -33,6 +33,8 @@ pub enum NetworkError {
     NoDevice(String),
 }
 
+const LOOPBACK: &str = "lo";
+
 /// A message being built: header, fixed part, attributes.
 struct Message(Vec<u8>);
 
@@ -70,7 +72,16 @@ impl Netlink {
         fd.map(Self).map_err(|e| NetworkError::Kernel { what: "open netlink".into(), source: e.into() })
     }
 
-    /// Sends a message and waits for its acknowledgement. `Exists` counts as done: the host may say things twice.
+    /// Sends a message that adds something and waits for its acknowledgement. What exists counts as done: the host may say
+    /// things twice.
+    fn add(&self, message: Message, what: String) -> Result<(), NetworkError> {
+        match self.ask(message, what) {
+            Err(NetworkError::Kernel { source, .. }) if source.raw_os_error() == Some(libc::EEXIST) => Ok(()),
+            other => other,
+        }
+    }
+
+    /// Sends a message and waits for its acknowledgement.
     fn ask(&self, message: Message, what: String) -> Result<(), NetworkError> {
         let failed = |what: String, e: nix::Error| NetworkError::Kernel { what, source: e.into() };
         send(self.0.as_raw_fd(), &message.finish(), MsgFlags::empty())
@@ -80,7 +91,7 @@ impl Netlink {
             recv(self.0.as_raw_fd(), &mut answer, MsgFlags::empty()).map_err(|e| failed(what.clone(), e))?;
         let code = answer[..count].get(16..20).map_or(0, |b| i32::from_ne_bytes([b[0], b[1], b[2], b[3]]));
         match -code {
-            0 | libc::EEXIST => Ok(()),
+            0 => Ok(()),
             errno => Err(NetworkError::Kernel { what, source: io::Error::from_raw_os_error(errno) }),
         }
     }
@@ -144,19 +155,94 @@ pub fn apply(network: &Network) -> Result<(), NetworkError> {
         return Ok(());
     }
     let netlink = Netlink::open()?;
-    for interface in &network.interfaces {
-        set_interface(&netlink, interface)?;
+    let plan = names(&devices(), &network.interfaces)?;
+    for Rename { index, from, to } in plan.renames {
+        let text = [to.as_bytes(), b"\0"].concat();
+        netlink.link(index, false, &[(libc::IFLA_IFNAME, &text)], format!("name {from} {to}"))?;
+    }
+    for (interface, index) in network.interfaces.iter().zip(plan.indices) {
+        set_interface(&netlink, interface, index)?;
     }
     network.routes.iter().try_for_each(|route| set_route(&netlink, route))
 }
 
-fn by_mac(mac: &str) -> Option<(u32, String)> {
-    std::fs::read_dir("/sys/class/net").ok()?.flatten().find_map(|entry| {
+/// A network device of this guest.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Device {
+    index: u32,
+    name: String,
+    mac: String,
+}
+
+/// All but the loopback, which is no pod's.
+fn devices() -> Vec<Device> {
+    let entries = std::fs::read_dir("/sys/class/net").into_iter().flatten().flatten();
+    let device = |entry: std::fs::DirEntry| {
         let read = |file: &str| std::fs::read_to_string(entry.path().join(file)).ok();
-        let same = read("address")?.trim().eq_ignore_ascii_case(mac);
-        same.then_some(())?;
-        Some((read("ifindex")?.trim().parse().ok()?, entry.file_name().into_string().ok()?))
-    })
+        Some(Device {
+            index: read("ifindex")?.trim().parse().ok()?,
+            name: entry.file_name().into_string().ok()?,
+            mac: read("address")?.trim().to_owned(),
+        })
+    };
+    entries.filter_map(device).filter(|d| d.name != LOOPBACK).collect()
+}
+
+#[derive(Debug, PartialEq, Eq)]
+struct Rename {
+    index: u32,
+    from: String,
+    to: String,
+}
+
+/// Which device each wanted interface is, and the renames that give all of them their names, in order.
+struct Names {
+    indices: Vec<u32>,
+    renames: Vec<Rename>,
+}
+
+/// Devices come in the order in which the host's network made its interfaces, which is not the order of their names: one
+/// may have the name that another is to get, and the kernel refuses a name that is taken. It goes aside first.
+fn names(present: &[Device], wanted: &[Interface]) -> Result<Names, NetworkError> {
+    let mut chosen: Vec<&Device> = Vec::new();
+    for (position, interface) in wanted.iter().enumerate() {
+        if !is_name(&interface.name) {
+            return Err(NetworkError::Invalid(interface.name.clone(), "an interface's name"));
+        }
+        if wanted[..position].iter().any(|other| other.name == interface.name) {
+            return Err(NetworkError::Invalid(interface.name.clone(), "the name of one interface only"));
+        }
+        let device = present.iter().find(|d| d.mac.eq_ignore_ascii_case(&interface.mac));
+        let device = device.ok_or_else(|| NetworkError::NoDevice(interface.mac.clone()))?;
+        if chosen.contains(&device) {
+            return Err(NetworkError::Invalid(interface.mac.clone(), "the address of one interface only"));
+        }
+        chosen.push(device);
+    }
+    let is_taken =
+        |name: &str| present.iter().any(|d| d.name == name) || wanted.iter().any(|w| w.name == name);
+    let mut spare = (0u32..).map(|n| format!("aside{n}")).filter(|name| !is_taken(name));
+    let mut current: Vec<(u32, String)> = present.iter().map(|d| (d.index, d.name.clone())).collect();
+    let mut renames = Vec::new();
+    let mut rename = |index: u32, to: String| {
+        if let Some((_, name)) = current.iter_mut().find(|(i, _)| *i == index) {
+            renames.push(Rename { index, from: std::mem::replace(name, to.clone()), to });
+        }
+    };
+    for device in present {
+        let owner = wanted.iter().position(|w| w.name == device.name).map(|p| chosen[p]);
+        if owner.is_some_and(|owner| owner != device)
+            && let Some(name) = spare.next()
+        {
+            rename(device.index, name);
+        }
+    }
+    for (device, interface) in chosen.iter().zip(wanted) {
+        if device.name != interface.name {
+            rename(device.index, interface.name.clone());
+        }
+    }
+    Ok(Names { indices: chosen.iter().map(|d| d.index).collect(), renames })
 }
 
 fn index(name: &str) -> Option<u32> {
@@ -166,21 +252,14 @@ fn index(name: &str) -> Option<u32> {
 fn is_name(name: &str) -> bool {
     !name.is_empty()
         && name.len() < libc::IFNAMSIZ
+        && name != LOOPBACK
         && name != "."
         && name != ".."
         && name.chars().all(|c| c.is_ascii_graphic() && c != '/')
 }
 
-fn set_interface(netlink: &Netlink, wanted: &Interface) -> Result<(), NetworkError> {
+fn set_interface(netlink: &Netlink, wanted: &Interface, index: u32) -> Result<(), NetworkError> {
     let name = &wanted.name;
-    if !is_name(name) {
-        return Err(NetworkError::Invalid(name.clone(), "an interface's name"));
-    }
-    let (index, current) = by_mac(&wanted.mac).ok_or_else(|| NetworkError::NoDevice(wanted.mac.clone()))?;
-    if current != *name {
-        let text = [name.as_bytes(), b"\0"].concat();
-        netlink.link(index, false, &[(libc::IFLA_IFNAME, &text)], format!("name {current} {name}"))?;
-    }
     // No duplicate address detection: the host's side has done it, and it takes a second.
     let _ = std::fs::write(format!("/proc/sys/net/ipv6/conf/{name}/accept_dad"), "0");
     let mtu = wanted.mtu.to_ne_bytes();
@@ -204,7 +283,7 @@ fn set_interface(netlink: &Netlink, wanted: &Interface) -> Result<(), NetworkErr
             let broadcast = u32::from(host) | u32::MAX.checked_shr(prefix.into()).unwrap_or(0);
             message = message.attribute(libc::IFA_BROADCAST, &broadcast.to_be_bytes());
         }
-        netlink.ask(message, format!("add {text} to {name}"))?;
+        netlink.add(message, format!("add {text} to {name}"))?;
     }
     Ok(())
 }
@@ -239,7 +318,7 @@ fn set_route(netlink: &Netlink, route: &Route) -> Result<(), NetworkError> {
     }
     message = message.attribute(libc::RTA_OIF, &index.to_ne_bytes());
     let target = route.destination.as_deref().unwrap_or("default");
-    netlink.ask(message, format!("add route {target} by {name}"))
+    netlink.add(message, format!("add route {target} by {name}"))
 }
 
 #[cfg(test)]
@@ -255,7 +334,72 @@ mod tests {
         }
     }
 
+    fn device(index: u32, name: &str) -> Device {
+        Device { index, name: name.into(), mac: format!("02:00:00:00:00:{index:02x}") }
+    }
+
+    fn interface(name: &str, index: u32) -> Interface {
+        let mac = format!("02:00:00:00:00:{index:02X}");
+        Interface { name: name.into(), mac, mtu: 1500, addresses: Vec::new() }
+    }
+
+    /// What the kernel does with renames: a name that is taken is refused.
+    fn rename_all(present: &[Device], plan: &Names) -> Vec<Device> {
+        let mut devices = present.to_vec();
+        for Rename { index, from, to } in &plan.renames {
+            assert!(devices.iter().all(|d| d.name != *to), "{from} cannot get the name {to}, which is taken");
+            let device = devices.iter_mut().find(|d| d.index == *index).unwrap();
+            assert_eq!(device.name, *from);
+            device.name = to.clone();
+        }
+        devices
+    }
+
+    #[test]
+    fn two_devices_can_swap_their_names() {
+        // CNI made the second network's interface first: the guest's eth0 is the pod's eth1.
+        let present = [device(2, "eth0"), device(3, "eth1")];
+        let plan = names(&present, &[interface("eth1", 2), interface("eth0", 3)]).unwrap();
+        assert_eq!(plan.indices, [2, 3]);
+        assert_eq!(rename_all(&present, &plan), [device(2, "eth1"), device(3, "eth0")]);
+        // Said again, it changes nothing.
+        let plan =
+            names(&[device(2, "eth1"), device(3, "eth0")], &[interface("eth1", 2), interface("eth0", 3)]);
+        assert!(plan.unwrap().renames.is_empty());
+    }
+
+    #[test]
+    fn names_and_addresses_that_are_said_twice_or_are_the_loopbacks_are_refused() {
+        let present = [device(2, "eth0"), device(3, "eth1")];
+        for wanted in [
+            [interface("eth0", 2), interface("eth0", 3)],
+            [interface("eth0", 2), interface("eth1", 2)],
+            [interface("eth0", 2), interface("lo", 3)],
+            [interface("eth0", 2), interface("eth1", 4)],
+        ] {
+            assert!(names(&present, &wanted).is_err(), "{wanted:?}");
+        }
+    }
+
     proptest! {
+        #[test]
+        fn any_devices_get_any_names(
+            before in Just(["eth0", "eth1", "eth2", "net", "aside0", "aside1"]).prop_shuffle(),
+            after in Just(["eth0", "eth1", "eth2", "net", "aside0", "other"]).prop_shuffle(),
+            count in 0usize..=4,
+        ) {
+            let present: Vec<Device> = before.iter().take(4).zip(2..).map(|(name, index)| device(index, name)).collect();
+            let wanted: Vec<Interface> =
+                after.iter().take(count).zip(2..).map(|(name, index)| interface(name, index)).collect();
+            let plan = names(&present, &wanted).unwrap();
+            let devices = rename_all(&present, &plan);
+            for (interface, index) in wanted.iter().zip(&plan.indices) {
+                let device = devices.iter().find(|d| d.index == *index).unwrap();
+                prop_assert_eq!(&device.name, &interface.name);
+                prop_assert!(device.mac.eq_ignore_ascii_case(&interface.mac));
+            }
+        }
+
         #[test]
         fn messages_are_padded_and_say_their_length(values in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..40), 0..6)) {
             let message = values.iter().fold(Message::new(16, 0, &[0; 16]), |m, v| m.attribute(3, v)).finish();
