@@ -1,14 +1,14 @@
 //! What a guest does with all this: it checks initdata against its launch, and gets secrets.
 //!
-//! Owns: the order of checks, one KBS session. Used by init, and by the process that serves the workload (`api`). Does not
-//! own: requests of the host.
+//! Owns: the order of checks, what initdata may ask for, one KBS session. It is the only place that decides whether initdata
+//! is used. Used by init, and by the process that serves the workload (`api`). Does not own: requests of the host.
 
 use serde_json::Value;
 use thiserror::Error;
 use zeroize::Zeroizing;
 
 use crate::{
-    config::{Config, ConfigError},
+    config::{Config, ConfigError, Kbs},
     encoding::to_hex,
     evidence::{Attesters, BoundData, EvidenceError},
     initdata::{Initdata, InitdataError},
@@ -37,16 +37,24 @@ pub enum GuestError {
     #[error("no KBS: initdata names none in aa.toml or cdh.toml")]
     NoKbs,
     #[error(
-        "KBS {0}: plain HTTP, which does not tell a KBS from the host: use https with its certificate, or set allow_plain_http in coffer.toml"
+        "initdata: KBS {0}: plain HTTP, which does not tell a KBS from the host: use https with its certificate, or set allow_plain_http in coffer.toml"
     )]
     PlainHttp(String),
     #[error(
-        "KBS {0}: https needs the KBS's certificate in initdata: cert in aa.toml or kbs_cert in cdh.toml"
+        "initdata: KBS {0}: https needs the KBS's certificate in initdata: cert in aa.toml or kbs_cert in cdh.toml"
     )]
     NoCertificate(String),
-    #[error(transparent)]
+    #[error(
+        "initdata: it names a KBS, but neither images in coffer.toml nor policy.rego say what may run: any program of the host's could ask for its secrets"
+    )]
+    Unguarded,
+    #[error(
+        "initdata: cdh.toml: image.{0} is not enforced by this version: name the images' digests as images in coffer.toml"
+    )]
+    Unenforced(&'static str),
+    #[error("initdata: {0}")]
     Url(#[from] TransportError),
-    #[error(transparent)]
+    #[error("initdata: {0}")]
     Tls(#[from] TlsError),
     #[error(transparent)]
     Kbs(#[from] ClientError),
@@ -61,7 +69,10 @@ pub struct Guest {
     initdata: Option<Initdata>,
     config: Config,
     attesters: Attesters,
-    session: Option<(Client, Transport)>,
+    /// Where initdata names a KBS.
+    transport: Option<Transport>,
+    /// From the first request on, which makes the TEE key.
+    client: Option<Client>,
 }
 
 impl Guest {
@@ -80,7 +91,27 @@ impl Guest {
             (None, _) => {}
         }
         let config = initdata.as_ref().map(Config::from_initdata).transpose()?.unwrap_or_default();
-        Ok(Self { initdata, config, attesters, session: None })
+        // What the owner asked for and does not get is not passed over.
+        for (set, name) in [
+            (config.image.image_security_policy.is_some(), "image_security_policy"),
+            (config.image.image_security_policy_uri.is_some(), "image_security_policy_uri"),
+        ] {
+            if set {
+                return Err(GuestError::Unenforced(name));
+            }
+        }
+        let transport =
+            config.kbs.as_ref().map(|kbs| transport(kbs, config.coffer.allow_plain_http)).transpose()?;
+        let guest = Self { initdata, config, attesters, transport, client: None };
+        let guarded = guest.entry("policy.rego").is_some() || !guest.config.coffer.images.is_empty();
+        if guest.transport.is_some() && guest.is_tee() && !guarded {
+            return Err(GuestError::Unguarded);
+        }
+        Ok(guest)
+    }
+
+    fn entry(&self, name: &str) -> Option<&str> {
+        self.initdata.as_ref().and_then(|initdata| initdata.entry(name))
     }
 
     /// True under a TEE.
@@ -106,29 +137,24 @@ impl Guest {
     /// # Errors
     /// [`GuestError::Policy`].
     pub fn policy(&self) -> Result<Policy, GuestError> {
-        match self.initdata.as_ref().and_then(|i| i.entry("policy.rego")) {
+        match self.entry("policy.rego") {
             Some(text) => Ok(Policy::parse(text)?),
             None => Ok(Policy::default_for(self.is_tee())),
         }
     }
 
     fn session(&mut self) -> Result<(&mut Client, &mut Transport, &mut Attesters), GuestError> {
-        if self.session.is_none() {
-            let kbs = self.config.kbs.as_ref().ok_or(GuestError::NoKbs)?;
-            let url = Url::parse(&kbs.url)?;
-            let transport = match (&kbs.certificate, url.tls) {
-                (Some(pem), true) => trusting(url, pem)?,
-                (None, true) => return Err(GuestError::NoCertificate(kbs.url.clone())),
-                // Without a TEE there is nothing that the host could not change anyway.
-                (_, false) if self.config.coffer.allow_plain_http || !self.is_tee() => Transport::plain(url),
-                (_, false) => return Err(GuestError::PlainHttp(kbs.url.clone())),
-            };
-            let raw = self.initdata.as_ref().map(|i| i.raw().to_owned());
-            let client = Client::new(self.tee(), kbs.key, raw, Credential::Cookie)?;
-            self.session = Some((client, transport));
-        }
-        let (client, transport) = self.session.as_mut().ok_or(GuestError::NoKbs)?;
-        Ok((client, transport, &mut self.attesters))
+        let (Some(kbs), Some(transport)) = (&self.config.kbs, &mut self.transport) else {
+            return Err(GuestError::NoKbs);
+        };
+        let client = match self.client.take() {
+            Some(client) => client,
+            None => {
+                let raw = self.initdata.as_ref().map(|i| i.raw().to_owned());
+                Client::new(self.attesters.primary.tee(), kbs.key, raw, Credential::Cookie)?
+            }
+        };
+        Ok((self.client.insert(client), transport, &mut self.attesters))
     }
 
     /// A resource of the KBS. Attests if need be.
@@ -190,6 +216,18 @@ impl Guest {
     }
 }
 
+/// The way to a KBS. The protocol does not authenticate it, so its certificate is pinned, under a TEE or not, unless the
+/// owner says otherwise in as many words.
+fn transport(kbs: &Kbs, plain: bool) -> Result<Transport, GuestError> {
+    let url = Url::parse(&kbs.url)?;
+    match (&kbs.certificate, url.tls) {
+        (Some(pem), true) => Ok(trusting(url, pem)?),
+        (None, true) => Err(GuestError::NoCertificate(kbs.url.clone())),
+        (_, false) if plain => Ok(Transport::plain(url)),
+        (_, false) => Err(GuestError::PlainHttp(kbs.url.clone())),
+    }
+}
+
 /// A launch that is bound to initdata has it.
 fn withheld(field: &[u8]) -> Result<(), GuestError> {
     if field.iter().all(|b| *b == 0) { Ok(()) } else { Err(GuestError::Withheld(to_hex(field))) }
@@ -239,16 +277,51 @@ mod tests {
         assert!(guest(Some(&raw), [0; 32]).is_err());
     }
 
+    fn kbs(url: &str, extra: &str) -> String {
+        text(&format!("\"aa.toml\" = \"[token_configs.kbs]\\nurl = '{url}'\"\n{extra}"))
+    }
+
+    const PLAIN: &str = "\"coffer.toml\" = \"allow_plain_http = true\"\n";
+
     #[test]
-    fn plain_http_under_a_tee_must_be_asked_for() {
-        let kbs = "\"aa.toml\" = \"[token_configs.kbs]\\nurl = 'http://127.0.0.1:1'\"\n";
-        let raw = text(kbs);
-        let bound = Initdata::parse(raw.as_bytes()).unwrap().bound::<32>();
-        let mut guest = Guest::new(Some(raw.as_bytes()), Attesters::of(Launched(bound))).unwrap();
-        let uri: ResourceUri = "kbs:///a/b/c".parse().unwrap();
-        assert!(matches!(guest.fetch(&uri), Err(GuestError::PlainHttp(_))));
+    fn a_kbs_that_nobody_vouches_for_is_refused_under_a_tee_or_not() {
+        for (url, extra, words) in [
+            ("http://127.0.0.1:1", "", "plain HTTP"),
+            ("https://127.0.0.1:1", "", "needs the KBS's certificate"),
+            // Leave for plain HTTP is none for TLS without a certificate.
+            ("https://127.0.0.1:1", PLAIN, "needs the KBS's certificate"),
+            ("ftp://127.0.0.1:1", PLAIN, "not http"),
+        ] {
+            let raw = kbs(url, extra);
+            let bound = Initdata::parse(raw.as_bytes()).unwrap().bound::<32>();
+            for attesters in [Attesters::of(Sample), Attesters::of(Launched(bound))] {
+                let refused = Guest::new(Some(raw.as_bytes()), attesters).err().unwrap().to_string();
+                assert!(refused.starts_with("initdata: ") && refused.contains(words), "{refused}");
+            }
+        }
         let mut guest = Guest::new(None, Attesters::of(Sample)).unwrap();
-        assert!(matches!(guest.fetch(&uri), Err(GuestError::NoKbs)));
+        assert!(matches!(guest.fetch(&"kbs:///a/b/c".parse().unwrap()), Err(GuestError::NoKbs)));
+    }
+
+    #[test]
+    fn a_signature_policy_that_nobody_enforces_is_not_passed_over() {
+        let raw = text("\"cdh.toml\" = \"[image]\\nimage_security_policy_uri = 'kbs:///a/b/c'\"\n");
+        let refused = Guest::new(Some(raw.as_bytes()), Attesters::of(Sample)).err().unwrap().to_string();
+        assert!(refused.contains("image_security_policy_uri is not enforced"), "{refused}");
+    }
+
+    #[test]
+    fn secrets_under_a_tee_need_a_word_on_what_may_run() {
+        let new = |raw: &str| {
+            let bound = Initdata::parse(raw.as_bytes()).unwrap().bound::<32>();
+            Guest::new(Some(raw.as_bytes()), Attesters::of(Launched(bound))).map(|_| ())
+        };
+        let url = "http://127.0.0.1:1";
+        assert!(matches!(new(&kbs(url, PLAIN)), Err(GuestError::Unguarded)));
+        new(&kbs(url, &format!("{PLAIN}\"policy.rego\" = \"package agent_policy\"\n"))).unwrap();
+        let image = "\"coffer.toml\" = \"allow_plain_http = true\\nimages = ['sha256:00']\"\n";
+        new(&kbs(url, image)).unwrap();
+        Guest::new(Some(kbs(url, PLAIN).as_bytes()), Attesters::of(Sample)).unwrap();
     }
 
     #[test]

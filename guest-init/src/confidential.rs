@@ -6,7 +6,7 @@
 //! A KBS is reached over the pod's own network: that needs nothing of the VMM, and the host sees TLS either way. A pod
 //! with `--network none` therefore gets no secrets.
 
-use std::net::TcpListener;
+use std::{cell::RefCell, net::TcpListener, rc::Rc};
 
 use coffer_attestation::{
     api,
@@ -21,11 +21,12 @@ use nix::{
 };
 use serde_json::{Value, json};
 
-use crate::container::ContainerError;
+use crate::{container::ContainerError, image::Owner, owner};
 
 /// A pod that was set up.
 pub struct Confidential {
-    guest: Guest,
+    /// The keys of images come through it too.
+    guest: Rc<RefCell<Guest>>,
     policy: Policy,
 }
 
@@ -48,7 +49,15 @@ impl Confidential {
     fn with(initdata: Option<&str>, attesters: Attesters) -> Result<Self, ContainerError> {
         let guest = Guest::new(initdata.map(str::as_bytes), attesters).map_err(refused)?;
         let policy = guest.policy().map_err(refused)?;
-        Ok(Self { guest, policy })
+        Ok(Self { guest: Rc::new(RefCell::new(guest)), policy })
+    }
+
+    /// Which images run, and their keys.
+    ///
+    /// # Errors
+    /// [`ContainerError`] when initdata's list is not one of digests.
+    pub fn owner(&self) -> Result<Owner, ContainerError> {
+        owner::of(&self.guest).map_err(refused)
     }
 
     /// Asks the policy about a request.
@@ -98,6 +107,7 @@ impl Confidential {
             return Ok(());
         }
         self.guest
+            .borrow_mut()
             .unseal_environment(&mut environment)
             .map_err(|e| ContainerError::new(ErrorKind::Guest, e.to_string()))?;
         *list = environment.into_iter().map(Value::from).collect();
@@ -109,7 +119,11 @@ impl Confidential {
     /// # Errors
     /// [`ContainerError`] of kind `Guest`.
     pub fn serve_workload(&mut self) -> Result<(), ContainerError> {
-        if self.guest.config().kbs.is_none() && !self.guest.config().coffer.attestation_api {
+        let wanted = {
+            let guest = self.guest.borrow();
+            guest.config().kbs.is_some() || guest.config().coffer.attestation_api
+        };
+        if !wanted {
             return Ok(());
         }
         // SAFETY: PID 1 has one thread, so the child may go on like any process.
@@ -121,7 +135,7 @@ impl Confidential {
                 // SAFETY: asks the kernel to end this process along with its parent.
                 unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
                 if let Ok(listener) = TcpListener::bind(api::ADDRESS) {
-                    api::serve(&listener, &mut self.guest);
+                    api::serve(&listener, &mut self.guest.borrow_mut());
                 }
                 std::process::exit(1)
             }

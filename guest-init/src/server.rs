@@ -33,7 +33,7 @@ use crate::{
     confidential::Confidential,
     container::{self, Cgroup, ContainerError, Sync},
     image::{self, Images},
-    network, owner,
+    network,
     session::{Part, Process, Session, Stdio, Streams, unblock},
 };
 
@@ -71,8 +71,6 @@ pub struct Server {
     /// From the first request on, which sets the pod up.
     confidential: Option<Confidential>,
     images: Images,
-    /// Initdata, or that there is none, was taken.
-    owned: bool,
     /// A container was there once: without one now the pod is over.
     had_container: bool,
     over: bool,
@@ -106,7 +104,6 @@ impl Server {
             containers: BTreeMap::new(),
             confidential: None,
             images: Images::default(),
-            owned: false,
             had_container: false,
             over: false,
         })
@@ -255,7 +252,6 @@ impl Server {
         match request {
             Request::Sandbox(sandbox) => {
                 set_up(&sandbox)?;
-                self.owner(sandbox.initdata.as_deref())?;
                 self.confidential()?.serve_workload()?;
             }
             Request::Network(wanted) => {
@@ -295,18 +291,8 @@ impl Server {
         Ok(Reply::Done)
     }
 
-    /// The owner's word holds for the pod's life: a host that sends another is refused.
-    fn owner(&mut self, initdata: Option<&str>) -> Result<(), ContainerError> {
-        if self.had_container || self.owned {
-            return Err(ContainerError::new(ErrorKind::WrongState, "the pod is set up already"));
-        }
-        let owner = owner::read(initdata);
-        self.images = Images::new(owner.map_err(|e| ContainerError::new(ErrorKind::Invalid, e.to_string()))?);
-        self.owned = true;
-        Ok(())
-    }
-
-    /// Lets a request in: after the pod's setting up, and when the owner's policy allows it.
+    /// Lets a request in: after the pod's setting up, and when the owner's policy allows it. The owner's word holds for the
+    /// pod's life: a host that sends another is refused.
     fn admit(&mut self, request: Request) -> Result<Request, ContainerError> {
         if let Request::Sandbox(sandbox) = &request {
             check_version(sandbox)?;
@@ -315,6 +301,7 @@ impl Server {
             }
             let mut confidential = Confidential::new(sandbox.initdata.as_deref())?;
             confidential.check(&request)?;
+            self.images = Images::new(confidential.owner()?);
             self.confidential = Some(confidential);
         } else if self.confidential.is_some() || !matches!(request, Request::Shutdown) {
             // A machine in which nothing is yet may be ended by anybody.

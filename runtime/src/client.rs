@@ -11,6 +11,7 @@ use std::{
 };
 
 use coffer_protocol::{CONTROL_PORT, Decoder, Frame, Kind, Reply, Request, encode};
+use serde_json::Value;
 
 use crate::error::{Error, host};
 
@@ -18,6 +19,21 @@ use crate::error::{Error, host};
 const SOCKET_LIMIT: Duration = Duration::from_secs(10);
 /// How long a guest may take to boot and to answer.
 const ANSWER_LIMIT: Duration = Duration::from_secs(60);
+
+/// The same, when it has layers to unpack or a KBS to ask meanwhile. A VM that ends is noticed at once all the same.
+const LONG_ANSWER_LIMIT: Duration = Duration::from_secs(20 * 60);
+
+/// How long the answer to a request may take.
+fn limit(request: &Request) -> Duration {
+    let Request::Create(create) = request else { return ANSWER_LIMIT };
+    let environment = create.spec["process"]["env"].as_array().into_iter().flatten();
+    let sealed = environment.filter_map(Value::as_str).any(|pair| pair.contains("=sealed."));
+    if create.image.is_some() || sealed { LONG_ANSWER_LIMIT } else { ANSWER_LIMIT }
+}
+
+fn no_answer(limit: Duration) -> Error {
+    Error::Vm(format!("the guest did not answer within {} s", limit.as_secs()))
+}
 
 /// A connection to init.
 #[derive(Debug)]
@@ -57,12 +73,7 @@ impl Connection {
             match stream.read(&mut byte) {
                 Ok(1) if byte[0] == b'\n' => break,
                 Ok(1) => line.push(byte[0]),
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
-                    return Err(Error::Vm(format!(
-                        "the guest did not answer within {} s",
-                        ANSWER_LIMIT.as_secs()
-                    )));
-                }
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Err(no_answer(ANSWER_LIMIT)),
                 _ => return Err(gone()),
             }
         }
@@ -80,7 +91,9 @@ impl Connection {
         let mut bytes = Vec::new();
         encode(Kind::Request, &request.to_payload(), &mut bytes);
         self.stream.write_all(&bytes).map_err(|_| gone())?;
-        let frame = self.frame()?.ok_or_else(gone)?;
+        let limit = limit(request);
+        self.stream.set_read_timeout(Some(limit)).map_err(host("set a time limit"))?;
+        let frame = self.frame(limit)?.ok_or_else(gone)?;
         let wrong = |e: coffer_protocol::FrameError| Error::Vm(format!("the guest's answer: {e}"));
         if frame.kind != Kind::Reply {
             return Err(Error::Vm("the guest answered out of order".into()));
@@ -92,7 +105,7 @@ impl Connection {
     }
 
     /// The next frame; `None` at the end.
-    fn frame(&mut self) -> Result<Option<Frame>, Error> {
+    fn frame(&mut self, limit: Duration) -> Result<Option<Frame>, Error> {
         let mut buffer = [0; 16 * 1024];
         loop {
             if let Some(frame) =
@@ -104,12 +117,7 @@ impl Connection {
                 Ok(0) => return Ok(None),
                 Ok(count) => self.decoder.push(&buffer[..count]),
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
-                    return Err(Error::Vm(format!(
-                        "the guest did not answer within {} s",
-                        ANSWER_LIMIT.as_secs()
-                    )));
-                }
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Err(no_answer(limit)),
                 Err(_) => return Ok(None),
             }
         }

@@ -10,11 +10,15 @@ use super::{Attester, BoundData, EvidenceError};
 
 /// The TEE that the kernel found at boot, whatever drivers it has.
 ///
-/// Source: Linux, arch/x86/coco/sev/core.c (`sev_sysfs_init`: only an SNP guest has `cpu/sev`) and the CPU flag `tdx_guest`.
+/// Source: Linux, arch/x86/coco/sev/core.c (`sev_sysfs_init`: only an SNP guest has `cpu/sev`), the CPU flag `tdx_guest`, and
+/// arch/s390/kernel/uv.c (`prot_virt_guest` is 1 in a guest of Secure Execution).
 #[must_use]
 pub fn kernel_tee(root: &Path) -> Option<&'static str> {
     if root.join("sys/devices/system/cpu/sev").exists() {
         return Some("snp");
+    }
+    if fs::read_to_string(root.join("sys/firmware/uv/prot_virt_guest")).is_ok_and(|text| text.trim() != "0") {
+        return Some("se");
     }
     let cpus = fs::read_to_string(root.join("proc/cpuinfo")).unwrap_or_default();
     let flags = cpus.lines().filter(|line| line.starts_with("flags"));
@@ -68,6 +72,9 @@ mod tests {
         assert_eq!(kernel_tee(root.path()), None);
         fs::write(root.path().join("proc/cpuinfo"), "flags\t\t: fpu tdx_guest sse\n").unwrap();
         assert_eq!(kernel_tee(root.path()), Some("tdx"));
+        fs::create_dir_all(root.path().join("sys/firmware/uv")).unwrap();
+        fs::write(root.path().join("sys/firmware/uv/prot_virt_guest"), "1\n").unwrap();
+        assert_eq!(kernel_tee(root.path()), Some("se"));
         fs::create_dir_all(root.path().join("sys/devices/system/cpu/sev")).unwrap();
         assert_eq!(kernel_tee(root.path()), Some("snp"));
     }
