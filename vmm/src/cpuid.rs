@@ -8,6 +8,8 @@ use kvm_ioctls::{Cap, Kvm};
 const HYPERVISOR: u32 = 1 << 31;
 const TSC_DEADLINE: u32 = 1 << 24;
 const HYPER_THREADING: u32 = 1 << 28;
+const MEMORY_TYPE_RANGES: u32 = 1 << 12;
+const RDRAND: u32 = 1 << 30;
 const X2APIC_LEVEL_CORE: u32 = 2;
 const X2APIC_LEVEL_THREAD: u32 = 1;
 
@@ -28,6 +30,26 @@ pub fn supported(kvm: &Kvm) -> Result<CpuId, kvm_ioctls::Error> {
         }
     }
     Ok(cpuid)
+}
+
+/// The answer without MTRRs, for a guest without a TEE: it has no device whose memory they would have to describe, KVM ignores them,
+/// and Linux spends some 60 exits on reading them and writing them back. Page attributes (PAT) are left.
+#[must_use]
+pub fn without_memory_type_ranges(base: &CpuId) -> CpuId {
+    let mut cpuid = base.clone();
+    for entry in cpuid.as_mut_slice() {
+        match entry.function {
+            1 | 0x8000_0001 => entry.edx &= !MEMORY_TYPE_RANGES,
+            _ => {}
+        }
+    }
+    cpuid
+}
+
+/// Whether the processor makes random numbers itself: then Linux needs no entropy device for its generator's seed.
+#[must_use]
+pub fn has_random_numbers(base: &CpuId) -> bool {
+    base.as_slice().iter().any(|entry| entry.function == 1 && entry.ecx & RDRAND != 0)
 }
 
 /// The answer for one processor: one socket, one thread a core.
@@ -82,6 +104,24 @@ mod tests {
         assert_eq!(leaves[0].ebx, 2 << 24 | 4 << 16);
         assert_eq!((leaves[2].ebx, leaves[3].eax, leaves[3].ebx, leaves[3].edx), (1, 2, 4, 2));
         assert_eq!(leaves[4].ecx, 2 << 12 | 3);
+    }
+
+    #[test]
+    fn memory_type_ranges_are_hidden_and_nothing_else() {
+        let leaf = |function, edx| kvm_cpuid_entry2 { function, edx, ..Default::default() };
+        let all = CpuId::from_entries(&[leaf(1, !0), leaf(7, !0), leaf(0x8000_0001, !0)]).unwrap();
+        let got: Vec<u32> =
+            without_memory_type_ranges(&all).as_slice().iter().map(|entry| entry.edx).collect();
+        assert_eq!(got, [0xffff_efff, 0xffff_ffff, 0xffff_efff]);
+    }
+
+    #[test]
+    fn random_numbers_are_found_in_leaf_1_alone() {
+        let leaf = |function, ecx| kvm_cpuid_entry2 { function, ecx, ..Default::default() };
+        let has = |leaves: &[kvm_cpuid_entry2]| has_random_numbers(&CpuId::from_entries(leaves).unwrap());
+        assert!(has(&[leaf(0, 0), leaf(1, 0x4000_0000)]));
+        assert!(!has(&[leaf(1, !0x4000_0000), leaf(7, !0)]));
+        assert!(!has(&[]));
     }
 
     #[test]
