@@ -4,7 +4,11 @@
 
 use std::fmt::Write as _;
 
-use coffer_layout::{PAGE, boot, snp};
+use coffer_layout::{
+    PAGE,
+    boot::{self, Handoff, RegionKind},
+    snp,
+};
 use igvm::{IgvmDirectiveHeader, IgvmFile, IgvmPlatformHeader};
 use serde::Serialize;
 use thiserror::Error;
@@ -37,6 +41,21 @@ pub struct Region {
     pub holds: String,
 }
 
+/// A line of the measured hash page: bytes in shared pages that the shim copies, hashes and compares.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Hashed {
+    /// What it is.
+    pub holds: String,
+    /// Guest physical address in the shared window.
+    pub source: u64,
+    /// Guest physical address where it is used.
+    pub destination: u64,
+    /// Bytes.
+    pub size: u64,
+    /// SHA-384 of them, in hexadecimal.
+    pub sha384: String,
+}
+
 /// A whole file.
 #[derive(Clone, Debug, Serialize)]
 pub struct Contents {
@@ -44,6 +63,8 @@ pub struct Contents {
     pub platforms: Vec<String>,
     /// In file order, neighbours of one kind joined.
     pub regions: Vec<Region>,
+    /// What the hash page lists; empty when the image is not for SEV-SNP.
+    pub hashed: Vec<Hashed>,
     /// The kernel's command line on a plain VM.
     pub command_line: String,
     /// The kernel's command line under SEV-SNP; empty when the image is not for it.
@@ -74,6 +95,7 @@ pub fn inspect(file: &[u8]) -> Result<Contents, InspectError> {
             format!("{:?} (mask {:#x})", p.platform_type, p.compatibility_mask)
         })
         .collect();
+    let handoffs = handoffs(&image);
     let mut regions: Vec<Region> = Vec::new();
     let (mut command_line, mut snp_command_line) = (String::new(), String::new());
     for directive in image.directives() {
@@ -88,13 +110,45 @@ pub fn inspect(file: &[u8]) -> Result<Contents, InspectError> {
                 *line = String::from_utf8_lossy(text).into_owned();
             }
         }
-        let next = region(directive);
+        let next = region(directive, &handoffs);
         match regions.last_mut() {
             Some(last) if joins(last, &next) => last.size += next.size,
             _ => regions.push(next),
         }
     }
-    Ok(Contents { platforms, regions, command_line, snp_command_line })
+    let hashed = handoffs.iter().flat_map(|(_, handoff)| handoff.used_regions()).map(hashed).collect();
+    Ok(Contents { platforms, regions, hashed, command_line, snp_command_line })
+}
+
+/// The handoff pages, each with its platforms' mask.
+fn handoffs(image: &IgvmFile) -> Vec<(u32, Handoff)> {
+    let page = |directive: &IgvmDirectiveHeader| {
+        let IgvmDirectiveHeader::PageData { gpa: boot::HANDOFF, compatibility_mask, data, .. } = directive
+        else {
+            return None;
+        };
+        let page = data.as_slice().try_into().ok()?;
+        Some((*compatibility_mask, Handoff::from_page(page)?))
+    };
+    image.directives().iter().filter_map(page).collect()
+}
+
+fn hashed(region: &boot::Region) -> Hashed {
+    let holds = match region.kind {
+        RegionKind::Kernel => "kernel",
+        RegionKind::Initramfs => "initramfs",
+        RegionKind::CommandLine => "command line",
+    };
+    Hashed {
+        holds: holds.to_owned(),
+        source: region.source,
+        destination: region.destination,
+        size: region.length,
+        sha384: region.sha384.iter().fold(String::new(), |mut text, byte| {
+            let _ = write!(text, "{byte:02x}");
+            text
+        }),
+    }
 }
 
 fn joins(last: &Region, next: &Region) -> bool {
@@ -105,7 +159,7 @@ fn joins(last: &Region, next: &Region) -> bool {
             == (&next.flags, next.compatibility_mask, &next.holds)
 }
 
-fn region(directive: &IgvmDirectiveHeader) -> Region {
+fn region(directive: &IgvmDirectiveHeader, handoffs: &[(u32, Handoff)]) -> Region {
     let (mut gpa, mut size, mut flags_text, mut mask) =
         (0, 0, String::new(), directive.compatibility_mask().unwrap_or(u32::MAX));
     let kind = match directive {
@@ -148,10 +202,11 @@ fn region(directive: &IgvmDirectiveHeader) -> Region {
         }
         other => other.to_string().lines().next().unwrap_or_default().trim_end_matches('{').trim().to_owned(),
     };
+    let handoff = handoffs.iter().find(|(of, _)| of & mask != 0).map(|(_, handoff)| handoff);
     Region {
         gpa,
         size,
-        holds: holds(gpa, size).to_owned(),
+        holds: holds(gpa, size, handoff).to_owned(),
         kind,
         flags: flags_text,
         compatibility_mask: mask,
@@ -160,8 +215,8 @@ fn region(directive: &IgvmDirectiveHeader) -> Region {
 
 const SNP_STACK: u64 = boot::STACK_TOP - boot::STACK_SIZE;
 
-/// What the fixed layout has at an address.
-fn holds(gpa: u64, size: u64) -> &'static str {
+/// What the fixed layout has at an address, or what the handoff page says is there.
+fn holds(gpa: u64, size: u64, handoff: Option<&Handoff>) -> &'static str {
     match gpa {
         _ if size == 0 && gpa == 0 => "",
         snp::SECRETS..snp::CPUID => "secrets",
@@ -176,7 +231,10 @@ fn holds(gpa: u64, size: u64) -> &'static str {
         snp::GHCB..snp::SITES => "GHCB",
         snp::SITES..snp::PAYLOAD => "sites",
         snp::PAYLOAD..snp::SHARED_END => "to be hashed",
-        boot::HIGH_START..snp::SHARED_BASE => "kernel or initramfs",
+        boot::HIGH_START..snp::SHARED_BASE => match handoff {
+            Some(page) if page.initramfs_size > 0 && gpa >= page.initramfs_start => "initramfs",
+            _ => "kernel",
+        },
         snp::VMSA_GPA => "first processor",
         _ => "",
     }
@@ -189,21 +247,40 @@ impl Contents {
         let mut text = format!("platforms  {}\n\n", self.platforms.join(", "));
         let _ = writeln!(
             text,
-            "{:>18} {:>12} {:>7}  {:<28} {:<12} {:>6}  holds",
+            "{:>18} {:>12} {:>7}  {:<28} {:<12} {:>10}  holds",
             "GPA", "bytes", "pages", "what", "flags", "mask"
         );
-        for r in &self.regions {
+        let same = |a: &Region, b: &Region| {
+            a.kind.starts_with("page")
+                && (&a.kind, &a.flags, a.compatibility_mask, &a.holds)
+                    == (&b.kind, &b.flags, b.compatibility_mask, &b.holds)
+        };
+        for runs in self.regions.chunk_by(same) {
+            let (first, bytes) = (&runs[0], runs.iter().map(|r| r.size).sum::<u64>());
+            let holes =
+                if runs.len() > 1 { format!(", {} runs, zeroes between", runs.len()) } else { String::new() };
             let _ = writeln!(
                 text,
-                "{:>#18x} {:>12} {:>7}  {:<28} {:<12} {:>#6x}  {}",
-                r.gpa,
-                r.size,
-                r.size.div_ceil(PAGE),
-                r.kind,
-                if r.flags.is_empty() { "-" } else { &r.flags },
-                r.compatibility_mask,
-                r.holds
+                "{:>#18x} {:>12} {:>7}  {:<28} {:<12} {:>#10x}  {}{holes}",
+                first.gpa,
+                bytes,
+                bytes.div_ceil(PAGE),
+                first.kind,
+                if first.flags.is_empty() { "-" } else { &first.flags },
+                first.compatibility_mask,
+                first.holds,
             );
+        }
+        if !self.hashed.is_empty() {
+            let _ =
+                writeln!(text, "\nhashed by the shim, copied from the shared window to where it is used:");
+            for h in &self.hashed {
+                let _ = writeln!(
+                    text,
+                    "{:>#18x} {:>12}  to {:#x}, {}\n{:>31}  SHA-384 {}",
+                    h.source, h.size, h.destination, h.holds, "", h.sha384
+                );
+            }
         }
         let _ = writeln!(text, "\ncommand line  {}", self.command_line);
         if !self.snp_command_line.is_empty() {

@@ -9,6 +9,7 @@ use coffer_image::{
     measure::measure,
 };
 use coffer_layout::{
+    PAGE,
     boot::{Handoff, Platform, RegionKind},
     sites::{self, SiteKind},
     snp,
@@ -116,7 +117,29 @@ fn inspect_shows_every_region_of_both_platforms() {
     }
     assert_eq!(contents.regions.last().unwrap().kind, "VMSA 0");
     assert!(contents.snp_command_line.contains("swiotlb="));
-    assert!(contents.table().contains("under SEV-SNP"));
+    let table = contents.table();
+    assert!(table.contains("under SEV-SNP"));
+    // An independent SHA-384 of what was put in.
+    let initramfs = contents.hashed.iter().find(|h| h.holds == "initramfs").unwrap();
+    assert_eq!((initramfs.size, initramfs.destination % PAGE), (0x5001, 0));
+    let sum: String = Sha384::digest([7; 0x5001]).iter().map(|byte| format!("{byte:02x}")).collect();
+    assert_eq!(initramfs.sha384, sum);
+    assert!(table.contains(&sum));
+}
+
+#[test]
+fn a_table_has_one_line_for_runs_with_zeroes_between() {
+    let (shim, kernel) = (support::shim(0x90), support::kernel(1));
+    let mut initramfs = vec![0; 0x9000];
+    for at in [0, 0x4000, 0x8fff] {
+        initramfs[at] = 1;
+    }
+    let contents = inspect(&build(&support::inputs(&shim, &kernel, &initramfs)).unwrap()).unwrap();
+    let native = |r: &&coffer_image::inspect::Region| r.compatibility_mask == 1 && r.holds == "initramfs";
+    assert_eq!(contents.regions.iter().filter(native).count(), 3);
+    let table = contents.table();
+    let lines: Vec<&str> = table.lines().filter(|line| line.contains(" runs, zeroes between")).collect();
+    assert!(lines.iter().any(|line| line.ends_with("initramfs, 3 runs, zeroes between")), "{lines:?}");
 }
 
 #[test]
