@@ -79,6 +79,19 @@ fn settings(resources: &LinuxResources) -> Vec<(&'static str, String)> {
         let whole = if limit < 0 { "max".to_owned() } else { limit.saturating_add(OVERHEAD).to_string() };
         list.push(("memory.max", whole));
     }
+    if let Some(io) = resources.block_io() {
+        for (devices, word) in [
+            (io.throttle_read_bps_device(), "rbps"),
+            (io.throttle_write_bps_device(), "wbps"),
+            (io.throttle_read_iops_device(), "riops"),
+            (io.throttle_write_iops_device(), "wiops"),
+        ] {
+            for device in devices.iter().flatten() {
+                let rate = if device.rate() == 0 { "max".to_owned() } else { device.rate().to_string() };
+                list.push(("io.max", format!("{}:{} {word}={rate}", device.major(), device.minor())));
+            }
+        }
+    }
     let Some(cpu) = resources.cpu() else { return list };
     if let Some(quota) = cpu.quota().filter(|q| *q != 0) {
         let quota = if quota < 0 { "max".to_owned() } else { quota.to_string() };
@@ -142,5 +155,8 @@ mod tests {
             ]
         );
         assert_eq!(of(serde_json::json!({ "memory": { "limit": -1 } })), [("memory.max", "max".to_owned())]);
+        // Files of the share are read and written by the VMM, on the host's devices.
+        let io = serde_json::json!({ "throttleWriteBpsDevice": [{ "major": 8, "minor": 16, "rate": 1024 }] });
+        assert_eq!(of(serde_json::json!({ "blockIO": io })), [("io.max", "8:16 wbps=1024".to_owned())]);
     }
 }

@@ -173,7 +173,9 @@ fn before(words: &mut impl Iterator<Item = String>, global: &mut Global) -> Resu
             "root" => global.root = Some(value()?.into()),
             "log" => global.log = Some(value()?.into()),
             "log-format" => global.log_json = value()? == "json",
-            "log-level" | "rootless" | "criu" | "cgroup-manager" => drop(value()?),
+            "log-level" | "rootless" | "criu" => drop(value()?),
+            // crun's spelling.
+            "cgroup-manager" => global.systemd_cgroup |= value()? == "systemd",
             "debug" => global.debug = inline != Some("false"),
             "systemd-cgroup" | "s" => global.systemd_cgroup = inline != Some("false"),
             _ => return Err(unknown(flag, "")),

@@ -20,3 +20,4 @@ pub mod signals;
 pub mod spawn;
 pub mod state;
 pub mod stub;
+pub mod support;

@@ -9,7 +9,7 @@ use coffer_protocol::{BindSource, ImageSource, SHARE_DIR};
 use oci_spec::runtime::{LinuxDeviceType, LinuxNamespaceType, Spec};
 use serde_json::Value;
 
-use crate::{confidential::Confidential, error::Error};
+use crate::{confidential::Confidential, error::Error, support};
 
 /// MiB of a guest without a memory limit.
 const DEFAULT_MEMORY_MIB: u64 = 512;
@@ -55,6 +55,8 @@ pub struct Plan {
     pub vcpus: u32,
     /// A terminal is wanted.
     pub terminal: bool,
+    /// The IGVM file to boot from, where the configuration names one (`vm.kernel.path`).
+    pub igvm: Option<PathBuf>,
 }
 
 /// Reads `config.json` and plans.
@@ -65,9 +67,7 @@ pub fn plan(bundle: &Path, id: &str, config: &[u8]) -> Result<Plan, Error> {
     let wrong = |message: String| Error::Bundle(message);
     let mut value: Value = serde_json::from_slice(config).map_err(|e| wrong(format!("config.json: {e}")))?;
     let spec: Spec = serde_json::from_value(value.clone()).map_err(|e| wrong(format!("config.json: {e}")))?;
-    if !spec.version().starts_with("1.") {
-        return Err(wrong(format!("config.json: ociVersion {} is not 1.x", spec.version())));
-    }
+    support::check(&spec, &value)?;
     let root = spec
         .root()
         .as_ref()
@@ -79,6 +79,7 @@ pub fn plan(bundle: &Path, id: &str, config: &[u8]) -> Result<Plan, Error> {
     }
     let terminal = process.terminal().unwrap_or(false);
     devices(&mut value, &spec)?;
+    let config = value.clone();
     let (mut binds, bind_sources) = rewrite(&mut value, &spec, bundle, id, &rootfs);
     let image = annotation(&spec, IMAGE).map(|text| image(text, id, &mut binds)).transpose()?;
     Ok(Plan {
@@ -88,9 +89,16 @@ pub fn plan(bundle: &Path, id: &str, config: &[u8]) -> Result<Plan, Error> {
         image,
         confidential: Confidential::of(&spec)?,
         rootfs,
-        memory_mib: memory_mib(&spec)?,
-        vcpus: vcpus(&spec)?,
+        memory_mib: match hardware(&config, "memory") {
+            Some(bytes) => bytes.div_ceil(1 << 20).next_multiple_of(2).clamp(LEAST_MEMORY_MIB, 1 << 20),
+            None => memory_mib(&spec)?,
+        },
+        vcpus: match hardware(&config, "vcpus") {
+            Some(count) => u32::try_from(count).unwrap_or(u32::MAX).clamp(1, MOST_VCPUS),
+            None => vcpus(&spec)?,
+        },
         terminal,
+        igvm: config["vm"]["kernel"]["path"].as_str().map(PathBuf::from),
         spec,
     })
 }
@@ -132,6 +140,9 @@ fn rewrite(
         });
     }
     // What only the host can do, or must not be known.
+    if let Some(object) = value.as_object_mut() {
+        object.remove("vm");
+    }
     let last = value["hooks"]["startContainer"].take();
     if let Some(object) = value.as_object_mut() {
         object.remove("hooks");
@@ -149,9 +160,12 @@ fn rewrite(
                 }
             }
         }
-        // The guest's memory is the limit, with the kernel's own share beside it; device rules of the host mean nothing there.
+        // Device rules of the host mean nothing there, and limits of its block devices are its own to keep.
         if let Some(resources) = linux.get_mut("resources").and_then(Value::as_object_mut) {
             resources.remove("devices");
+            if let Some(io) = resources.get_mut("blockIO").and_then(Value::as_object_mut) {
+                io.retain(|name, _| !name.starts_with("throttle"));
+            }
         }
     }
     (binds, sources)
@@ -239,6 +253,11 @@ fn image(text: &str, id: &str, binds: &mut Vec<Bind>) -> Result<ImageSource, Err
 
 fn annotation<'a>(spec: &'a Spec, key: &str) -> Option<&'a str> {
     spec.annotations().as_ref()?.get(key).map(String::as_str)
+}
+
+/// A number of `vm.hwConfig` (config-vm.md): `memory` in bytes, `vcpus`.
+fn hardware(config: &Value, field: &str) -> Option<u64> {
+    config["vm"]["hwConfig"][field].as_u64().filter(|n| *n > 0)
 }
 
 fn memory_mib(spec: &Spec) -> Result<u64, Error> {
@@ -353,6 +372,16 @@ mod tests {
             (512, 2)
         );
         assert_eq!(sized(json!({ "cpu": { "cpus": "0-2,5" } })), (512, 4));
+    }
+
+    #[test]
+    fn the_vm_section_says_image_and_size() {
+        let vm =
+            json!({ "kernel": { "path": "/i/own.igvm" }, "hwConfig": { "vcpus": 3, "memory": 1 << 30 } });
+        let plan = plan(Path::new("/b"), "c1", &config(json!({ "vm": vm }))).unwrap();
+        assert_eq!((plan.memory_mib, plan.vcpus), (1024, 3));
+        assert_eq!(plan.igvm.as_deref(), Some(Path::new("/i/own.igvm")));
+        assert!(plan.guest_spec.get("vm").is_none());
     }
 
     #[test]

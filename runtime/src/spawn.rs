@@ -80,7 +80,11 @@ pub fn vmm(start: &Start<'_>) -> Result<Child, Error> {
     let mut command = Command::new(start.home.vmm());
     command
         .arg("--image")
-        .arg(start.home.image(start.plan.vcpus, start.plan.confidential.tee.as_deref()))
+        .arg(
+            start.plan.igvm.clone().unwrap_or_else(|| {
+                start.home.image(start.plan.vcpus, start.plan.confidential.tee.as_deref())
+            }),
+        )
         .args(["--memory-mib", &start.plan.memory_mib.to_string(), "--vcpus", &start.plan.vcpus.to_string()])
         .arg("--vsock")
         .arg(start.directory.socket())

@@ -61,6 +61,14 @@ fn settings(resources: &LinuxResources) -> Result<Vec<(String, String)>, Contain
     if let Some(weight) = resources.block_io().as_ref().and_then(|b| b.weight()).filter(|w| *w != 0) {
         set("io.weight", block_weight(weight).to_string());
     }
+    for page in resources.hugepage_limits().iter().flatten() {
+        let size = page.page_size();
+        if size.is_empty() || !size.chars().all(|c| c.is_ascii_alphanumeric()) {
+            let message = format!("config.json: linux.resources.hugepageLimits: {size:?} is no page size");
+            return Err(ContainerError::new(coffer_protocol::ErrorKind::Invalid, message));
+        }
+        set(&format!("hugetlb.{size}.max"), limit(page.limit()));
+    }
     for (file, value) in resources.unified().iter().flatten() {
         // A controller's file and nothing else: the name becomes part of a path, and core files move processes.
         let plain =
@@ -165,7 +173,7 @@ mod tests {
             "memory": { "limit": 1048576, "reservation": -1 },
             "cpu": { "shares": 1024, "quota": 150000, "period": 100000 },
             "pids": { "limit": 100 },
-            "blockIO": { "weight": 505 }
+            "blockIO": { "weight": 505 }, "hugepageLimits": [{ "pageSize": "2MB", "limit": 4194304 }]
         }))
         .unwrap();
         let list = settings(&resources).unwrap();
@@ -178,7 +186,8 @@ mod tests {
                 ("cpu.weight", "39"),
                 ("cpu.max", "150000 100000"),
                 ("pids.max", "100"),
-                ("io.weight", "5000")
+                ("io.weight", "5000"),
+                ("hugetlb.2MB.max", "4194304")
             ]
         );
     }

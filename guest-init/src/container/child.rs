@@ -21,7 +21,7 @@ use oci_spec::runtime::{Process, Spec};
 use super::{
     ContainerError, hooks, mounts,
     process::{Shared, fork, message},
-    security, user,
+    scheduling, security, user,
 };
 
 /// The container's first process.
@@ -43,6 +43,9 @@ pub(super) fn first(
         let _ = fs::create_dir_all(process.cwd());
         if let Some(name) = spec.hostname() {
             nix::unistd::sethostname(name).map_err(|e| ContainerError::guest("set the host name", e))?;
+        }
+        if let Some(name) = spec.domainname() {
+            set_domain_name(name)?;
         }
         for (key, value) in spec.linux().iter().flat_map(|l| l.sysctl().iter().flatten()) {
             let file = Path::new("/proc/sys").join(key.replace('.', "/"));
@@ -147,6 +150,7 @@ fn become_program(
             enter_user_namespace(sync)?;
         }
     }
+    scheduling::personality(spec)?;
     // Without no_new_privs a filter needs CAP_SYS_ADMIN, which the change of identity takes away; with it the filter
     // comes as late as it can.
     let late = process.no_new_privileges().unwrap_or(false);
@@ -185,6 +189,16 @@ fn become_program(
         let kind = if e == nix::Error::ENOENT { ErrorKind::NotFound } else { ErrorKind::NotExecutable };
         ContainerError::new(kind, format!("exec {}: {}", program.display(), words(e)))
     })
+}
+
+/// Of the NIS domain, for which nix has no call.
+fn set_domain_name(name: &str) -> Result<(), ContainerError> {
+    // SAFETY: the name is as long as is said.
+    let set = unsafe { libc::setdomainname(name.as_ptr().cast(), name.len()) };
+    if set < 0 {
+        return Err(ContainerError::guest("set the domain name", std::io::Error::last_os_error()));
+    }
+    Ok(())
 }
 
 /// Makes the user namespace after everything that only the guest's root may do, with a mount namespace that belongs to it.

@@ -14,6 +14,7 @@ mod mounts;
 mod options;
 mod path;
 mod process;
+mod scheduling;
 mod seccomp;
 mod security;
 mod shm;

@@ -5,7 +5,9 @@
 
 use std::collections::BTreeMap;
 
-use oci_spec::runtime::{LinuxSeccomp, LinuxSeccompAction, LinuxSeccompArg, LinuxSeccompOperator};
+use oci_spec::runtime::{
+    LinuxSeccomp, LinuxSeccompAction, LinuxSeccompArg, LinuxSeccompFilterFlag, LinuxSeccompOperator,
+};
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
     TargetArch,
@@ -104,8 +106,21 @@ fn programs(profile: &LinuxSeccomp) -> Result<Vec<BpfProgram>, ContainerError> {
     Ok(list)
 }
 
+/// Flags of seccomp(2). That which is for supervisors only has no meaning without one.
+fn flags(profile: &LinuxSeccomp) -> libc::c_ulong {
+    profile.flags().iter().flatten().fold(0, |bits, flag| {
+        bits | match flag {
+            LinuxSeccompFilterFlag::SeccompFilterFlagLog => libc::SECCOMP_FILTER_FLAG_LOG,
+            LinuxSeccompFilterFlag::SeccompFilterFlagTsync => libc::SECCOMP_FILTER_FLAG_TSYNC,
+            LinuxSeccompFilterFlag::SeccompFilterFlagSpecAllow => libc::SECCOMP_FILTER_FLAG_SPEC_ALLOW,
+            LinuxSeccompFilterFlag::SeccompFilterFlagWaitKillableRecv => 0,
+        }
+    })
+}
+
 /// Installs a profile in this process, for good.
 pub(super) fn install(profile: &LinuxSeccomp) -> Result<(), ContainerError> {
+    let flags = flags(profile);
     for program in programs(profile)? {
         // Without no_new_privs, as the specification leaves that to the process; it needs CAP_SYS_ADMIN then, which a
         // process without it gets an error for.
@@ -115,9 +130,11 @@ pub(super) fn install(profile: &LinuxSeccomp) -> Result<(), ContainerError> {
             .map_err(|e| ContainerError::guest("seccomp profile is too long", e))?;
         let prog = libc::sock_fprog { len: length, filter: filters.as_mut_ptr() };
         // SAFETY: `prog` and its filters outlive the call.
-        let installed =
-            unsafe { libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, 0, &raw const prog) };
-        if installed < 0 {
+        let installed = unsafe {
+            libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, flags, &raw const prog)
+        };
+        // A positive number is a thread that has other filters: there is none beside this one.
+        if installed != 0 {
             return Err(ContainerError::guest(
                 "install the seccomp profile",
                 std::io::Error::last_os_error(),
@@ -147,6 +164,15 @@ mod tests {
         })))
         .unwrap();
         assert_eq!(list.len(), 2);
+    }
+
+    #[test]
+    fn flags_are_the_kernels() {
+        let profile = profile(serde_json::json!({
+            "defaultAction": "SCMP_ACT_ALLOW",
+            "flags": ["SECCOMP_FILTER_FLAG_LOG", "SECCOMP_FILTER_FLAG_SPEC_ALLOW"]
+        }));
+        assert_eq!(flags(&profile), 0b110);
     }
 
     #[test]

@@ -8,12 +8,12 @@ use caps::{CapSet, CapsHashSet};
 use nix::unistd::{Gid, Uid, setgroups, setresgid, setresuid};
 use oci_spec::runtime::{Capabilities, PosixRlimitType, Process, Spec};
 
-use super::{ContainerError, seccomp};
+use super::{ContainerError, scheduling, seccomp};
 
 /// Where the configuration names none: runc's.
 const DEFAULT_UMASK: u32 = 0o022;
 
-/// Rlimits and the OOM score.
+/// Rlimits, the OOM score and how it is scheduled.
 pub(super) fn limits(process: &Process) -> Result<(), ContainerError> {
     for limit in process.rlimits().iter().flatten() {
         let resource = match limit.typ() {
@@ -48,7 +48,7 @@ pub(super) fn limits(process: &Process) -> Result<(), ContainerError> {
         fs::write("/proc/self/oom_score_adj", score.to_string())
             .map_err(|e| ContainerError::guest("set oom_score_adj", e))?;
     }
-    Ok(())
+    scheduling::apply(process)
 }
 
 fn set(wanted: Option<&Capabilities>) -> CapsHashSet {

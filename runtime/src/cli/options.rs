@@ -17,7 +17,7 @@ const DETACH: Flag = ("detach", &["-d"], false);
 pub(super) fn of(command: &str) -> Option<&'static [Flag]> {
     Some(match command {
         "create" => {
-            &[BUNDLE, CONSOLE, PID_FILE, PRESERVE, NO_PIVOT, NO_KEYRING, ("no-subreaper", &[], false)]
+            &[BUNDLE, CONFIG, CONSOLE, PID_FILE, PRESERVE, NO_PIVOT, NO_KEYRING, ("no-subreaper", &[], false)]
         }
         "run" => &[
             BUNDLE,

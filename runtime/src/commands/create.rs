@@ -197,14 +197,15 @@ impl Making<'_> {
         }
         let pty = if self.plan.terminal && console.is_some() { Some(terminal::open()?) } else { None };
         let own = if self.plan.terminal && pty.is_none() { foreground::terminal()? } else { None };
+        if let Some((_, slave)) = &pty {
+            terminal::size(
+                slave,
+                self.plan.spec.process().as_ref().and_then(oci_spec::runtime::Process::console_size),
+            );
+        }
         let connection = self.ask_guest(&mut vm, pty.as_ref().map(|(_, slave)| slave).or(own.as_ref()))?;
         let (slave, master) = pty.map_or((own, None), |(master, slave)| (Some(slave), Some(master)));
-        let stub = self.fork_stub(connection, slave, vm.hold, &record)?;
-        record.stub = Some(stub);
-        self.directory.write(&record)?;
-        let spec_hooks = self.plan.spec.hooks().as_ref();
-        hooks::run(spec_hooks.and_then(|h| h.prestart().as_ref()), &record, Status::Created)?;
-        hooks::run(spec_hooks.and_then(|h| h.create_runtime().as_ref()), &record, Status::Created)?;
+        let stub = self.fork_stub(connection, slave, vm.hold, &mut record)?;
         if let (Some(master), Some(console)) = (master, console) {
             terminal::give(console, &master)?;
         }
@@ -310,9 +311,10 @@ impl Making<'_> {
         connection: Connection,
         slave: Option<OwnedFd>,
         hold: OwnedFd,
-        record: &Record,
+        record: &mut Record,
     ) -> Result<Pid, Error> {
         let (ready, tell_ready) = pipe("make a pipe")?;
+        let (go, tell_go) = pipe("make a pipe")?;
         let spec = &self.plan.spec;
         let mut flags = libc::CLONE_NEWNS;
         let mut joins = Vec::new();
@@ -327,7 +329,9 @@ impl Making<'_> {
                 Some(None) => flags |= flag,
                 Some(Some(_)) if kind == Kind::Pid => {}
                 Some(Some(path)) => {
-                    joins.push(File::open(&path).map_err(host(format!("open namespace {}", path.display())))?)
+                    let file =
+                        File::open(&path).map_err(host(format!("open namespace {}", path.display())))?;
+                    joins.push((file, flag, path));
                 }
                 None => {}
             }
@@ -357,42 +361,63 @@ impl Making<'_> {
                 if processes.is_some() {
                     setns(&own, CloneFlags::CLONE_NEWPID).map_err(host("leave the pod's processes"))?;
                 }
-                drop((tell_ready, hold, slave, connection));
+                drop((tell_ready, go, hold, slave, connection));
                 if let Some(path) = &record.cgroup {
                     cgroup::join(path, pid)?;
                 }
-                let mut word = Vec::new();
-                let _ = File::from(ready).read_to_end(&mut word);
-                match word.split_first() {
-                    Some((b'k', [])) => {
-                        Pid::of(pid).ok_or_else(|| Error::State("the stub ended at once".into()))
-                    }
-                    _ => {
-                        let _ = waitpid(NixPid::from_raw(pid), None);
-                        Err(Error::State(format!("set up the stub: {}", String::from_utf8_lossy(&word))))
-                    }
+                let mut ready = File::from(ready);
+                let failed = |word: &[u8]| {
+                    let _ = waitpid(NixPid::from_raw(pid), None);
+                    Error::State(format!("set up the stub: {}", String::from_utf8_lossy(word)))
+                };
+                let mut first = [0];
+                if ready.read(&mut first).unwrap_or(0) == 0 || first != *b"n" {
+                    let mut word = first.to_vec();
+                    let _ = ready.read_to_end(&mut word);
+                    return Err(failed(&word));
                 }
+                // Its namespaces are there: the time for hooks of the host, which come before those of the container.
+                let stub = Pid::of(pid).ok_or_else(|| Error::State("the stub ended at once".into()))?;
+                record.stub = Some(stub);
+                self.directory.write(record)?;
+                let hooks = self.plan.spec.hooks().as_ref();
+                hooks::run(hooks.and_then(|h| h.prestart().as_ref()), record, Status::Created)?;
+                hooks::run(hooks.and_then(|h| h.create_runtime().as_ref()), record, Status::Created)?;
+                let _ = File::from(tell_go).write_all(b"g");
+                let mut word = Vec::new();
+                let _ = ready.read_to_end(&mut word);
+                if word == b"k" { Ok(stub) } else { Err(failed(&word)) }
             }
             None => {
-                drop(ready);
+                drop((ready, tell_go));
                 let mut ready = File::from(tell_ready);
-                let set_up = || -> std::io::Result<_> {
+                let mut go = File::from(go);
+                let mut set_up = || -> std::io::Result<_> {
                     nix::unistd::setsid()?;
-                    let kept = [ready.as_raw_fd(), hold.as_raw_fd(), connection.stream.as_raw_fd()];
+                    let kept =
+                        [ready.as_raw_fd(), go.as_raw_fd(), hold.as_raw_fd(), connection.stream.as_raw_fd()];
                     let others = slave
                         .iter()
                         .map(AsRawFd::as_raw_fd)
                         .chain(reports.iter().chain(&bundle).map(AsRawFd::as_raw_fd))
                         .chain(vmm.iter().map(AsRawFd::as_raw_fd))
-                        .chain(joins.iter().map(AsRawFd::as_raw_fd));
+                        .chain(joins.iter().map(|(file, ..)| file.as_raw_fd()));
                     close_others(&kept.into_iter().chain(others).collect::<Vec<_>>());
-                    for file in &joins {
-                        setns(file, CloneFlags::empty())?;
+                    for (file, flag, path) in &joins {
+                        // With its type: a path to a namespace of another one is an error.
+                        setns(file, CloneFlags::from_bits_retain(*flag)).map_err(|e| {
+                            std::io::Error::other(format!("join namespace {}: {e}", path.display()))
+                        })?;
                     }
                     if flags & libc::CLONE_NEWUTS != 0
                         && let Some(name) = spec.hostname()
                     {
                         nix::unistd::sethostname(name)?;
+                    }
+                    ready.write_all(b"n")?;
+                    if go.read(&mut [0])? == 0 {
+                        // This container is not wanted any more.
+                        std::process::exit(1);
                     }
                     create_container_hooks(spec, record)?;
                     let signals = stub::take_signals()?;

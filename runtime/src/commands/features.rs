@@ -87,8 +87,13 @@ pub(super) fn features() -> Value {
                     "SCMP_CMP_NE"
                 ],
                 "archs": ["SCMP_ARCH_X86_64"],
-                "knownFlags": [],
-                "supportedFlags": []
+                "knownFlags": [
+                    "SECCOMP_FILTER_FLAG_LOG", "SECCOMP_FILTER_FLAG_SPEC_ALLOW", "SECCOMP_FILTER_FLAG_TSYNC",
+                    "SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV"
+                ],
+                "supportedFlags": [
+                    "SECCOMP_FILTER_FLAG_LOG", "SECCOMP_FILTER_FLAG_SPEC_ALLOW", "SECCOMP_FILTER_FLAG_TSYNC"
+                ]
             },
             "apparmor": { "enabled": false },
             "selinux": { "enabled": false },

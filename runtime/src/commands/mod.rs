@@ -107,7 +107,12 @@ fn start(root: &Path, id: &str) -> Result<(), Error> {
     }
     client::ask(&directory.socket(), &Request::Start { id: id.to_owned() })?;
     directory.mark("started", true)?;
-    hooks::run(spec.hooks().as_ref().and_then(|h| h.poststart().as_ref()), &record, Status::Running)
+    let poststart = spec.hooks().as_ref().and_then(|h| h.poststart().as_ref());
+    hooks::run(poststart, &record, Status::Running).inspect_err(|_| {
+        // The container is stopped then (OCI runtime specification, runtime.md, "Lifecycle", step 9).
+        let target = SignalTarget::All(id.to_owned());
+        let _ = client::ask(&directory.socket(), &Request::Signal { target, signal: libc::SIGKILL as u32 });
+    })
 }
 
 fn kill(call: &Call, root: &Path) -> Result<(), Error> {
@@ -219,6 +224,11 @@ fn freeze(root: &Path, id: &str, frozen: bool) -> Result<(), Error> {
 }
 
 fn spec(call: &Call) -> Result<(), Error> {
+    if call.has("rootless") {
+        return Err(Error::Usage(
+            "spec: --rootless is not supported: on the host, coffer runs as root".into(),
+        ));
+    }
     let path = Path::new(call.value("bundle").unwrap_or(".")).join("config.json");
     if path.exists() {
         return Err(Error::State(format!("{} exists: remove it first", path.display())));

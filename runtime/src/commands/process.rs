@@ -7,6 +7,7 @@ use crate::{
     cli::Call,
     error::{Error, host},
     state::Directory,
+    support,
 };
 
 /// OCI `process`.
@@ -14,6 +15,19 @@ use crate::{
 /// # Errors
 /// [`Error::Usage`], naming the option or file.
 pub(super) fn process(call: &Call, directory: &Directory) -> Result<Value, Error> {
+    if call.value("cgroup").is_some() {
+        return Err(Error::Usage(
+            "exec: --cgroup: a process is in its container's cgroup, without others below".into(),
+        ));
+    }
+    let process = read(call, directory)?;
+    let typed =
+        serde_json::from_value(process.clone()).map_err(|e| Error::Usage(format!("exec: process: {e}")))?;
+    support::process(&typed)?;
+    Ok(process)
+}
+
+fn read(call: &Call, directory: &Directory) -> Result<Value, Error> {
     if let Some(path) = call.value("process") {
         let text = std::fs::read(path).map_err(host(format!("read {path}")))?;
         return serde_json::from_slice(&text).map_err(|e| Error::Usage(format!("exec: {path}: {e}")));

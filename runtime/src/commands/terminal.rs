@@ -28,6 +28,20 @@ pub(super) fn open() -> Result<(OwnedFd, OwnedFd), Error> {
     Ok((pair.master, pair.slave))
 }
 
+/// Sets the size that a configuration names (`process.consoleSize`, in characters).
+pub(super) fn size(terminal: &OwnedFd, wanted: Option<oci_spec::runtime::Box>) {
+    let Some(wanted) = wanted else { return };
+    let cells = |number: u64| u16::try_from(number).unwrap_or(u16::MAX);
+    let size = libc::winsize {
+        ws_row: cells(wanted.height()),
+        ws_col: cells(wanted.width()),
+        ws_xpixel: 0,
+        ws_ypixel: 0,
+    };
+    // SAFETY: the pointer is to a winsize that outlives the call. A terminal that cannot be sized stays as it is.
+    unsafe { libc::ioctl(terminal.as_raw_fd(), libc::TIOCSWINSZ, &raw const size) };
+}
+
 /// Gives the master to the caller: one message with one descriptor.
 pub(super) fn give(socket: &Path, master: &OwnedFd) -> Result<(), Error> {
     let stream = UnixStream::connect(socket)

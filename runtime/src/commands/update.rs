@@ -14,6 +14,7 @@ use crate::{
     client,
     error::{Error, host},
     state::Status,
+    support,
 };
 
 /// Flags whose value is a number, and where it goes.
@@ -59,8 +60,9 @@ fn resources(call: &Call, text: Option<&str>) -> Result<Value, Error> {
         None => flags(call)?,
     };
     // Their types, before anybody acts on them.
-    serde_json::from_value::<oci_spec::runtime::LinuxResources>(value.clone())
-        .map_err(|e| wrong(format!("resources: {e}")))?;
+    let typed: oci_spec::runtime::LinuxResources =
+        serde_json::from_value(value.clone()).map_err(|e| wrong(format!("resources: {e}")))?;
+    support::resources(&typed, "update: resources")?;
     match value.as_object() {
         Some(object) if text.is_some() || !object.is_empty() => Ok(value),
         Some(_) => Err(wrong("nothing to change: give -r FILE or a limit".into())),
@@ -140,6 +142,8 @@ mod tests {
         assert!(of("update --memory much c", None).unwrap_err().contains("--memory much"));
         assert!(of("update --cpu-rt-period 1 c", None).unwrap_err().contains("--cpu-rt-period"));
         assert!(of("update -r f c", Some("[1]")).is_err());
+        let rdma = Some(r#"{ "rdma": { "mlx5": { "hcaHandles": 1 } } }"#);
+        assert!(of("update -r f c", rdma).unwrap_err().contains("resources.rdma"));
         assert!(of("update -r f c", Some(r#"{ "memory": { "limit": "x" } }"#)).is_err());
     }
 }

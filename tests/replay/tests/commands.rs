@@ -146,6 +146,7 @@ fn spec_writes_a_configuration_that_runs() {
     let path = bundle.to_str().unwrap();
     assert!(bench.call(&["spec", "-b", path]).failed(1).contains("config.json exists"));
     fs::remove_file(bundle.join("config.json")).unwrap();
+    assert!(bench.call(&["spec", "--rootless", "-b", path]).failed(1).contains("--rootless"));
     let _ = bench.call(&["spec", "--bundle", path]).ok();
     let mut written: Value = serde_json::from_slice(&fs::read(bundle.join("config.json")).unwrap()).unwrap();
     written["process"]["args"] = json!(["echo", "it runs"]);

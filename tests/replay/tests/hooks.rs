@@ -87,6 +87,36 @@ fn a_hook_that_fails_takes_create_down_with_it() {
 }
 
 #[test]
+fn hooks_run_in_the_specifications_order() {
+    let bench = Bench::new();
+    let mut config = config(&["true"]);
+    for name in ["createContainer", "createRuntime", "poststart", "poststop", "prestart"] {
+        let script = format!("cat > /dev/null; echo {name} >> {}", bench.path("order").display());
+        let env = json!(["PATH=/usr/bin:/bin"]);
+        config["hooks"][name] = json!([{ "path": "/bin/sh", "args": ["sh", "-c", script], "env": env }]);
+    }
+    let bundle = bench.bundle("c", &config);
+    let _ = bench.create("c", &bundle).ok();
+    let _ = bench.call(&["start", "c"]).ok();
+    bench.wait_stopped("c");
+    let _ = bench.call(&["delete", "c"]).ok();
+    let order = bench.read("order");
+    let order: Vec<&str> = order.lines().collect();
+    assert_eq!(order, ["prestart", "createRuntime", "createContainer", "poststart", "poststop"]);
+}
+
+#[test]
+fn a_poststart_hook_that_fails_stops_the_container() {
+    let bench = Bench::new();
+    let mut config = config(&["sleep", "1000"]);
+    config["hooks"]["poststart"] = json!([{ "path": "/bin/false" }]);
+    let bundle = bench.bundle("c", &config);
+    let _ = bench.create("c", &bundle).ok();
+    assert!(bench.call(&["start", "c"]).failed(1).contains("hook /bin/false"));
+    bench.wait_stopped("c");
+}
+
+#[test]
 fn a_hook_that_does_not_end_is_ended() {
     let bench = Bench::new();
     let mut config = config(&["true"]);

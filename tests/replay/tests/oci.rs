@@ -144,6 +144,63 @@ fn sysctls_and_seccomp_hold() {
 }
 
 #[test]
+fn domain_name_personality_scheduling_and_priorities_hold() {
+    let out = inside(
+        |_, c| {
+            c["domainname"] = json!("example.org");
+            c["linux"]["personality"] = json!({ "domain": "LINUX32" });
+            c["process"]["scheduler"] = json!({ "policy": "SCHED_BATCH", "nice": 5 });
+            c["process"]["ioPriority"] = json!({ "class": "IOPRIO_CLASS_IDLE", "priority": 0 });
+            c["linux"]["seccomp"] =
+                json!({ "defaultAction": "SCMP_ACT_ALLOW", "flags": ["SECCOMP_FILTER_FLAG_SPEC_ALLOW"] });
+        },
+        // The 19th word of stat is the nice value, the 41st the policy.
+        "cat /proc/sys/kernel/domainname; busybox uname -m; busybox cut -d' ' -f19,41 /proc/self/stat; busybox ionice -p $$",
+    );
+    assert_eq!(out, "example.org\ni686\n5 3\nidle\n");
+}
+
+#[test]
+fn what_a_vm_cannot_give_fails_create_with_one_line() {
+    let bench = Bench::new();
+    for (path, entry, words) in [
+        ("/linux/intelRdt", json!({ "closID": "x" }), "linux.intelRdt"),
+        ("/linux/timeOffsets", json!({ "boottime": { "secs": 1, "nanosecs": 0 } }), "linux.timeOffsets"),
+        (
+            "/linux/seccomp",
+            json!({ "defaultAction": "SCMP_ACT_ALLOW", "listenerPath": "/run/agent.sock" }),
+            "linux.seccomp",
+        ),
+        ("/mounts/0/options", json!(["idmap"]), "idmapped"),
+        ("/linux/resources/rdma", json!({ "mlx5": { "hcaObjects": 1 } }), "linux.resources.rdma"),
+        (
+            "/vm",
+            json!({ "kernel": { "path": "/boot/vmlinuz", "parameters": ["quiet"] } }),
+            "vm.kernel.parameters",
+        ),
+    ] {
+        let mut config = config(&["true"]);
+        let (parent, key) = path.rsplit_once('/').unwrap();
+        config.pointer_mut(parent).unwrap()[key] = entry;
+        let bundle = bench.bundle("c", &config);
+        let said = bench.create("c", &bundle).failed(1);
+        assert!(said.contains(words) && said.trim_end().lines().count() == 1, "{path}: {said}");
+        assert!(bench.state("c").is_err(), "{path}");
+    }
+}
+
+#[test]
+fn a_path_to_a_namespace_of_another_type_is_an_error() {
+    let bench = Bench::new();
+    let mut config = config(&["true"]);
+    let list = config["linux"]["namespaces"].as_array_mut().unwrap();
+    list.iter_mut().find(|n| n["type"] == "uts").unwrap()["path"] = json!("/proc/1/ns/ipc");
+    let bundle = bench.bundle("c", &config);
+    let said = bench.create("c", &bundle).failed(1);
+    assert!(said.contains("/proc/1/ns/ipc"), "{said}");
+}
+
+#[test]
 fn a_user_namespace_has_the_configured_identifiers_inside_and_on_files() {
     let bench = Bench::new();
     let script = "id -u; cat /proc/self/uid_map; echo x > /srv/made; stat -c %u /srv /bin/sh /dev/null; hostname; ls /proc/1/ns >/dev/null && echo proc";
