@@ -11,6 +11,9 @@ use abi::Fields;
 use coffer_layout::PAGE;
 use thiserror::Error;
 
+/// Most parameter areas of an image; ours have one.
+const MOST_AREAS: usize = 16;
+
 /// Why a file is refused. Always before the first system call that makes a VM.
 #[derive(Debug, Error, PartialEq, Eq)]
 pub enum ImageError {
@@ -468,6 +471,11 @@ impl Reader<'_> {
         let initial = self.data(fields.u32(12), size, "a parameter area's bytes lie outside the file")?;
         if self.find_area(index).is_some() {
             return Err(self.wrong("a parameter area is there twice"));
+        }
+        // Each becomes a buffer of this process.
+        let areas = self.directives.iter().filter(|d| matches!(d, Directive::Area { .. })).count();
+        if areas == MOST_AREAS {
+            return Err(self.wrong("there are more parameter areas than any guest needs"));
         }
         self.add(Directive::Area { index, size, initial })
     }

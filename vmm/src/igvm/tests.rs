@@ -171,6 +171,26 @@ proptest! {
     }
 }
 
+/// A header of 24 bytes takes a buffer of up to 1 MiB: a file of a megabyte of headers would take 40 GiB.
+#[test]
+fn more_parameter_areas_than_any_guest_needs_are_refused() {
+    let file = |count: u32| {
+        let mut file = [b"IGVM".as_slice(), &[2, 0, 0, 0, 32, 0, 0, 0], &[0; 20]].concat();
+        let mut add = |words: &[u32]| file.extend(words.iter().flat_map(|word| word.to_le_bytes()));
+        add(&[abi::SUPPORTED_PLATFORM, 16, MASK, 1 << 16, 0, 0]);
+        for index in 0..count {
+            add(&[abi::PARAMETER_AREA, 16, 1 << 20, 0, index, 0]);
+        }
+        let size = file.len() as u32;
+        file[12..16].copy_from_slice(&(size - 32).to_le_bytes());
+        file[16..20].copy_from_slice(&size.to_le_bytes());
+        file[29] = 16;
+        sealed(file)
+    };
+    assert!(read(&file(16), Platform::Native).is_ok());
+    assert!(matches!(read(&file(17), Platform::Native), Err(ImageError::Header { index: 17, .. })));
+}
+
 /// An SNP image as the igvm crate writes it, with the native platform beside it.
 fn snp_image() -> Vec<u8> {
     const SNP: u32 = 2;

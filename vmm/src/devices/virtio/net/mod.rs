@@ -45,7 +45,7 @@ pub struct NetError(#[source] io::Error);
 enum Link {
     Tap(OwnedFd),
     /// A socket that keeps packets apart, in place of a tap where there is no right to make one.
-    #[cfg(test)]
+    #[cfg(any(test, feature = "fuzz"))]
     Socket(OwnedFd),
 }
 
@@ -53,7 +53,7 @@ impl Link {
     fn descriptor(&self) -> &OwnedFd {
         match self {
             Self::Tap(fd) => fd,
-            #[cfg(test)]
+            #[cfg(any(test, feature = "fuzz"))]
             Self::Socket(fd) => fd,
         }
     }
@@ -78,8 +78,13 @@ impl Net {
         Ok(Self { link: Link::Tap(tap), mac, mtu, thread: None })
     }
 
-    #[cfg(test)]
-    fn on_socket(socket: OwnedFd, mac: [u8; 6]) -> Self {
+    /// An interface on a socket that keeps packets apart.
+    ///
+    /// # Panics
+    /// The descriptor is not open.
+    #[cfg(any(test, feature = "fuzz"))]
+    #[must_use]
+    pub fn on_socket(socket: OwnedFd, mac: [u8; 6]) -> Self {
         tap::non_blocking(socket.as_fd()).unwrap();
         Self { link: Link::Socket(socket), mac, mtu: None, thread: None }
     }
@@ -157,7 +162,7 @@ impl VirtioDevice for Net {
         match &self.link {
             Link::Tap(tap) => tap::set_offload(tap.as_fd(), offload(activation.features))
                 .map_err(|error| failed("tell the tap what the guest takes", error))?,
-            #[cfg(test)]
+            #[cfg(any(test, feature = "fuzz"))]
             Link::Socket(_) => {}
         }
         let link =
