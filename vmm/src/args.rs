@@ -16,6 +16,7 @@ coffer-vmm: boots an IGVM image in a microVM
   --vcpus N              processors, 1 to 64 (more than 1 needs an smp image)
   --vsock PATH           unix socket to make: `CONNECT PORT` on it reaches the guest
   --fs DIR               directory that the guest sees as virtio-fs `coffer`
+  --disk PATH[,readonly] file or block device that the guest sees as a disk; up to 4 times
   --net fd=N,mac=MAC     tap device, open already; up to 3 times
   --console FILE         serial console of a debug image; - is standard error
   --trace FILE           boot stages with their times, one JSON object a line
@@ -68,6 +69,15 @@ pub struct NetArgs {
     pub mac: [u8; 6],
 }
 
+/// One disk.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DiskArgs {
+    /// File or block device.
+    pub path: PathBuf,
+    /// The guest cannot write to it.
+    pub read_only: bool,
+}
+
 /// What protects the guest from the host.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Tee {
@@ -90,6 +100,7 @@ pub struct Args {
     pub vsock: Option<PathBuf>,
     pub fs: Option<PathBuf>,
     pub nets: Vec<NetArgs>,
+    pub disks: Vec<DiskArgs>,
     pub console: Option<PathBuf>,
     pub trace: Option<PathBuf>,
     pub log: Option<PathBuf>,
@@ -149,6 +160,7 @@ pub fn parse(words: impl IntoIterator<Item = String>) -> Result<Command, ArgsErr
             "--vsock",
             "--fs",
             "--net",
+            "--disk",
             "--console",
             "--trace",
             "--log",
@@ -205,6 +217,19 @@ impl Args {
                     return Err(wrong("at most 3 network devices"));
                 }
                 self.nets.push(net(value).ok_or_else(|| wrong("fd=N,mac=xx:xx:xx:xx:xx:xx"))?);
+            }
+            "--disk" => {
+                if self.disks.len() == slot::BLKS {
+                    return Err(wrong("at most 4 disks"));
+                }
+                let (path, read_only) = match value.strip_suffix(",readonly") {
+                    Some(path) => (path, true),
+                    None => (value, false),
+                };
+                if path.is_empty() {
+                    return Err(wrong("PATH or PATH,readonly"));
+                }
+                self.disks.push(DiskArgs { path: path.into(), read_only });
             }
             "--console" => self.console = Some(value.into()),
             "--trace" => self.trace = Some(value.into()),
@@ -288,6 +313,17 @@ mod tests {
         };
         assert_eq!((args.memory_mib, args.vcpus), (64, 1));
         assert_eq!(args.nets, [NetArgs { fd: 5, mac: [2, 0, 0, 0, 0, 10] }]);
+    }
+
+    #[test]
+    fn disks_are_taken_in_order_and_counted() {
+        let line = "--image a --memory-mib 64 --disk /a,b --disk /c,readonly";
+        let Ok(Command::Run(args)) = run(line) else { panic!("refused") };
+        let disk = |path: &str, read_only| DiskArgs { path: path.into(), read_only };
+        assert_eq!(args.disks, [disk("/a,b", false), disk("/c", true)]);
+        let five = format!("{line} --disk d --disk e --disk f");
+        assert!(matches!(run(&five), Err(ArgsError::Value { wanted: "at most 4 disks", .. })));
+        assert!(matches!(run("--disk ,readonly"), Err(ArgsError::Value { .. })));
     }
 
     #[test]

@@ -27,6 +27,7 @@ use crate::{
         serial,
         virtio::{
             DeviceError, VirtioDevice,
+            blk::{Blk, BlkError},
             fs::{Fs, FsError},
             mmio::{QUEUE_NOTIFY, Window},
             net::{Net, NetError},
@@ -87,6 +88,8 @@ pub enum MachineError {
     Vsock(#[from] VsockError),
     #[error("device fs: {0}")]
     Fs(#[from] FsError),
+    #[error("device blk: {0}")]
+    Blk(#[from] BlkError),
     #[error("device net: {0}")]
     Net(#[from] NetError),
     #[error("{what}: {source}")]
@@ -102,7 +105,12 @@ impl MachineError {
             Self::Kvm(_) | Self::Vcpu(_) | Self::SnpNotTied | Self::Emulated(_) => 69,
             Self::NoSnp(_) => 78,
             Self::Memory(_) => 73,
-            Self::Device(_) | Self::Vsock(_) | Self::Fs(_) | Self::Net(_) | Self::Host { .. } => 74,
+            Self::Device(_)
+            | Self::Vsock(_)
+            | Self::Fs(_)
+            | Self::Blk(_)
+            | Self::Net(_)
+            | Self::Host { .. } => 74,
         }
     }
 }
@@ -369,6 +377,10 @@ fn windows(
         // SAFETY: the caller inherited this descriptor for this purpose and nobody else here uses it.
         let tap = unsafe { OwnedFd::from_raw_fd(net.fd) };
         devices.push((slot::NET + index, Box::new(Net::new(tap, net.mac)?)));
+    }
+    for (index, disk) in args.disks.iter().enumerate() {
+        let device = Blk::new(&disk.path, disk.read_only, &format!("coffer-disk{index}"))?;
+        devices.push((slot::BLK + index, Box::new(device)));
     }
     let mut windows = std::array::from_fn(|_| None);
     for (slot, device) in devices {

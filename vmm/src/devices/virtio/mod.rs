@@ -2,6 +2,7 @@
 //!
 //! Owns: the contract between a device and its transport. Does not own: the register window (`mmio`), what a device does.
 
+pub mod blk;
 pub mod fs;
 pub mod mmio;
 pub mod net;
