@@ -113,7 +113,9 @@ fn mounts(spec: &Spec) -> Result<(), Error> {
 fn namespaces(spec: &Spec) -> Result<(), Error> {
     let list = spec.linux().as_ref().and_then(|l| l.namespaces().as_deref()).unwrap_or_default();
     for (number, namespace) in list.iter().enumerate() {
-        let field = || format!("linux.namespaces: {}", namespace.typ());
+        // The specification's word; the type's own is the kernel's.
+        let word = serde_json::to_value(namespace.typ()).unwrap_or_default();
+        let field = || format!("linux.namespaces: {}", word.as_str().unwrap_or_default());
         if list[..number].iter().any(|other| other.typ() == namespace.typ()) {
             return Err(wrong(&field(), "it is there twice"));
         }
