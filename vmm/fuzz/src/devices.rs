@@ -18,6 +18,7 @@ use std::{
 
 use coffer_vmm::devices::virtio::{
     VirtioDevice,
+    blk::Blk,
     fs::Fs,
     mmio::{QUEUE_NOTIFY, Window},
     net::Net,
@@ -272,6 +273,21 @@ pub fn vsock(data: &[u8]) {
         RefCell::new(Bench::new(Box::new(device), Box::new(Programs { path, streams: Vec::new(), _folder: folder })))
     });
     BENCH.with_borrow_mut(|bench| bench.run(data));
+}
+
+/// A disk of 64 KiB.
+pub fn blk(data: &[u8]) {
+    const SIZE: u64 = 64 << 10;
+    thread_local!(static BENCH: (tempfile::NamedTempFile, RefCell<Bench>) = {
+        let file = tempfile::NamedTempFile::new().expect("a file");
+        file.as_file().set_len(SIZE).expect("room for a file");
+        let device = Blk::new(file.path(), false, "disk0").expect("a disk");
+        (file, RefCell::new(Bench::new(Box::new(device), Box::new(Nobody))))
+    });
+    BENCH.with(|(file, bench)| {
+        bench.borrow_mut().run(data);
+        assert_eq!(file.as_file().metadata().expect("a file").len(), SIZE, "the disk's size changed");
+    });
 }
 
 /// A directory that starts with the same few files every now and then.

@@ -11,13 +11,14 @@ pub mod seeds;
 use coffer_fuzz::Target;
 
 /// The targets by name.
-pub const TARGETS: [Target; 8] = [
+pub const TARGETS: [Target; 9] = [
     ("igvm", image::igvm),
     ("parameter-page", image::parameter_page),
     ("ghcb", emulated::ghcb),
     ("messages", emulated::messages),
     ("rng", devices::rng),
     ("vsock", devices::vsock),
+    ("blk", devices::blk),
     ("fs", devices::fs),
     ("net", devices::net),
 ];

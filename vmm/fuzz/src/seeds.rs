@@ -26,6 +26,7 @@ pub fn all() -> Vec<Seed> {
         ("messages", "key", message(3, 32)),
         ("rng", "read", [start(), chain(0, &[], &[64, 5000]), vec![step::KICK, 0]].concat()),
         ("vsock", "connection", vsock()),
+        ("blk", "requests", blk()),
         ("fs", "files", fs()),
         ("net", "packets", net()),
     ]
@@ -227,6 +228,26 @@ fn vsock() -> Vec<u8> {
         host(3, b""),
         room(),
         packet(5, port, 3, 0, &[]),
+    ]
+    .concat()
+}
+
+/// Read, write, flush, id, discard, write zeroes, something outside.
+fn blk() -> Vec<u8> {
+    let request = |kind: u64, sector: u64| [number(kind, 8), number(sector, 8)].concat();
+    let range = |sector: u64, sectors: u64, flags: u64| {
+        [number(sector, 8), number(sectors, 4), number(flags, 4)].concat()
+    };
+    [
+        start(),
+        chain(0, &[&request(0, 3)], &[1024, 1]),
+        chain(0, &[&request(1, 5), &[0xab; 512]], &[1]),
+        chain(0, &[&request(4, 0)], &[1]),
+        chain(0, &[&request(8, 0)], &[20, 1]),
+        chain(0, &[&request(11, 0), &range(8, 8, 0)], &[1]),
+        chain(0, &[&request(13, 0), &range(16, 8, 1), &range(24, 8, 0)], &[1]),
+        chain(0, &[&request(0, 127)], &[1024, 1]),
+        vec![step::KICK, 0],
     ]
     .concat()
 }
