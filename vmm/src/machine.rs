@@ -44,6 +44,7 @@ use crate::{
         emulated::{self, machine::SharedMachine, processor::Processor, start::StartError},
         snp::{
             self,
+            guest::{GuestError, Running},
             plan::{LaunchPlan, PlanError},
         },
     },
@@ -74,10 +75,8 @@ pub enum MachineError {
     Kvm(String),
     #[error("this host cannot start SEV-SNP guests:\n  {}", .0.join("\n  "))]
     NoSnp(Vec<String>),
-    #[error(
-        "--tee snp: the launch on hardware is planned and tested, but not tied to KVM in this build of coffer-vmm"
-    )]
-    SnpNotTied,
+    #[error("SEV-SNP: {0}")]
+    Snp(#[from] GuestError),
     #[error(transparent)]
     Vcpu(#[from] VcpuError),
     #[error(transparent)]
@@ -102,7 +101,7 @@ impl MachineError {
     pub fn code(&self) -> u8 {
         match self {
             Self::Open { .. } | Self::Image { .. } | Self::Launch { .. } | Self::Plan { .. } => 65,
-            Self::Kvm(_) | Self::Vcpu(_) | Self::SnpNotTied | Self::Emulated(_) => 69,
+            Self::Kvm(_) | Self::Vcpu(_) | Self::Snp(_) | Self::Emulated(_) => 69,
             Self::NoSnp(_) => 78,
             Self::Memory(_) => 73,
             Self::Device(_)
@@ -122,6 +121,7 @@ fn kvm_error(command: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> Machine
 /// What a launch does, by the kind of machine.
 enum Planned {
     Plain(launch::Plan),
+    Snp(LaunchPlan),
     Emulated(LaunchPlan),
 }
 
@@ -130,16 +130,18 @@ struct Made {
     vcpus: Vec<(VcpuFd, Option<Processor>)>,
     memory: Arc<GuestMemoryMmap<()>>,
     emulated: Option<SharedMachine>,
+    snp: Option<Arc<Running>>,
 }
 
 /// A machine whose processors have not run yet.
 pub struct Machine {
     vcpus: Vec<(VcpuFd, Option<Processor>)>,
     emulated: Option<SharedMachine>,
+    snp: Option<Arc<Running>>,
     board: Arc<Board>,
     lifeline: Option<OwnedFd>,
     // Dropped last: the processors refer to it.
-    _vm: VmFd,
+    _vm: Arc<VmFd>,
     _memory: Arc<GuestMemoryMmap<()>>,
 }
 
@@ -169,7 +171,8 @@ impl Machine {
                 kvm.get_api_version()
             )));
         }
-        let vm = kvm.create_vm().map_err(kvm_error("KVM_CREATE_VM"))?;
+        let kind = if args.tee == Tee::Snp { u64::from(snp::abi::KVM_X86_SNP_VM) } else { 0 };
+        let vm = Arc::new(kvm.create_vm_with_type(kind).map_err(kvm_error("KVM_CREATE_VM"))?);
         vm.set_tss_address(TSS_ADDRESS).map_err(kvm_error("KVM_SET_TSS_ADDR"))?;
         vm.create_irq_chip().map_err(kvm_error("KVM_CREATE_IRQCHIP"))?;
         if args.tee != Tee::None {
@@ -179,8 +182,9 @@ impl Machine {
         }
         trace.stage("vm-created");
         let base = cpuid::supported(&kvm).map_err(kvm_error("KVM_GET_SUPPORTED_CPUID"))?;
-        let Made { vcpus, memory, emulated } = match planned {
+        let Made { vcpus, memory, emulated, snp } = match planned {
             Planned::Plain(plan) => make_plain(args, &vm, &base, &plan, &image, &path, &trace)?,
+            Planned::Snp(plan) => make_snp(args, &vm, &base, &plan, &image, &trace, &log)?,
             Planned::Emulated(plan) => make_emulated(args, &vm, &base, &plan, &image, &trace, &log)?,
         };
         trace.stage("vcpus-set");
@@ -196,7 +200,7 @@ impl Machine {
         let board = Arc::new(Board::new(windows, console, trace, log));
         // SAFETY: the caller inherited this descriptor for this purpose and nobody else here uses it.
         let lifeline = args.lifeline.map(|fd| unsafe { OwnedFd::from_raw_fd(fd) });
-        Ok(Self { vcpus, emulated, board, lifeline, _vm: vm, _memory: memory })
+        Ok(Self { vcpus, emulated, snp, board, lifeline, _vm: vm, _memory: memory })
     }
 
     /// Runs until the VM ends, for whatever reason.
@@ -218,9 +222,11 @@ impl Machine {
         self.board.trace.stage("first-run");
         for (id, (mut vcpu, processor)) in self.vcpus.into_iter().enumerate() {
             let (sender, board, exits) = (sender.clone(), Arc::clone(&self.board), Arc::clone(&exits));
+            let snp = self.snp.clone();
             let body = move || {
                 // When nobody listens any more another processor ended the VM.
-                let _ = sender.send(vcpu::run(&mut vcpu, id as u32, &board, &exits, processor));
+                let _ =
+                    sender.send(vcpu::run(&mut vcpu, id as u32, &board, &exits, processor, snp.as_deref()));
             };
             thread::Builder::new().name(format!("vcpu{id}")).spawn(body).map_err(failed)?;
         }
@@ -232,6 +238,8 @@ impl Machine {
             ("mmio-exits", exits.mmio.load(Ordering::Relaxed)),
             ("msr-exits", exits.msr.load(Ordering::Relaxed)),
             ("instruction-exits", exits.instruction.load(Ordering::Relaxed)),
+            ("hypercall-exits", exits.hypercall.load(Ordering::Relaxed)),
+            ("memory-fault-exits", exits.memory_fault.load(Ordering::Relaxed)),
             ("interrupted", exits.interrupted.load(Ordering::Relaxed)),
             ("unknown-accesses", self.board.unknown.load(Ordering::Relaxed)),
         ]);
@@ -253,20 +261,24 @@ fn plan(args: &Args, image: &[u8], path: &str) -> Result<Planned, MachineError> 
             let plan = launch::plan(&read(igvm::Platform::Native)?, &ram, args.vcpus, image);
             plan.map(Planned::Plain).map_err(|source| MachineError::Launch { path: path.to_owned(), source })
         }
-        Tee::Snp => match snp::preflight::judge(&snp::preflight::facts()) {
-            missing if missing.is_empty() => Err(MachineError::SnpNotTied),
-            missing => Err(MachineError::NoSnp(missing)),
-        },
-        Tee::SnpEmulated => {
+        Tee::Snp | Tee::SnpEmulated => {
+            let emulated = args.tee == Tee::SnpEmulated;
+            if !emulated {
+                let missing = snp::preflight::judge(&snp::preflight::facts());
+                if !missing.is_empty() {
+                    return Err(MachineError::NoSnp(missing));
+                }
+            }
             let options = snp::plan::Options {
                 ram: &ram,
                 vcpus: args.vcpus,
                 policy: args.policy,
                 host_data: args.host_data.unwrap_or_default(),
-                c_bit: emulated::C_BIT,
+                c_bit: if emulated { emulated::C_BIT } else { snp::guest::c_bit() },
             };
             let plan = snp::plan::plan(&read(igvm::Platform::Snp)?, image, &options);
-            plan.map(Planned::Emulated).map_err(|source| MachineError::Plan { path: path.to_owned(), source })
+            let plan = plan.map_err(|source| MachineError::Plan { path: path.to_owned(), source })?;
+            Ok(if emulated { Planned::Emulated(plan) } else { Planned::Snp(plan) })
         }
     }
 }
@@ -305,7 +317,7 @@ fn make_plain(
         vcpus.push((vcpu, None));
     }
     vcpu::enter(&vcpus[0].0, &plan.registers)?;
-    Ok(Made { vcpus, memory: Arc::new(ram), emulated: None })
+    Ok(Made { vcpus, memory: Arc::new(ram), emulated: None, snp: None })
 }
 
 fn make_emulated(
@@ -333,7 +345,28 @@ fn make_emulated(
     let digest: String = started.machine.digest().iter().map(|byte| format!("{byte:02x}")).collect();
     log.write(Level::Warning, &format!("launch digest {digest}"));
     let vcpus = started.vcpus.into_iter().map(|(vcpu, processor)| (vcpu, Some(processor))).collect();
-    Ok(Made { vcpus, memory: started.memory, emulated: Some(started.machine) })
+    Ok(Made { vcpus, memory: started.memory, emulated: Some(started.machine), snp: None })
+}
+
+fn make_snp(
+    args: &Args,
+    vm: &Arc<VmFd>,
+    base: &CpuId,
+    plan: &LaunchPlan,
+    image: &[u8],
+    trace: &Trace,
+    log: &Log,
+) -> Result<Made, MachineError> {
+    let ram = memory::layout(args.memory_mib << 20);
+    let certificates = args.certificates.as_deref();
+    let wanted = snp::guest::Wanted { ram: &ram, vcpus: args.vcpus, file: image, certificates };
+    let mut tell = |words: &str| log.write(Level::Warning, words);
+    let started = snp::guest::start(vm, base, plan, &wanted, &mut tell)?;
+    trace.stage("memory-loaded");
+    trace.counts(&started.counts.trace());
+    let vcpus = started.vcpus.into_iter().map(|vcpu| (vcpu, None)).collect();
+    let memory = Arc::clone(&started.running.converter.memory.shared);
+    Ok(Made { vcpus, memory, emulated: None, snp: Some(Arc::new(started.running)) })
 }
 
 /// Returns when the other end of the pipe is closed. Nothing is ever written to it.

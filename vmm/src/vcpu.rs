@@ -15,7 +15,13 @@ use crate::{
     devices::board::Board,
     end::End,
     igvm::{Registers, Segment},
-    tee::emulated::processor::Processor,
+    tee::{
+        emulated::processor::Processor,
+        snp::{
+            abi::{EXIT_SNP_REQ_CERTS, SYSTEM_EVENT_SEV_TERM},
+            guest::{self, Running},
+        },
+    },
 };
 
 /// A processor could not be set up.
@@ -39,6 +45,8 @@ pub struct Exits {
     pub msr: AtomicU64,
     pub instruction: AtomicU64,
     pub interrupted: AtomicU64,
+    pub hypercall: AtomicU64,
+    pub memory_fault: AtomicU64,
     pub other: AtomicU64,
 }
 
@@ -136,8 +144,15 @@ fn segment(from: &Segment) -> kvm_segment {
     }
 }
 
-/// Runs a processor until the VM ends. `emulated` is there for a machine with an emulated TEE.
-pub fn run(vcpu: &mut VcpuFd, id: u32, board: &Board, exits: &Exits, mut emulated: Option<Processor>) -> End {
+/// Runs a processor until the VM ends. `emulated` is there for a machine with an emulated TEE, `snp` for an SNP guest.
+pub fn run(
+    vcpu: &mut VcpuFd,
+    id: u32,
+    board: &Board,
+    exits: &Exits,
+    mut emulated: Option<Processor>,
+    snp: Option<&Running>,
+) -> End {
     let count = |counter: &AtomicU64| {
         counter.fetch_add(1, Ordering::Relaxed);
     };
@@ -190,6 +205,22 @@ pub fn run(vcpu: &mut VcpuFd, id: u32, board: &Board, exits: &Exits, mut emulate
                 if !emulated.as_mut().is_some_and(|p| p.write_msr(msr.index, msr.data)) {
                     *msr.error = 1;
                 }
+            }
+            Ok(VcpuExit::Hypercall(call)) if let Some(snp) = snp => {
+                count(&exits.hypercall);
+                *call.ret = snp.hypercall(call.nr, call.args);
+            }
+            Ok(VcpuExit::MemoryFault { flags, gpa, size }) if let Some(snp) = snp => {
+                count(&exits.memory_fault);
+                if let Err(what) = snp.fault(flags, gpa, size) {
+                    return End::Kvm(format!("{what}, on processor {id}"));
+                }
+            }
+            Ok(VcpuExit::SystemEvent(SYSTEM_EVENT_SEV_TERM, data)) => {
+                return guest::terminated(data.first().copied().unwrap_or_default());
+            }
+            Ok(VcpuExit::Unsupported(EXIT_SNP_REQ_CERTS)) if let Some(snp) = snp => {
+                snp.give_certificates(vcpu.get_kvm_run());
             }
             Ok(VcpuExit::Shutdown) => return End::TripleFault,
             Ok(VcpuExit::InternalError) => return End::Kvm(words(vcpu, id, "internal error")),
