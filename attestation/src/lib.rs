@@ -20,7 +20,6 @@ pub mod jwe;
 pub mod jws;
 pub mod kbs;
 pub mod key;
-#[cfg(feature = "policy")]
 pub mod policy;
 pub mod sealed;
 pub mod snp;

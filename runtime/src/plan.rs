@@ -124,10 +124,7 @@ fn rewrite(
         let Some(source) = mount.source() else { continue };
         let source = bundle.join(source);
         if let Some(kib) = shared_memory(mount.destination(), &source) {
-            value["mounts"][index] = serde_json::json!({
-                "destination": "/dev/shm", "type": "tmpfs", "source": shared_name(&source),
-                "options": ["nosuid", "noexec", "nodev", "mode=1777", format!("size={kib}k")],
-            });
+            value["mounts"][index] = shared_memory_mount(&shared_name(&source), kib);
             continue;
         }
         sources.push(BindSource { mount: index, directory: source.is_dir() });
@@ -187,6 +184,15 @@ fn shared_memory(destination: &Path, source: &Path) -> Option<u64> {
     let system = nix::sys::statfs::statfs(source).ok()?;
     let bytes = system.blocks().checked_mul(u64::try_from(system.block_size()).ok()?)?;
     (system.filesystem_type() == nix::sys::statfs::TMPFS_MAGIC).then_some(bytes / 1024)
+}
+
+/// The guest's own in its place.
+#[must_use]
+pub fn shared_memory_mount(name: &str, kib: u64) -> Value {
+    serde_json::json!({
+        "destination": "/dev/shm", "type": "tmpfs", "source": name,
+        "options": ["nosuid", "noexec", "nodev", "mode=1777", format!("size={kib}k")],
+    })
 }
 
 /// A name for it that all containers of a pod have which were given the same one.

@@ -21,6 +21,10 @@ pub fn main() -> ExitCode {
         return commands::image::run(&words[1..])
             .map_or_else(|error| fail(&Global::default(), &error.to_string(), 1), |()| ExitCode::SUCCESS);
     }
+    if words.first().is_some_and(|word| word == "policy") {
+        return commands::policy::run(&words[1..])
+            .map_or_else(|error| fail(&Global::default(), &error.to_string(), 1), |()| ExitCode::SUCCESS);
+    }
     let call = match cli::parse(std::env::args().skip(1)) {
         Ok(call) => call,
         Err(error) => {

@@ -12,6 +12,7 @@ mod hooks;
 pub mod image;
 mod listing;
 mod pod;
+pub mod policy;
 mod process;
 mod terminal;
 mod update;

@@ -1,0 +1,260 @@
+//! The engine: rules of package `agent_policy`, and the words of a denial.
+
+use std::num::{NonZeroU32, NonZeroUsize};
+
+use regorus::{Engine, PolicyLengthConfig, Value as Rego};
+use serde_json::Value;
+use thiserror::Error;
+
+/// The package that holds the rules.
+const PACKAGE: &str = "data.agent_policy";
+/// What is allowed when initdata has no policy: everything without a TEE.
+const OPEN: &str = include_str!("open.rego");
+/// And under a TEE: only images that were verified in the guest, no exec, no stdin.
+const CLOSED: &str = include_str!("closed.rego");
+/// Initdata's own bound on the text. Lines may be long: a sealed secret in an environment is one.
+const LENGTHS: PolicyLengthConfig = PolicyLengthConfig {
+    max_col: NonZeroU32::new(1 << 20).unwrap(),
+    max_file_bytes: NonZeroUsize::new(1 << 20).unwrap(),
+    max_lines: NonZeroUsize::new(20_000).unwrap(),
+};
+/// Longest line of a denial, in characters.
+const LONGEST_LINE: usize = 600;
+
+/// A request, by its rule's name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[expect(missing_docs, reason = "each is its name")]
+pub enum Rule {
+    CreateSandbox,
+    UpdateInterface,
+    CreateContainer,
+    StartContainer,
+    ExecProcess,
+    SignalProcess,
+    WriteStream,
+    ReadStream,
+    PauseContainer,
+    UpdateContainer,
+    ListProcesses,
+    StatsContainer,
+    RemoveContainer,
+    DestroySandbox,
+}
+
+impl Rule {
+    /// As it is called in a policy.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::CreateSandbox => "CreateSandboxRequest",
+            Self::UpdateInterface => "UpdateInterfaceRequest",
+            Self::CreateContainer => "CreateContainerRequest",
+            Self::StartContainer => "StartContainerRequest",
+            Self::ExecProcess => "ExecProcessRequest",
+            Self::SignalProcess => "SignalProcessRequest",
+            Self::WriteStream => "WriteStreamRequest",
+            Self::ReadStream => "ReadStreamRequest",
+            Self::PauseContainer => "PauseContainerRequest",
+            Self::UpdateContainer => "UpdateContainerRequest",
+            Self::ListProcesses => "ListProcessesRequest",
+            Self::StatsContainer => "StatsContainerRequest",
+            Self::RemoveContainer => "RemoveContainerRequest",
+            Self::DestroySandbox => "DestroySandboxRequest",
+        }
+    }
+}
+
+/// A text that is no policy.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+#[error("policy.rego: {0}")]
+pub struct PolicyError(String);
+
+/// The policy says no.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+#[error("policy: {rule} denied: {reason}")]
+pub struct Denied {
+    /// Name of the rule.
+    pub rule: &'static str,
+    /// Field, value and what was allowed, on one line.
+    pub reason: String,
+}
+
+/// A policy, ready to decide.
+pub struct Policy {
+    engine: Engine,
+}
+
+impl std::fmt::Debug for Policy {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Policy")
+    }
+}
+
+impl Policy {
+    /// Reads Rego, of today's syntax or of the one before it, which upstream's generator writes.
+    ///
+    /// # Errors
+    /// [`PolicyError`] with the engine's words about today's syntax.
+    pub fn parse(text: &str) -> Result<Self, PolicyError> {
+        let load = |old: bool| {
+            let mut engine = Engine::new();
+            engine.set_rego_v0(old);
+            engine.set_policy_length_config(LENGTHS);
+            let package = engine.add_policy("policy.rego".into(), text.into());
+            package.map(|package| (engine, package))
+        };
+        let (engine, package) =
+            load(false).or_else(|error| load(true).map_err(|_| PolicyError(one_line(&error.to_string()))))?;
+        if package != PACKAGE {
+            return Err(PolicyError(format!("it is {package}: write package agent_policy")));
+        }
+        Ok(Self { engine })
+    }
+
+    /// What holds when initdata has none.
+    ///
+    /// # Panics
+    /// Never: both texts are this crate's, and its tests read them.
+    #[must_use]
+    pub fn default_for(tee: bool) -> Self {
+        Self::parse(if tee { CLOSED } else { OPEN }).expect("the texts are constants")
+    }
+
+    /// Decides. A rule that the policy does not have, or that fails, denies.
+    ///
+    /// # Errors
+    /// [`Denied`].
+    pub fn check(&mut self, rule: Rule, input: &Value) -> Result<(), Denied> {
+        let name = rule.name();
+        let deny = |reason: String| Err(Denied { rule: name, reason });
+        let Ok(document) = Rego::from_json_str(&input.to_string()) else {
+            return deny("the request cannot be shown to the policy".into());
+        };
+        self.engine.set_input(document);
+        match self.engine.eval_rule(format!("{PACKAGE}.{name}")) {
+            Ok(decision) if decision == Rego::from(true) => Ok(()),
+            Ok(decision) if decision == Rego::from(false) => deny(self.reasons()),
+            Ok(_) => deny(format!("{name} is neither true nor false in the policy")),
+            Err(_) => deny(format!("the policy has no {name}, or it cannot be evaluated")),
+        }
+    }
+
+    fn reasons(&mut self) -> String {
+        const NONE: &str = "the policy gives no reason";
+        let Ok(reasons) = self.engine.eval_rule(format!("{PACKAGE}.reasons")) else { return NONE.into() };
+        let Ok(Value::Array(list)) =
+            reasons.to_json_str().map(|t| serde_json::from_str(&t).unwrap_or_default())
+        else {
+            return NONE.into();
+        };
+        let words: Vec<String> = list.iter().filter_map(reason).collect();
+        if words.is_empty() { NONE.into() } else { one_line(&words.join("; ")) }
+    }
+}
+
+fn reason(reason: &Value) -> Option<String> {
+    let field = reason.get("field")?.as_str()?;
+    let show = |value: &Value| match value {
+        Value::String(text) if field.ends_with(".Env") => {
+            format!("{:?}", text.split('=').next().unwrap_or_default().to_owned() + "=…")
+        }
+        other => other.to_string(),
+    };
+    let list = |value: &Value| match value {
+        Value::Array(items) if field.ends_with(".Env") => {
+            format!("[{}]", items.iter().map(show).collect::<Vec<_>>().join(","))
+        }
+        other => show(other),
+    };
+    Some(format!("{field} is {}, allowed: {}", show(reason.get("value")?), list(reason.get("allowed")?)))
+}
+
+fn one_line(text: &str) -> String {
+    let clean: String =
+        text.chars().map(|c| if c.is_control() { ' ' } else { c }).take(LONGEST_LINE).collect();
+    clean.split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use serde_json::json;
+
+    const RULES: [Rule; 14] = [
+        Rule::CreateSandbox,
+        Rule::UpdateInterface,
+        Rule::CreateContainer,
+        Rule::StartContainer,
+        Rule::ExecProcess,
+        Rule::SignalProcess,
+        Rule::WriteStream,
+        Rule::ReadStream,
+        Rule::PauseContainer,
+        Rule::UpdateContainer,
+        Rule::ListProcesses,
+        Rule::StatsContainer,
+        Rule::RemoveContainer,
+        Rule::DestroySandbox,
+    ];
+
+    #[test]
+    fn without_a_tee_everything_is_allowed_and_under_one_what_the_host_could_look_in_with_is_not() {
+        let host = json!({ "host_root": true, "image": null });
+        let mut open = Policy::default_for(false);
+        let mut closed = Policy::default_for(true);
+        let denied = [Rule::CreateContainer, Rule::ExecProcess, Rule::WriteStream];
+        for rule in RULES {
+            assert_eq!(open.check(rule, &host), Ok(()));
+            assert_eq!(closed.check(rule, &host).is_err(), denied.contains(&rule), "{rule:?}");
+        }
+        let verified = json!({ "host_root": false, "image": "sha256:00", "OCI": { "Mounts": [] } });
+        assert_eq!(closed.check(Rule::CreateContainer, &verified), Ok(()));
+    }
+
+    #[test]
+    fn a_denial_names_rule_field_value_and_what_is_allowed() {
+        let mut closed = Policy::default_for(true);
+        let message =
+            closed.check(Rule::CreateContainer, &json!({ "host_root": true })).unwrap_err().to_string();
+        assert_eq!(message, "policy: CreateContainerRequest denied: host_root is true, allowed: false");
+        let mount = json!({ "destination": "/data", "type_": "bind", "from_host": true, "writable": true });
+        let input = json!({ "host_root": false, "image": "sha256:00", "OCI": { "Mounts": [mount] } });
+        let message = closed.check(Rule::CreateContainer, &input).unwrap_err().to_string();
+        assert!(message.contains("OCI.Mounts is ") && message.contains("/data"), "{message}");
+        let input = json!({ "process": { "Args": ["sh", "-c\nx"] } });
+        let message = closed.check(Rule::ExecProcess, &input).unwrap_err().to_string();
+        assert!(message.contains("process.Args is [\"sh\""), "{message}");
+        assert!(!message.contains('\n'));
+    }
+
+    #[test]
+    fn values_of_environment_variables_are_not_shown() {
+        let text = "package agent_policy\nimport rego.v1\ndefault CreateContainerRequest := false\nreasons contains {\"field\": \"OCI.Process.Env\", \"value\": input.e, \"allowed\": [\"A=1\"]}\n";
+        let mut policy = Policy::parse(text).unwrap();
+        let message =
+            policy.check(Rule::CreateContainer, &json!({ "e": "TOKEN=hunter2" })).unwrap_err().reason;
+        assert_eq!(message, "OCI.Process.Env is \"TOKEN=…\", allowed: [\"A=…\"]");
+    }
+
+    #[test]
+    fn upstreams_older_syntax_is_read_and_what_is_missing_denies() {
+        let text = "package agent_policy\n\ndefault ExecProcessRequest := false\n\nExecProcessRequest {\n  input.process.Args[0] == \"ls\"\n}\n";
+        let mut policy = Policy::parse(text).unwrap();
+        policy.check(Rule::ExecProcess, &json!({ "process": { "Args": ["ls"] } })).unwrap();
+        assert!(policy.check(Rule::ExecProcess, &json!({ "process": { "Args": ["sh"] } })).is_err());
+        let message = policy.check(Rule::StartContainer, &json!({})).unwrap_err().reason;
+        assert!(message.contains("has no StartContainerRequest"), "{message}");
+        assert!(Policy::parse("package other\n").unwrap_err().to_string().contains("package agent_policy"));
+        assert!(Policy::parse("packge").is_err());
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(32))]
+
+        #[test]
+        fn any_text_is_a_policy_or_an_error(text in "(package agent_policy\n)?[ -~\n]{0,80}") {
+            let _ = Policy::parse(&text);
+        }
+    }
+}

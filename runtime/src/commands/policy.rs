@@ -1,0 +1,240 @@
+//! `coffer policy generate`: the owner's policy for one container.
+//!
+//! Owns: getting the configuration that an engine would give to the runtime, and putting it into the form in which the guest
+//! will ask. The policy's text is coffer-attestation's. Does not own: the rest of initdata.
+
+use std::{
+    fs,
+    os::unix::fs::PermissionsExt,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use coffer_attestation::policy::{Allowed, create_input, generate};
+use coffer_layers::{
+    config::{ConfigError, Process},
+    image::{Image, ImageError, Trust},
+    layout::{BlobError, Layout},
+    reference::{Reference, ReferenceError},
+};
+use serde_json::{Value, json};
+use thiserror::Error;
+
+use crate::plan;
+
+/// Shown by `coffer policy --help`.
+pub const USAGE: &str = "\
+coffer policy: what the host may do with an attested pod
+
+  coffer policy generate [--exec 'WORDS']... [--stdin] podman run OPTIONS IMAGE [WORDS]
+                              policy.rego for that container and no other, on stdout; podman only makes the
+                              container's configuration, nothing runs (write neither -d nor --rm)
+  coffer policy generate [--exec 'WORDS']... [--stdin] --config CONFIG.json
+                              the same for a bundle's configuration
+
+The image is the one of the annotation io.coffer.image, which must be readable here. --exec allows a command line, to the
+word; --stdin allows the host to write to the container.";
+
+/// What no policy says: the guest takes the user from the verified image, where names are looked up.
+const USER: [&str; 3] = ["OCI.Process.User.UID", "OCI.Process.User.GID", "OCI.Process.User.AdditionalGids"];
+/// KiB of shared memory that engines give without a word.
+const SHARED_KIB: u64 = 65_536_000 / 1024;
+
+/// No policy was written. One line.
+#[derive(Debug, Error)]
+pub enum Error {
+    /// The command line.
+    #[error("policy: {0}: see coffer policy --help")]
+    Usage(String),
+    /// A file.
+    #[error("policy: {0}: {1}")]
+    File(PathBuf, std::io::Error),
+    /// podman refused.
+    #[error("policy: podman: {0}")]
+    Podman(String),
+    /// The configuration is none that would run.
+    #[error("policy: {0}")]
+    Bundle(#[from] crate::error::Error),
+    /// No image that the guest could verify.
+    #[error(
+        "policy: the container has no annotation io.coffer.image=LAYOUT@sha256:…: the host could bring any root file system"
+    )]
+    NoImage,
+    /// The image's name.
+    #[error(transparent)]
+    Reference(#[from] ReferenceError),
+    /// The image's layout.
+    #[error(transparent)]
+    Layout(#[from] BlobError),
+    /// The image.
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    /// The image's configuration.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+}
+
+/// Runs `coffer policy WORDS...`.
+///
+/// # Errors
+/// [`Error`].
+pub fn run(words: &[String]) -> Result<(), Error> {
+    match words.split_first() {
+        Some((command, words)) if command == "generate" => generate_policy(words),
+        None => {
+            println!("{USAGE}");
+            Ok(())
+        }
+        Some((help, _)) if matches!(help.as_str(), "--help" | "-h" | "help") => {
+            println!("{USAGE}");
+            Ok(())
+        }
+        Some((other, _)) => Err(Error::Usage(format!("unknown command {other:?}"))),
+    }
+}
+
+fn generate_policy(words: &[String]) -> Result<(), Error> {
+    let mut allowed = Allowed::default();
+    let mut words = words.iter();
+    let (config, shared_kib) = loop {
+        let word = words.next().ok_or_else(|| Error::Usage("podman run … or --config is missing".into()))?;
+        let mut value = || words.next().ok_or_else(|| Error::Usage(format!("{word} wants a value")));
+        match word.as_str() {
+            "--stdin" => allowed.stdin = true,
+            "--exec" => allowed.exec.push(value()?.split_whitespace().map(str::to_owned).collect()),
+            "--config" => {
+                let path = value()?;
+                break (fs::read(path).map_err(|e| Error::File(path.into(), e))?, SHARED_KIB);
+            }
+            "podman" => break record(words.as_slice())?,
+            other => return Err(Error::Usage(format!("{other:?}"))),
+        }
+    };
+    let config_value: Value = serde_json::from_slice(&config).unwrap_or_default();
+    let name = config_value["annotations"]["io.coffer.image"].as_str().ok_or(Error::NoImage)?;
+    let reference: Reference = name.parse()?;
+    let layout = Layout::open(&reference.path)?;
+    let digest = reference.digest.clone().ok_or(Error::NoImage)?;
+    let image = Image::load(&layout, &digest, Trust::Pinned)?;
+    let process = image.config.process(None, &[], &[])?;
+    let spec = plan::plan(Path::new("/"), "container", &config)?.guest_spec;
+    let spec = as_in_guest(spec, process, shared_kib);
+    allowed.free = USER.map(str::to_owned).to_vec();
+    if spec["hostname"].as_str().is_some_and(is_made_up) {
+        allowed.free.push("OCI.Hostname".into());
+    }
+    print!("{}", generate(&create_input("container", &spec, Some(&digest.to_string())), &allowed));
+    Ok(())
+}
+
+/// What init makes of a configuration before it asks the policy.
+fn as_in_guest(mut spec: Value, process: Process, shared_kib: u64) -> Value {
+    for mount in spec["mounts"].as_array_mut().into_iter().flatten() {
+        // Where the engine has not mounted it yet, it is not seen to be a tmpfs.
+        if mount["destination"] == "/dev/shm" && mount["type"] == "bind" {
+            *mount = plan::shared_memory_mount("shm", shared_kib);
+        }
+    }
+    let terminal = spec["process"]["env"].as_array().into_iter().flatten().filter_map(Value::as_str);
+    let terminal = terminal.filter(|pair| pair.starts_with("TERM=")).map(str::to_owned).next();
+    let env: Vec<String> = process.env.into_iter().chain(terminal).collect();
+    spec["process"]["args"] = json!(process.args);
+    spec["process"]["env"] = json!(env);
+    spec["process"]["cwd"] = json!(process.cwd);
+    spec
+}
+
+/// The first letters of an id, which podman gives to containers without a name of their own.
+fn is_made_up(hostname: &str) -> bool {
+    hostname.len() == 12 && hostname.bytes().all(|b| b.is_ascii_hexdigit())
+}
+
+/// Removed with all that is in it.
+struct Scratch(PathBuf);
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+/// The configuration that podman makes of a command line, and the container's shared memory in KiB. podman gets a runtime
+/// that keeps the configuration and starts nothing.
+fn record(words: &[String]) -> Result<(Vec<u8>, u64), Error> {
+    let at = words.iter().position(|word| word == "run");
+    let at = at.ok_or_else(|| Error::Usage("podman: only `podman … run` is known".into()))?;
+    let scratch = Scratch(std::env::temp_dir().join(format!("coffer-policy-{}", std::process::id())));
+    let failed = |e| Error::File(scratch.0.clone(), e);
+    fs::create_dir(&scratch.0).map_err(failed)?;
+    let (recorder, kept) = (scratch.0.join("recorder"), scratch.0.join("config.json"));
+    let script = format!(
+        "#!/bin/sh\nwhile [ $# -gt 0 ]; do\n[ \"$1\" != --bundle ] || cp \"$2/config.json\" '{}'\nshift\ndone\nexit 1\n",
+        kept.display()
+    );
+    fs::write(&recorder, script).map_err(failed)?;
+    fs::set_permissions(&recorder, fs::Permissions::from_mode(0o700)).map_err(failed)?;
+    let mut globals: Vec<&str> = Vec::new();
+    let mut before = words[..at].iter();
+    while let Some(word) = before.next() {
+        match word.as_str() {
+            "--runtime" => drop(before.next()),
+            word if word.starts_with("--runtime=") => {}
+            word => globals.push(word),
+        }
+    }
+    let podman = |more: &[&str]| -> Result<std::process::Output, Error> {
+        let mut command = Command::new("podman");
+        command.arg("--runtime").arg(&recorder).args(&globals).args(more);
+        command.output().map_err(|e| Error::Podman(e.to_string()))
+    };
+    let mut create = vec!["create"];
+    create.extend(words[at + 1..].iter().map(String::as_str));
+    let made = podman(&create)?;
+    let said = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim().to_owned();
+    if !made.status.success() {
+        return Err(Error::Podman(said(&made.stderr)));
+    }
+    let id = said(&made.stdout);
+    let shared = podman(&["inspect", "--format", "{{.HostConfig.ShmSize}}", &id])?;
+    let asked = podman(&["init", &id])?;
+    podman(&["rm", "--force", &id])?;
+    let config = fs::read(&kept).map_err(|_| Error::Podman(said(&asked.stderr)))?;
+    Ok((config, said(&shared.stdout).parse::<u64>().map_or(SHARED_KIB, |bytes| bytes / 1024)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_form_is_the_one_in_which_the_guest_asks() {
+        let process = Process {
+            args: vec!["/bin/app".into()],
+            env: vec!["PATH=/bin".into()],
+            cwd: "/srv".into(),
+            user: "app".into(),
+            stop_signal: None,
+        };
+        let spec = json!({"process": {"args": ["sh"], "env": ["A=1", "TERM=xterm"], "cwd": "/"},
+            "mounts": [{"destination": "/dev/shm", "type": "bind", "source": "/x", "options": ["bind"]}]});
+        let spec = as_in_guest(spec, process, 64_000);
+        assert_eq!(
+            spec["process"],
+            json!({"args": ["/bin/app"], "env": ["PATH=/bin", "TERM=xterm"], "cwd": "/srv"})
+        );
+        assert_eq!(spec["mounts"][0]["options"][4], "size=64000k");
+        assert_eq!((is_made_up("07bd660dcfc2"), is_made_up("web")), (true, false));
+    }
+
+    #[test]
+    fn what_is_missing_is_said() {
+        let words = |line: &str| line.split_whitespace().map(str::to_owned).collect::<Vec<_>>();
+        let message = |line: &str| run(&words(line)).unwrap_err().to_string();
+        assert!(message("generate").contains("--config is missing"));
+        assert!(message("generate podman ps").contains("only `podman … run`"));
+        let dir = tempfile::tempdir().unwrap();
+        let config = dir.path().join("config.json");
+        fs::write(&config, "{}").unwrap();
+        assert!(message(&format!("generate --config {}", config.display())).contains("io.coffer.image"));
+    }
+}
