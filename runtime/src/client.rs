@@ -16,7 +16,7 @@ use serde_json::Value;
 use crate::error::{Error, host};
 
 /// How long the VMM may take to make its socket.
-const SOCKET_LIMIT: Duration = Duration::from_secs(10);
+pub const SOCKET_LIMIT: Duration = Duration::from_secs(10);
 /// How long a guest may take to boot and to answer.
 const ANSWER_LIMIT: Duration = Duration::from_secs(60);
 

@@ -34,6 +34,14 @@ impl Pid {
         stat(pid).map(|(_, start)| Self { pid, start })
     }
 
+    /// The process that called this one, if it has this name.
+    #[must_use]
+    pub fn parent_named(name: &str) -> Option<Self> {
+        let parent = std::os::unix::process::parent_id();
+        let found = fs::read_to_string(format!("/proc/{parent}/comm")).ok()?;
+        if found.trim_end() == name { Self::of(parent as i32) } else { None }
+    }
+
     /// Still the same process, and not one that only waits to be reaped.
     #[must_use]
     pub fn is_alive(&self) -> bool {

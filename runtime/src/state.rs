@@ -62,6 +62,17 @@ pub struct Record {
     /// Of a container in another's VM: its files below that VM's shared directory.
     #[serde(default)]
     pub share: Option<PathBuf>,
+    /// The conmon that called `create`.
+    #[serde(default)]
+    pub conmon: Option<Pid>,
+}
+
+impl Record {
+    /// Its conmon was killed: nobody waits for the container, and its engine takes it for gone.
+    #[must_use]
+    pub fn is_abandoned(&self) -> bool {
+        self.conmon.is_some_and(|conmon| !conmon.is_alive())
+    }
 }
 
 /// A container's directory.

@@ -8,7 +8,8 @@ use std::{
     os::fd::{AsRawFd, OwnedFd, RawFd},
     path::{Path, PathBuf},
     process::Child,
-    time::{SystemTime, UNIX_EPOCH},
+    thread,
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use coffer_protocol::{CreateContainer, Network, Request, Sandbox, VERSION};
@@ -24,7 +25,7 @@ use super::{boot_chart, config, delete, foreground, hooks, pod, start, terminal}
 use crate::{
     cgroup,
     cli::Call,
-    client::Connection,
+    client::{self, Connection},
     clock,
     error::{Error, host},
     home::Home,
@@ -80,6 +81,7 @@ pub(super) fn create(call: &Call, root: &Path) -> Result<(), Error> {
         )));
     }
     super::collect(root);
+    super::give_way(root, &id);
     let directory = Directory::of(root, &id)?;
     directory.create()?;
     state::write_whole(&directory.file("config.json"), &text)?;
@@ -180,13 +182,14 @@ impl Making<'_> {
             vmm: vm.process,
             cgroup: group,
             share: self.share.clone(),
+            conmon: Pid::parent_named("conmon"),
         };
         // From here on `delete --force` can take everything down, even if this process is killed.
         self.directory.write(&record)?;
         if let Some(path) = &record.cgroup {
             cgroup::create(path, &self.plan.spec)?;
             if vm.child.is_some() {
-                cgroup::join(path, vm.process.pid)?;
+                self.confine(&mut vm, path)?;
             }
         }
         if let Some(running) = &self.vm {
@@ -230,6 +233,20 @@ impl Making<'_> {
         })?;
         let process = Pid::of(vmm.id() as i32).ok_or_else(|| Error::Vm("it ended at once".into()))?;
         Ok(Vm { process, child: Some(vmm), hold, network })
+    }
+
+    /// Puts the VMM into the pod's cgroup once it has what it needs of /dev: podman's cgroup of a pod allows its processes
+    /// no device at all, and the VMM's socket is there when it has opened its own.
+    fn confine(&self, vm: &mut Vm, group: &Path) -> Result<(), Error> {
+        let (socket, began) = (self.directory.socket(), Instant::now());
+        while !socket.exists() && vm.is_alive() && began.elapsed() < client::SOCKET_LIMIT {
+            thread::sleep(Duration::from_millis(1));
+        }
+        match cgroup::join(group, vm.process.pid) {
+            // It has ended: why is said by who asks it next.
+            Err(_) if !vm.is_alive() => Ok(()),
+            other => other,
+        }
     }
 
     /// What the pod's namespace has, and taps for it. A pod that shares the host's network is refused.

@@ -120,7 +120,13 @@ fn kill(call: &Call, root: &Path) -> Result<(), Error> {
     let (directory, record) = find(root, call.id()?)?;
     let text = call.words.get(1).map_or("TERM", String::as_str);
     let signal = signals::parse(text).ok_or_else(|| Error::Usage(format!("unknown signal `{text}`")))?;
-    if directory.status(&record) == Status::Stopped {
+    let status = directory.status(&record);
+    if signal == libc::SIGKILL as u32 && record.is_abandoned() {
+        // podman takes a container without its conmon for gone once this has returned, and never calls `delete`.
+        delete(root, &record.id, true)?;
+        return if status == Status::Stopped { Err(Error::NotRunning) } else { Ok(()) };
+    }
+    if status == Status::Stopped {
         return if call.has("all") { Ok(()) } else { Err(Error::NotRunning) };
     }
     let id = record.id.clone();
@@ -209,6 +215,17 @@ fn collect(root: &Path) {
         if directory.status(&record) == Status::Stopped && !record.bundle.join("config.json").exists() {
             let _ = delete(root, &record.id, true);
         }
+    }
+}
+
+/// Removes an earlier container of an id that has stopped and whose conmon was killed: podman starts such a container again
+/// without deleting it first.
+fn give_way(root: &Path, id: &str) {
+    if let Ok((directory, record)) = find(root, id)
+        && record.is_abandoned()
+        && directory.status(&record) == Status::Stopped
+    {
+        let _ = delete(root, id, true);
     }
 }
 

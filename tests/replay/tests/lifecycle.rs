@@ -1,8 +1,13 @@
 //! The calls of podman 4.3.1 and conmon 2.1.6 for a container's life, as they were recorded.
 
-use std::fs;
+use std::{
+    fs,
+    os::unix::process::CommandExt,
+    path::Path,
+    process::{Child, Command, Stdio},
+};
 
-use coffer_replay::{Bench, config};
+use coffer_replay::{Bench, config, until};
 use serde_json::json;
 
 #[test]
@@ -26,4 +31,62 @@ fn a_container_goes_from_created_to_running_to_stopped_to_gone() {
     assert_eq!(fs::read_dir(bench.root()).unwrap().count(), 0);
     // podman says it twice at times.
     let _ = bench.call(&["delete", "--force", "c"]).ok();
+}
+
+/// A process called conmon that makes and starts a container and then waits.
+fn conmon(bench: &Bench, id: &str, bundle: &Path) -> Child {
+    let program = bench.path("conmon");
+    if !program.exists() {
+        let busybox = ["/bin/busybox", "/usr/bin/busybox"].map(Path::new).into_iter().find(|p| p.exists());
+        fs::copy(busybox.expect("busybox: apt-get install busybox-static"), &program).unwrap();
+    }
+    let create = bench.command(&["create", "--bundle", bundle.to_str().unwrap(), "--pid-file"]);
+    let words: Vec<&str> =
+        std::iter::once(create.get_program()).chain(create.get_args()).map(|w| w.to_str().unwrap()).collect();
+    let pid_file = bench.path(&format!("{id}.pid"));
+    let script = format!("{} {} {id}; sleep 1000", words.join(" "), pid_file.display());
+    let mut command = Command::new(&program);
+    command.arg0("sh").args(["-c", &script]).env_clear().env("COFFER_HOME", bench.path("home"));
+    command.env("PATH", "/usr/bin:/bin").stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    let child = command.spawn().unwrap();
+    until(|| pid_file.exists());
+    let _ = bench.call(&["start", id]).ok();
+    fs::remove_file(pid_file).unwrap();
+    child
+}
+
+fn end(mut child: Child) {
+    child.kill().unwrap();
+    child.wait().unwrap();
+}
+
+/// podman 4.3.1 calls `kill ID 9` for `rm -f`; when it then finds no conmon it does not call `delete`.
+#[test]
+fn a_container_whose_conmon_was_killed_is_gone_once_it_is_killed() {
+    let bench = Bench::new();
+    let bundle = bench.bundle("c", &config(&["sleep", "1000"]));
+    let alive = conmon(&bench, "c", &bundle);
+    let _ = bench.call(&["kill", "c", "9"]).ok();
+    bench.wait_stopped("c");
+    let _ = bench.call(&["delete", "--force", "c"]).ok();
+    end(alive);
+    end(conmon(&bench, "c", &bundle));
+    // It lives on, as under runc, and takes other signals.
+    let _ = bench.call(&["kill", "c", "28"]).ok();
+    assert_eq!(bench.status("c"), "running");
+    let _ = bench.call(&["kill", "c", "9"]).ok();
+    assert_eq!(fs::read_dir(bench.root()).unwrap().count(), 0);
+}
+
+#[test]
+fn an_id_can_be_used_again_when_its_conmon_was_killed_and_it_has_stopped() {
+    let bench = Bench::new();
+    let bundle =
+        bench.bundle("c", &config(&["sh", "-c", "trap 'exit 3' TERM; while :; do sleep 0.05; done"]));
+    end(conmon(&bench, "c", &bundle));
+    assert!(bench.create("c", &bundle).failed(1).contains("already exists"));
+    let _ = bench.call(&["kill", "c", "15"]).ok();
+    bench.wait_stopped("c");
+    end(conmon(&bench, "c", &bundle));
+    assert_eq!(bench.status("c"), "running");
 }
