@@ -114,6 +114,8 @@ fn group() -> Option<PathBuf> {
     let root = ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"].map(Path::new);
     let root = root.into_iter().find(|r| r.join("cgroup.controllers").exists())?;
     let path = root.join(format!("coffer-stand-in.{}", std::process::id()));
+    // A stand-in that was killed leaves its own, and its number is used again some day.
+    remove(path.exists().then_some(&*path));
     fs::create_dir(&path).ok()?;
     Some(path)
 }
