@@ -120,7 +120,7 @@ fn the_owner_pins_images_and_names_the_kbs() {
     let recipients = [Recipient::Resource { kid: "kbs:///a/b/c".into(), key: vec![1; 32].into() }];
     let made = encrypt(&layout, &manifest, &layout, "secret", &recipients, &AtomicU64::new(0)).unwrap();
     let why = refused(&bench, "e", &wants(&layout, &made.digest));
-    assert!(why.contains("no key source is configured"), "{why}");
+    assert!(why.contains("no KBS: initdata names none"), "{why}");
     let why = refused(
         &bench,
         "f",
