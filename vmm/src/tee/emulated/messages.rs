@@ -255,6 +255,25 @@ mod tests {
     }
 
     #[test]
+    fn a_report_of_any_host_is_one_that_verifiers_know() {
+        let (_directory, mut processor) = processor();
+        let key = processor.guest.message_keys[0];
+        // Milan, Genoa, Turin, Naples as QEMU has it, an Intel.
+        let hosts = [0x00a0_0f11, 0x00a1_0f11, 0x00b0_0f21, 0x0080_0f12, 0x0009_06ea];
+        for (turn, host) in hosts.into_iter().enumerate() {
+            processor.signature = host;
+            let sequence = 1 + 2 * turn as u64;
+            let reply = processor.answer(&request(&key, 0, sequence, 5, &[0; 96])).unwrap();
+            let reply = read(&key, &reply, sequence + 1);
+            let report = AttestationReport::from_bytes(&reply[32..]);
+            let report = report.unwrap_or_else(|e| panic!("{host:#x}: {e}"));
+            let table = processor.certificates().unwrap();
+            let [vcek, ask, ark] = certificates(&table)[..] else { panic!("not three certificates") };
+            (&SevChain::from_der(ark, ask, vcek).unwrap(), &report).verify().unwrap();
+        }
+    }
+
+    #[test]
     fn the_root_is_made_once_and_names_itself_a_development_one() {
         let (directory, mut processor) = processor();
         let table = processor.certificates().unwrap();

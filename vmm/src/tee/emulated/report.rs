@@ -53,9 +53,13 @@ pub fn signed(guest: &Guest, data: &[u8; 64], vmpl: u32, signature: u32, chain: 
     report
 }
 
-/// Extended family and model from CPUID 1's EAX.
+/// Extended family and model from CPUID 1's EAX, when they are Milan's or Genoa's, whose TCB has the form of [`TCB`]. Any
+/// other host plays a Milan: verifiers know no report of a processor without SEV-SNP.
 fn family_model_stepping(signature: u32) -> (u8, u8, u8) {
     let family = (signature >> 8 & 0xf) + (signature >> 20 & 0xff);
     let model = signature >> 4 & 0xf | signature >> 12 & 0xf0;
-    (family as u8, model as u8, (signature & 0xf) as u8)
+    match (family, model) {
+        (0x19, 0..=0x1f | 0xa0..=0xaf) => (family as u8, model as u8, (signature & 0xf) as u8),
+        _ => (0x19, 1, 1),
+    }
 }
