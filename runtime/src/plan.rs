@@ -66,6 +66,9 @@ pub struct Plan {
 pub fn plan(bundle: &Path, id: &str, config: &[u8]) -> Result<Plan, Error> {
     let wrong = |message: String| Error::Bundle(message);
     let mut value: Value = serde_json::from_slice(config).map_err(|e| wrong(format!("config.json: {e}")))?;
+    if let Some(process) = value.get_mut("process") {
+        support::known_capabilities(process);
+    }
     let spec: Spec = serde_json::from_value(value.clone()).map_err(|e| wrong(format!("config.json: {e}")))?;
     support::check(&spec, &value)?;
     let root = spec

@@ -62,6 +62,9 @@ pub struct Record {
     /// Of a container in another's VM: its files below that VM's shared directory.
     #[serde(default)]
     pub share: Option<PathBuf>,
+    /// The configuration file, where it is not the bundle's `config.json`.
+    #[serde(default)]
+    pub config: Option<PathBuf>,
     /// The conmon that called `create`.
     #[serde(default)]
     pub conmon: Option<Pid>,

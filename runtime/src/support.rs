@@ -8,7 +8,7 @@ use std::path::Path;
 use oci_spec::runtime::{LinuxNamespaceType, LinuxResources, LinuxSeccompAction, Process, Spec};
 use serde_json::Value;
 
-use crate::error::Error;
+use crate::{commands::CAPABILITIES, error::Error};
 
 fn wrong(field: &str, why: &str) -> Error {
     Error::Bundle(format!("config.json: {field}: {why}"))
@@ -28,6 +28,9 @@ pub fn check(spec: &Spec, value: &Value) -> Result<(), Error> {
     vm(value)?;
     let Some(linux) = spec.linux() else { return Ok(()) };
     namespaces(spec)?;
+    if linux.sysctl().iter().flatten().any(|(name, _)| name.replace('/', ".") == "kernel.hostname") {
+        return Err(wrong("linux.sysctl", "kernel.hostname is the field hostname's to set"));
+    }
     if linux.time_offsets().as_ref().is_some_and(|o| !o.is_empty()) {
         return Err(wrong("linux.timeOffsets", "a VM's clocks are the guest's own: run without it"));
     }
@@ -80,6 +83,19 @@ pub fn process(process: &Process) -> Result<(), Error> {
         return Err(wrong("process.execCPUAffinity", "its processors are the host's, and a VM has its own"));
     }
     Ok(())
+}
+
+/// Leaves out capabilities whose names nobody knows, as runc does: a newer engine may know more than this guest's kernel.
+pub fn known_capabilities(process: &mut Value) {
+    for list in process.get_mut("capabilities").and_then(Value::as_object_mut).into_iter().flatten() {
+        if let Value::Array(names) = list.1 {
+            names.retain(|name| {
+                let name = name.as_str().unwrap_or_default();
+                let name = name.strip_prefix("CAP_").unwrap_or(name);
+                CAPABILITIES.contains(&name.to_ascii_uppercase().as_str())
+            });
+        }
+    }
 }
 
 fn hooks(value: &Value) -> Result<(), Error> {
@@ -235,6 +251,7 @@ mod tests {
             ("/linux/namespaces", json!([{ "type": "time" }]), "linux.namespaces: time"),
             ("/linux/namespaces", json!([{ "type": "pid" }, { "type": "pid" }]), "linux.namespaces: pid"),
             ("/linux/namespaces", json!([{ "type": "mount", "path": "/x" }]), "linux.namespaces: mount"),
+            ("/linux/sysctl", json!({ "kernel.hostname": "x" }), "linux.sysctl"),
             ("/linux/netDevices", json!({ "eth0": { "name": "eth1" } }), "linux.netDevices"),
             ("/linux/seccomp", json!({ "defaultAction": "SCMP_ACT_NOTIFY" }), "linux.seccomp"),
             (
@@ -274,6 +291,17 @@ mod tests {
             let words = said(path, entry.clone());
             assert!(words.contains(name) && !words.contains('\n'), "{path} {entry}: {words}");
         }
+    }
+
+    #[test]
+    fn unknown_capabilities_are_left_out() {
+        let mut process =
+            json!({ "capabilities": { "bounding": ["CAP_KILL", "CAP_NO_SUCH"], "ambient": [] } });
+        known_capabilities(&mut process);
+        assert_eq!(process, json!({ "capabilities": { "bounding": ["CAP_KILL"], "ambient": [] } }));
+        let mut none = json!({});
+        known_capabilities(&mut none);
+        assert_eq!(none, json!({}));
     }
 
     #[test]

@@ -86,7 +86,8 @@ pub(super) fn create(call: &Call, root: &Path) -> Result<(), Error> {
     directory.create()?;
     state::write_whole(&directory.file("config.json"), &text)?;
     let share = vm.as_ref().zip(share).map(|(vm, name)| vm.directory.file("share").join(name));
-    let made = Making { root, plan: &plan, directory: &directory, bundle, id: &id, vm, share }
+    let config = call.value("config").map(|_| path);
+    let made = Making { root, plan: &plan, directory: &directory, bundle, id: &id, vm, share, config }
         .all(console.as_deref());
     let result = made.and_then(|pid| match call.value("pid-file") {
         // Last: callers take create for done as soon as it is there.
@@ -133,6 +134,8 @@ struct Making<'a> {
     vm: Option<pod::Running>,
     /// This container's files as that VM's process sees them.
     share: Option<PathBuf>,
+    /// As in [`Record`].
+    config: Option<PathBuf>,
 }
 
 /// The VM's process, and what this container has of it.
@@ -183,6 +186,7 @@ impl Making<'_> {
             cgroup: group,
             share: self.share.clone(),
             conmon: Pid::parent_named("conmon"),
+            config: self.config.clone(),
         };
         // From here on `delete --force` can take everything down, even if this process is killed.
         self.directory.write(&record)?;

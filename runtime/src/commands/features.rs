@@ -107,7 +107,7 @@ pub(super) fn features() -> Value {
 }
 
 /// Linux's capabilities in the order of their numbers, up to CHECKPOINT_RESTORE (40).
-const CAPABILITIES: &[&str] = &[
+pub(crate) const CAPABILITIES: &[&str] = &[
     "CHOWN",
     "DAC_OVERRIDE",
     "DAC_READ_SEARCH",

@@ -17,6 +17,7 @@ mod process;
 mod terminal;
 mod update;
 
+pub(crate) use features::CAPABILITIES;
 use std::{
     io::Write,
     path::{Path, PathBuf},
@@ -212,7 +213,8 @@ fn forgotten(directory: &Directory, id: &str) {
 /// killed before it could delete them.
 fn collect(root: &Path) {
     for (directory, record) in state::all(root) {
-        if directory.status(&record) == Status::Stopped && !record.bundle.join("config.json").exists() {
+        let config = record.config.clone().unwrap_or_else(|| record.bundle.join("config.json"));
+        if directory.status(&record) == Status::Stopped && !config.exists() {
             let _ = delete(root, &record.id, true);
         }
     }

@@ -20,7 +20,8 @@ pub(super) fn process(call: &Call, directory: &Directory) -> Result<Value, Error
             "exec: --cgroup: a process is in its container's cgroup, without others below".into(),
         ));
     }
-    let process = read(call, directory)?;
+    let mut process = read(call, directory)?;
+    support::known_capabilities(&mut process);
     let typed =
         serde_json::from_value(process.clone()).map_err(|e| Error::Usage(format!("exec: process: {e}")))?;
     support::process(&typed)?;

@@ -141,3 +141,17 @@ fn version_is_three_lines_without_an_environment() {
     assert!(lines[0].starts_with("coffer version "));
     assert!(lines[1].starts_with("commit: ") && lines[2].starts_with("spec: 1."), "{out}");
 }
+
+#[test]
+fn create_takes_another_configuration_file() {
+    let bench = Bench::new();
+    let bundle = bench.bundle("c", &config(&["sleep", "1000"]));
+    std::fs::create_dir(bundle.join("other")).unwrap();
+    std::fs::rename(bundle.join("config.json"), bundle.join("other/config.json")).unwrap();
+    let mut command = bench.command(&["create", "--config", "other/config.json", "c", "-b"]);
+    // Its stub would keep a pipe open.
+    let out = std::fs::File::create(bench.path("out")).unwrap();
+    let mut child = command.arg(&bundle).stderr(out.try_clone().unwrap()).stdout(out).spawn().unwrap();
+    assert_eq!(coffer_replay::finish(&mut child), 0, "{}", bench.read("out"));
+    assert_eq!(bench.status("c"), "created");
+}

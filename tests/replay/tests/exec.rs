@@ -127,6 +127,15 @@ fn flags_say_who_where_and_with_what() {
 }
 
 #[test]
+fn unknown_capabilities_are_no_error_and_another_cgroup_is() {
+    let bench = Bench::new();
+    bench.start("c", &config(&["sleep", "1000"]));
+    let out = bench.call(&["exec", "--cap", "CAP_NO_SUCH", "c", "grep", "CapBnd", "/proc/self/status"]).ok();
+    assert_eq!(out, "CapBnd:\t00000000000400e3\n");
+    assert!(bench.call(&["exec", "--cgroup", "below", "c", "true"]).failed(255).contains("--cgroup"));
+}
+
+#[test]
 fn fifty_at_once_all_end_with_their_own_code() {
     let bench = Bench::new();
     bench.start("c", &config(&["sleep", "1000"]));
