@@ -66,7 +66,7 @@ fn version(text: &str) -> Result<(), Error> {
     let numbers: Vec<Option<u32>> = core.split('.').map(|n| n.parse().ok()).collect();
     match numbers.as_slice() {
         [Some(1), Some(_), Some(_)] => Ok(()),
-        _ => Err(Error::Bundle(format!("config.json: ociVersion {text:?} is not 1.x.y"))),
+        _ => Err(Error::Bundle(format!("config.json: ociVersion {} is not 1.x.y", text.escape_debug()))),
     }
 }
 
@@ -245,7 +245,7 @@ mod tests {
         let device = json!([{ "major": 8, "minor": 0, "weight": 500 }]);
         for (path, entry, name) in [
             ("/ociVersion", json!("1.0"), "ociVersion"),
-            ("/ociVersion", json!("2.0.0"), "ociVersion"),
+            ("/ociVersion", json!("2.0.0"), "ociVersion 2.0.0 "),
             ("/linux/intelRdt", json!({ "closID": "x" }), "linux.intelRdt"),
             ("/linux/timeOffsets", json!({ "monotonic": { "secs": 1, "nanosecs": 0 } }), "linux.timeOffsets"),
             ("/linux/namespaces", json!([{ "type": "time" }]), "linux.namespaces: time"),
