@@ -3,6 +3,7 @@
 //! Owns: KVM, guest memory, launch, devices. Does not know what an OCI bundle is.
 
 pub mod args;
+pub mod confine;
 pub mod cpuid;
 pub mod devices;
 pub mod end;

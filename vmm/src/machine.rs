@@ -21,7 +21,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::{
     args::{Args, Tee},
-    cpuid,
+    confine, cpuid,
     devices::{
         board::Board,
         serial,
@@ -209,6 +209,8 @@ impl Machine {
     /// When the host has no threads left.
     pub fn run(self) -> Result<End, MachineError> {
         let failed = |source| MachineError::Host { what: "start a processor's thread", source };
+        confine::install()
+            .map_err(|source| MachineError::Host { what: "refuse system calls (seccomp)", source })?;
         let (sender, ends) = mpsc::channel();
         let exits = Arc::new(Exits::default());
         if let Some(lifeline) = self.lifeline {
