@@ -27,6 +27,8 @@ export CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUSTFLAGS="-C target-feature=+crt-s
 target=${CARGO_TARGET_DIR:-target}
 built=$target/$triple/release
 cargo build -q --release --target $triple -p coffer -p coffer-vmm -p coffer-init -p coffer-image
+# The guest with one processor has no TEE and no owner's secrets, so its init is built without what they need: half of it.
+cargo build -q --release --target $triple --target-dir "$target/plain" -p coffer-init --no-default-features
 # The shim is a flat program with its own linker script, which takes no other flags.
 CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUSTFLAGS="" cargo build -q --release -p coffer-shim
 shim=$target/release/coffer-shim
@@ -42,14 +44,15 @@ for program in coffer coffer-vmm coffer-image; do
 done
 for p in "${profiles[@]}"; do
     guest-kernel-config/build "$p"
-    kernel=target/kernel/$p/vmlinux image=$home/images/$p.igvm fresh=
-    for input in "$kernel" "$shim" "$built/coffer-init" "$built/coffer-image"; do
+    kernel=target/kernel/$p/vmlinux image=$home/images/$p.igvm init=$built/coffer-init fresh=
+    case $p in up*) init=$target/plain/$triple/release/coffer-init ;; esac
+    for input in "$kernel" "$shim" "$init" "$built/coffer-image"; do
         [ "$image" -nt "$input" ] || fresh=1
     done
     emulated=$home/images/smp-emulated.igvm
     [ "$p" != smp ] || [ -e "$emulated" ] || fresh=1
     [ -n "$fresh" ] || continue
-    pack() { "$built/coffer-image" build --shim "$shim" --kernel "$kernel" --init "$built/coffer-init" --profile "$p" "$@"; }
+    pack() { "$built/coffer-image" build --shim "$shim" --kernel "$kernel" --init "$init" --profile "$p" "$@"; }
     # The emulated SNP machine has its C-bit where hardware has none: what is built for one does not start on the other.
     [ "$p" != smp ] || pack --c-bit 47 -o "$emulated"
     pack -o "$image"

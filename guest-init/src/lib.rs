@@ -4,10 +4,18 @@
 //! input: it is checked, and what is wrong is answered, not obeyed.
 
 pub mod boot;
+#[cfg(feature = "confidential")]
 pub mod confidential;
 pub mod container;
+#[cfg(feature = "confidential")]
 pub mod image;
 pub mod network;
+#[cfg(feature = "confidential")]
 pub mod owner;
+#[cfg(not(feature = "confidential"))]
+mod plain;
 pub mod server;
 mod session;
+
+#[cfg(not(feature = "confidential"))]
+pub use plain::{confidential, image};

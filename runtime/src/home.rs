@@ -29,12 +29,14 @@ impl Home {
     }
 
     /// The image for a number of processors under a TEE: `snp`, `snp-emulated`, or none. Every TEE's kernel is an smp one; the
-    /// emulated machine has its C-bit elsewhere, so that no image is for both.
+    /// emulated machine has its C-bit elsewhere, so that no image is for both. What an owner says (initdata, an image that
+    /// the guest unpacks) is for an init that the image for one processor does not have: it would be a third larger.
     #[must_use]
-    pub fn image(&self, vcpus: u32, tee: Option<&str>) -> PathBuf {
+    pub fn image(&self, vcpus: u32, tee: Option<&str>, owner: bool) -> PathBuf {
         self.0.join(match (tee, vcpus) {
             (Some("snp-emulated"), _) => "images/smp-emulated.igvm",
             (Some("snp"), _) | (_, 2..) => "images/smp.igvm",
+            _ if owner => "images/smp.igvm",
             _ => "images/up.igvm",
         })
     }
@@ -47,7 +49,7 @@ mod tests {
     #[test]
     fn the_emulated_machine_has_an_image_of_its_own_and_nothing_else_gets_it() {
         let home = Home("/h".into());
-        let name = |vcpus, tee| home.image(vcpus, tee).display().to_string();
+        let name = |vcpus, tee| home.image(vcpus, tee, false).display().to_string();
         assert_eq!(name(1, Some("snp-emulated")), "/h/images/smp-emulated.igvm");
         assert_eq!(name(1, Some("snp")), "/h/images/smp.igvm");
         for tee in [None, Some("none")] {
@@ -55,6 +57,7 @@ mod tests {
                 (name(1, tee), name(2, tee)),
                 ("/h/images/up.igvm".into(), "/h/images/smp.igvm".into())
             );
+            assert_eq!(home.image(1, tee, true).display().to_string(), "/h/images/smp.igvm");
         }
     }
 }

@@ -80,11 +80,11 @@ pub fn vmm(start: &Start<'_>) -> Result<Child, Error> {
     let mut command = Command::new(start.home.vmm());
     command
         .arg("--image")
-        .arg(
-            start.plan.igvm.clone().unwrap_or_else(|| {
-                start.home.image(start.plan.vcpus, start.plan.confidential.tee.as_deref())
-            }),
-        )
+        .arg(start.plan.igvm.clone().unwrap_or_else(|| {
+            let plan = start.plan;
+            let owner = plan.image.is_some() || plan.confidential.file.is_some();
+            start.home.image(plan.vcpus, plan.confidential.tee.as_deref(), owner)
+        }))
         .args(["--memory-mib", &start.plan.memory_mib.to_string(), "--vcpus", &start.plan.vcpus.to_string()])
         .arg("--vsock")
         .arg(start.directory.socket())

@@ -1,0 +1,172 @@
+//! In place of `confidential` and `image` where the guest is built without them: for a VM without a TEE, whose host is trusted.
+//!
+//! Owns: that whatever would need them is refused, and that such an init does not serve in a TEE at all.
+
+/// No owner speaks here, so every request is allowed.
+pub mod confidential {
+    use std::path::Path;
+
+    use coffer_protocol::{ErrorKind, Request};
+    use serde_json::Value;
+
+    use super::image::Owner;
+    use crate::container::ContainerError;
+
+    /// A pod that was set up.
+    pub struct Confidential(());
+
+    fn refused(what: &str) -> ContainerError {
+        let remedy = "this guest was built without it: boot images/smp.igvm";
+        ContainerError::new(ErrorKind::Invalid, format!("{what}: {remedy}"))
+    }
+
+    /// Whether a kernel with support for a TEE runs in one. The kernel for one processor has no such support.
+    fn in_a_tee(root: &Path) -> bool {
+        let drivers = ["sys/devices/system/cpu/sev", "dev/sev-guest", "dev/tdx_guest", "dev/uv"];
+        drivers.iter().any(|name| root.join(name).exists())
+    }
+
+    impl Confidential {
+        /// Refuses initdata, and a TEE.
+        ///
+        /// # Errors
+        /// [`ContainerError`].
+        pub fn new(initdata: Option<&str>) -> Result<Self, ContainerError> {
+            Self::below(Path::new("/"), initdata)
+        }
+
+        fn below(root: &Path, initdata: Option<&str>) -> Result<Self, ContainerError> {
+            if initdata.is_some() {
+                return Err(refused("initdata"));
+            }
+            if in_a_tee(root) {
+                return Err(refused("an owner's policy, without which nothing runs in a TEE"));
+            }
+            Ok(Self(()))
+        }
+
+        /// Nobody.
+        ///
+        /// # Errors
+        /// None.
+        pub fn owner(&self) -> Result<Owner, ContainerError> {
+            Ok(Owner)
+        }
+
+        /// Allows it.
+        ///
+        /// # Errors
+        /// None.
+        pub fn check(&mut self, _: &Request) -> Result<(), ContainerError> {
+            Ok(())
+        }
+
+        /// Allows it.
+        ///
+        /// # Errors
+        /// None.
+        pub fn check_container(&mut self, _: &str, _: &Value, _: Option<&str>) -> Result<(), ContainerError> {
+            Ok(())
+        }
+
+        /// Always.
+        pub fn allows_stdin(&mut self, _: &str) -> bool {
+            true
+        }
+
+        /// Always.
+        pub fn allows_output(&mut self, _: &str) -> bool {
+            true
+        }
+
+        /// Refuses a process whose environment has sealed values.
+        ///
+        /// # Errors
+        /// [`ContainerError`].
+        pub fn unseal(&mut self, process: &mut Value) -> Result<(), ContainerError> {
+            let environment = process.get("env").and_then(Value::as_array).into_iter().flatten();
+            if environment.filter_map(Value::as_str).any(|pair| pair.contains("=sealed.")) {
+                return Err(refused("sealed values"));
+            }
+            Ok(())
+        }
+
+        /// Nothing to serve.
+        ///
+        /// # Errors
+        /// None.
+        pub fn serve_workload(&mut self) -> Result<(), ContainerError> {
+            Ok(())
+        }
+    }
+
+    #[cfg(test)]
+    mod tests {
+        use super::*;
+        use serde_json::json;
+
+        #[test]
+        fn what_needs_the_other_build_is_refused() {
+            let root = tempfile::tempdir().unwrap();
+            let new = |initdata| Confidential::below(root.path(), initdata);
+            assert!(new(Some("")).err().unwrap().message.starts_with("initdata: "));
+            let mut pod = new(None).unwrap();
+            pod.unseal(&mut json!({ "env": ["A=1"] })).unwrap();
+            assert!(pod.unseal(&mut json!({ "env": ["A=1", "B=sealed.x"] })).is_err());
+            std::fs::create_dir_all(root.path().join("sys/devices/system/cpu/sev")).unwrap();
+            assert!(new(None).err().unwrap().message.contains("in a TEE"));
+        }
+    }
+}
+
+/// No images but what the host shows as a directory.
+pub mod image {
+    use coffer_protocol::ImageSource;
+    use serde_json::Value;
+    use thiserror::Error;
+
+    /// What nobody said.
+    pub struct Owner;
+
+    /// An image was asked for.
+    #[derive(Debug, Error)]
+    #[error("image {0}: this guest was built without the unpacking of images: boot images/smp.igvm")]
+    pub struct ImageError(String);
+
+    /// None.
+    #[derive(Default)]
+    pub struct Images(());
+
+    /// There is no such thing.
+    #[derive(Debug)]
+    pub enum Unpacked {}
+
+    impl Images {
+        /// Without an owner.
+        #[must_use]
+        pub fn new(_: Owner) -> Self {
+            Self(())
+        }
+
+        /// Refuses it.
+        ///
+        /// # Errors
+        /// [`ImageError`].
+        pub fn unpack(&mut self, _: &str, source: &ImageSource) -> Result<Unpacked, ImageError> {
+            Err(ImageError(source.digest.clone()))
+        }
+
+        /// Nothing is there.
+        pub fn remove(&self, _: &str) {}
+    }
+
+    impl Unpacked {
+        /// Cannot be called.
+        ///
+        /// # Errors
+        /// None.
+        pub fn apply(self, _: &mut Value) -> Result<(), ImageError> {
+            match self {}
+        }
+    }
+}
