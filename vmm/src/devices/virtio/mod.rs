@@ -108,3 +108,11 @@ pub trait VirtioDevice: Send {
     /// Joins the worker, whose `stop` was signalled; afterwards the device may be activated again.
     fn reset(&mut self) {}
 }
+
+/// Gives a part of a device's configuration space; bytes behind its end are left as they are.
+pub(crate) fn copy_config(config: &[u8], offset: u64, data: &mut [u8]) {
+    let rest = usize::try_from(offset).ok().and_then(|offset| config.get(offset..)).unwrap_or_default();
+    for (to, from) in data.iter_mut().zip(rest) {
+        *to = *from;
+    }
+}

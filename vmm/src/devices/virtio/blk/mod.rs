@@ -27,7 +27,7 @@ use virtio_bindings::bindings::{
 use vmm_sys_util::eventfd::EventFd;
 
 use self::request::Disk;
-use super::{Activation, DeviceError, VirtioDevice, ring::Ring};
+use super::{Activation, DeviceError, VirtioDevice, copy_config, ring::Ring};
 
 /// VIRTIO_ID_BLOCK.
 const DEVICE_ID: u32 = 2;
@@ -161,11 +161,7 @@ impl VirtioDevice for Blk {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let config = self.config();
-        let rest = usize::try_from(offset).ok().and_then(|offset| config.get(offset..)).unwrap_or_default();
-        for (to, from) in data.iter_mut().zip(rest) {
-            *to = *from;
-        }
+        copy_config(&self.config(), offset, data);
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), DeviceError> {

@@ -18,7 +18,7 @@ use std::{
 use virtio_bindings::bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
 use self::{pool::Pool, share::Share};
-use super::{Activation, DeviceError, VirtioDevice};
+use super::{Activation, DeviceError, VirtioDevice, copy_config};
 
 /// VIRTIO_ID_FS.
 const DEVICE_ID: u32 = 26;
@@ -117,11 +117,7 @@ impl VirtioDevice for Fs {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let config = self.config();
-        let rest = usize::try_from(offset).ok().and_then(|offset| config.get(offset..)).unwrap_or_default();
-        for (to, from) in data.iter_mut().zip(rest) {
-            *to = *from;
-        }
+        copy_config(&self.config(), offset, data);
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), DeviceError> {

@@ -25,7 +25,7 @@ use virtio_bindings::bindings::{
 
 pub use self::tap::{TapError, open_tap};
 use self::worker::Worker;
-use super::{Activation, DeviceError, VirtioDevice};
+use super::{Activation, DeviceError, VirtioDevice, copy_config};
 
 /// VIRTIO_ID_NET.
 const DEVICE_ID: u32 = 1;
@@ -149,11 +149,7 @@ impl VirtioDevice for Net {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let config = self.config();
-        let rest = usize::try_from(offset).ok().and_then(|offset| config.get(offset..)).unwrap_or_default();
-        for (to, from) in data.iter_mut().zip(rest) {
-            *to = *from;
-        }
+        copy_config(&self.config(), offset, data);
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), DeviceError> {

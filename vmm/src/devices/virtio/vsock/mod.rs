@@ -26,7 +26,7 @@ use thiserror::Error;
 use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::{Activation, DeviceError, GuestRam, Interrupt, VirtioDevice, ring::Ring};
+use super::{Activation, DeviceError, GuestRam, Interrupt, VirtioDevice, copy_config, ring::Ring};
 
 /// Host port to which init connects when it listens.
 pub const READY_PORT: u32 = 1;
@@ -81,11 +81,7 @@ impl VirtioDevice for Vsock {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let config = self.guest_cid.to_le_bytes();
-        for (i, byte) in data.iter_mut().enumerate() {
-            let at = usize::try_from(offset).ok().and_then(|o| o.checked_add(i));
-            *byte = at.and_then(|at| config.get(at)).copied().unwrap_or(0);
-        }
+        copy_config(&self.guest_cid.to_le_bytes(), offset, data);
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), DeviceError> {
