@@ -12,7 +12,7 @@ use crate::error::Error;
 pub const USAGE: &str = "\
 coffer: runs OCI containers in microVMs, with runc's command line
 
-  coffer [--root DIR] [--log FILE] [--log-format text|json] [--debug] COMMAND
+  coffer [--root DIR] [--log FILE] [--log-format text|json] [--debug] [--annotation KEY=VALUE]... COMMAND
 
   create -b BUNDLE [--pid-file F] [--console-socket S] ID   make a container; its VM boots
   start ID                                                  let it run
@@ -38,6 +38,8 @@ pub struct Global {
     pub log_json: bool,
     pub debug: bool,
     pub systemd_cgroup: bool,
+    /// For containers that do not have them: what an engine's command cannot say, as `podman pod create` of its infra container.
+    pub annotations: Vec<(String, String)>,
 }
 
 /// A command with its options and words.
@@ -176,12 +178,20 @@ fn before(words: &mut impl Iterator<Item = String>, global: &mut Global) -> Resu
             "log-level" | "rootless" | "criu" => drop(value()?),
             // crun's spelling.
             "cgroup-manager" => global.systemd_cgroup |= value()? == "systemd",
+            "annotation" => global.annotations.push(annotation(&value()?)?),
             "debug" => global.debug = inline != Some("false"),
             "systemd-cgroup" | "s" => global.systemd_cgroup = inline != Some("false"),
             _ => return Err(unknown(flag, "")),
         }
     }
     Ok("--help".into())
+}
+
+fn annotation(text: &str) -> Result<(String, String), Error> {
+    let parts = text.split_once('=').filter(|(key, _)| !key.is_empty());
+    let (key, value) =
+        parts.ok_or_else(|| Error::Usage(format!("--annotation {text}: give it as KEY=VALUE")))?;
+    Ok((key.to_owned(), value.to_owned()))
 }
 
 fn unknown(flag: &str, of: &str) -> Error {
@@ -232,6 +242,17 @@ mod tests {
         let call = line("exec -t abc ls --all -d").unwrap();
         assert_eq!(call.words, ["abc", "ls", "--all", "-d"]);
         assert!(call.has("tty") && !call.has("detach"));
+    }
+
+    #[test]
+    fn annotations_come_before_any_command() {
+        // podman --runtime-flag annotation=io.coffer.tee=snp
+        let call = line("--annotation=io.coffer.tee=snp --annotation a=b=c start abc").unwrap();
+        let pair = |key: &str, value: &str| (key.to_owned(), value.to_owned());
+        assert_eq!(call.global.annotations, [pair("io.coffer.tee", "snp"), pair("a", "b=c")]);
+        for wrong in ["--annotation a list", "--annotation =b list"] {
+            assert!(line(wrong).unwrap_err().to_string().contains("give it as KEY=VALUE"));
+        }
     }
 
     #[test]

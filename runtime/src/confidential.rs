@@ -68,7 +68,7 @@ impl Confidential {
         let Some(pod) = pod.map(Self::read).transpose()? else { return self.flags().map(|_| ()) };
         let has = |annotation: &str, wanted: &str, had: &str| {
             let words = format!(
-                "annotation {annotation}={wanted}: the pod's VM runs already, with {had}: annotate the pod's first container"
+                "annotation {annotation}={wanted}: the pod's VM runs already, with {had}: annotate the pod's first container, podman's infra container by podman --runtime-flag annotation={annotation}={wanted}"
             );
             Err(Error::Bundle(words))
         };

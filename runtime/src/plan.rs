@@ -260,6 +260,28 @@ fn image(text: &str, id: &str, binds: &mut Vec<Bind>) -> Result<ImageSource, Err
     Ok(ImageSource { blobs: format!("{SHARE_DIR}/{id}/image"), digest: digest.to_string() })
 }
 
+/// A configuration with annotations that it does not have yet; those that it has stay.
+///
+/// # Errors
+/// [`Error::Bundle`] when it is no configuration.
+pub fn annotate(config: Vec<u8>, annotations: &[(String, String)]) -> Result<Vec<u8>, Error> {
+    if annotations.is_empty() {
+        return Ok(config);
+    }
+    let wrong = |message: String| Error::Bundle(format!("config.json: {message}"));
+    let mut value: Value = serde_json::from_slice(&config).map_err(|e| wrong(e.to_string()))?;
+    let all = value.as_object_mut().ok_or_else(|| wrong("not an object".into()))?;
+    let had = all.entry("annotations").or_insert_with(|| Value::Object(Default::default()));
+    if had.is_null() {
+        *had = Value::Object(Default::default());
+    }
+    let had = had.as_object_mut().ok_or_else(|| wrong("annotations are not an object".into()))?;
+    for (key, text) in annotations {
+        had.entry(key).or_insert_with(|| text.as_str().into());
+    }
+    Ok(value.to_string().into_bytes())
+}
+
 fn annotation<'a>(spec: &'a Spec, key: &str) -> Option<&'a str> {
     spec.annotations().as_ref()?.get(key).map(String::as_str)
 }
@@ -434,6 +456,24 @@ mod tests {
         assert_eq!(kib, kind.blocks() * kind.block_size() as u64 / 1024);
         assert_eq!(shared_memory(Path::new("/data"), source.path()), None);
         assert_eq!(shared_memory(Path::new("/dev/shm"), Path::new("/proc")), None);
+    }
+
+    #[test]
+    fn annotations_of_the_command_line_are_for_who_has_none() {
+        let given = [("io.coffer.tee".to_owned(), "snp".to_owned())];
+        let read = |config: Value| -> Value {
+            serde_json::from_slice(&annotate(config.to_string().into_bytes(), &given).unwrap()).unwrap()
+        };
+        let key = "io.coffer.tee";
+        for without in [json!({}), json!({"annotations": null}), json!({"annotations": {"a": "b"}})] {
+            assert_eq!(read(without)["annotations"][key], "snp");
+        }
+        assert_eq!(read(json!({"annotations": {(key): "none"}}))["annotations"], json!({(key): "none"}));
+        for broken in ["[]", "{\"annotations\": 1}", "{"] {
+            assert!(annotate(broken.into(), &given).is_err(), "{broken}");
+        }
+        // Nothing is given: not even read.
+        assert_eq!(annotate(b"{".to_vec(), &[]).unwrap(), b"{");
     }
 
     #[test]

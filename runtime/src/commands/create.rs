@@ -43,6 +43,7 @@ pub(super) fn create(call: &Call, root: &Path) -> Result<(), Error> {
     let bundle = std::path::absolute(call.value("bundle").unwrap_or(".")).map_err(host("find the bundle"))?;
     let path = bundle.join(call.value("config").unwrap_or("config.json"));
     let text = std::fs::read(&path).map_err(|e| Error::Bundle(format!("{}: {e}", path.display())))?;
+    let text = plan::annotate(text, &call.global.annotations)?;
     let mut plan = plan::plan(&bundle, &id, &text)?;
     if call.value("preserve-fds").is_some_and(|n| n != "0") {
         return Err(Error::Usage(format!(
