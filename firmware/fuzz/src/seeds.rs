@@ -2,9 +2,10 @@
 
 use coffer_layout::{
     PAGE,
-    boot::{COMMAND_LINE, Handoff, MEMORY_MAP_OFFSET, Platform, Region, RegionKind},
-    snp::{PAYLOAD, SEV_STATUS_SNP},
+    boot::{COMMAND_LINE, Handoff, MEMORY_MAP_MAX, Platform, Region, RegionKind},
+    snp::{CPUID_COHERENT, PAYLOAD, SEV_STATUS_SNP},
 };
+use coffer_shim::honest::{MILAN, cpuid_page, parameter_page};
 
 /// SHA-384 of 4096 zero bytes, of which all memory of the checking machine consists (`head -c 4096 /dev/zero | sha384sum`).
 const PAGE_OF_ZEROS: [u8; 48] = [
@@ -59,52 +60,23 @@ pub fn handoff() -> Handoff {
 /// Two processors, 32 MiB and a GiB above 4 GiB.
 #[must_use]
 pub fn parameters() -> [u8; PAGE as usize] {
-    let mut page = [0; PAGE as usize];
-    page[0] = 2;
-    let map = [(0u64, 0x2000u64, 0u16), (0x10_0000, 0x4_0000, 0)];
-    for (bytes, (first, pages, kind)) in page[MEMORY_MAP_OFFSET as usize..].chunks_exact_mut(24).zip(map) {
-        bytes[..8].copy_from_slice(&first.to_le_bytes());
-        bytes[8..16].copy_from_slice(&pages.to_le_bytes());
-        bytes[16..18].copy_from_slice(&kind.to_le_bytes());
-    }
-    page
+    parameter_page(2, &[(0, 0x2000, 0), (0x10_0000, 0x4_0000, 0)])
 }
 
 /// As many ranges as a page holds.
 #[must_use]
 pub fn full_parameters() -> [u8; PAGE as usize] {
-    let mut page = parameters();
-    for (index, bytes) in page[MEMORY_MAP_OFFSET as usize..].chunks_exact_mut(24).enumerate().skip(1) {
-        let (first, kind) = (0x10_0000 + 2 * index as u64, (index % 2) as u8);
-        bytes[..8].copy_from_slice(&first.to_le_bytes());
-        bytes[8..16].copy_from_slice(&1u64.to_le_bytes());
-        bytes[16] = kind;
-    }
-    page
+    let range = |index: u64| (0x10_0000 + 2 * index, 1, (index % 2) as u16);
+    let map: Vec<_> = [(0, 0x2000, 0)].into_iter().chain((1..MEMORY_MAP_MAX as u64).map(range)).collect();
+    parameter_page(2, &map)
 }
 
 /// A guest on Milan whose hardware keeps caches coherent.
 #[must_use]
 pub fn cpuid() -> [u8; PAGE as usize] {
-    let leaves: [[u32; 6]; 7] = [
-        [0, 0, 0x10, 0x6874_7541, 0x444d_4163, 0x6974_6e65],
-        [1, 0, 0x00a0_0f11, 0x0001_0800, 0xfed8_3203, 0x178b_fbff],
-        [0xd, 0, 0x207, 0x240, 0x988, 0],
-        [0x8000_0000, 0, 0x8000_001f, 0x6874_7541, 0x444d_4163, 0x6974_6e65],
-        [0x8000_0001, 0, 0x00a0_0f11, 0x4000_0000, 0x0040_01f7, 0x2fd3_fbff],
-        [0x8000_0008, 0, 0x3030, 0x1104_d205, 0, 0],
-        [0x8000_001f, 0, 0x1a, 0x8000_0173, 0, 0],
-    ];
-    let mut page = [0; PAGE as usize];
-    page[0] = leaves.len() as u8;
-    for (bytes, [leaf, subleaf, registers @ ..]) in page[16..].chunks_exact_mut(48).zip(leaves) {
-        bytes[..4].copy_from_slice(&leaf.to_le_bytes());
-        bytes[4..8].copy_from_slice(&subleaf.to_le_bytes());
-        for (to, value) in bytes[24..40].chunks_exact_mut(4).zip(registers) {
-            to.copy_from_slice(&value.to_le_bytes());
-        }
-    }
-    page
+    let mut leaves = MILAN;
+    leaves[8][3] |= CPUID_COHERENT;
+    cpuid_page(&leaves)
 }
 
 /// What KVM answers to the shim's exits, in order: information, features, registration, a mark.

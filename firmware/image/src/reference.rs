@@ -102,6 +102,59 @@ mod tests {
         }
     }
 
+    /// What the policy makes of claims, as Trustee's attestation service asks it: claims are the input, reference values come
+    /// by name from a function of its own.
+    fn appraise(claims: &Value, known: &Value) -> Value {
+        let mut engine = regorus::Engine::new();
+        engine.add_policy("policy.rego".into(), POLICY.into()).unwrap();
+        let known = known.clone();
+        let value_of = move |names: Vec<regorus::Value>| {
+            let name = names[0].as_string()?.to_string();
+            regorus::Value::from_json_str(&known[&name].to_string())
+        };
+        engine.add_extension("query_reference_value".into(), 1, Box::new(value_of)).unwrap();
+        engine.set_input(regorus::Value::from_json_str(&claims.to_string()).unwrap());
+        let claims = engine.eval_rule("data.policy.trust_claims".into()).unwrap();
+        serde_json::from_str(&claims.to_json_str().unwrap()).unwrap()
+    }
+
+    #[test]
+    fn the_policy_affirms_the_measured_guest_and_nothing_else() {
+        let evidence = json!({
+            "measurement": "ab".repeat(48),
+            "cpuid_fam_id": 0x19,
+            "cpuid_mod_id": 1,
+            "reported_tcb": { "bootloader": 3, "tee": 0, "snp": 20, "microcode": 209 },
+            "policy": { "debug_allowed": false, "migrate_ma_allowed": false },
+            "vmpl": 0,
+        });
+        let known = values(&[0xab; 48], Cpu::Milan);
+        let vector = |change: &[(&str, Value)], known: &Value| {
+            let mut claims = json!({ "snp": { "evidence": evidence } });
+            for (pointer, value) in change {
+                *claims.pointer_mut(&format!("/snp/evidence{pointer}")).unwrap() = value.clone();
+            }
+            let claims = appraise(&claims, known);
+            ["executables", "hardware", "configuration"].map(|name| claims[name].as_i64().unwrap())
+        };
+        assert_eq!(vector(&[], &known), [3, 2, 2]);
+        assert_eq!(vector(&[("/measurement", json!("ac".repeat(48)))], &known), [33, 2, 2]);
+        for (pointer, value) in [("/cpuid_fam_id", 0x1a), ("/cpuid_mod_id", 0x11)] {
+            assert_eq!(vector(&[(pointer, json!(value))], &known), [3, 97, 2], "{pointer}");
+        }
+        for pointer in ["/policy/debug_allowed", "/policy/migrate_ma_allowed"] {
+            assert_eq!(vector(&[(pointer, json!(true))], &known), [3, 2, 36], "{pointer}");
+        }
+        assert_eq!(vector(&[("/vmpl", json!(1))], &known), [3, 2, 36]);
+        // An operator raises the least versions.
+        let mut raised = known.clone();
+        raised["coffer_snp_minimum_snp"] = json!(21);
+        assert_eq!(vector(&[], &raised), [3, 97, 2]);
+        // Evidence of another kind has none of it.
+        let other = appraise(&json!({ "sample": { "evidence": evidence } }), &known);
+        assert_eq!((&other["executables"], &other["hardware"]), (&json!(33), &json!(97)));
+    }
+
     #[test]
     fn the_requests_decode_to_values_and_policy() {
         let requests = requests(&[0xab; 48], Cpu::Milan);

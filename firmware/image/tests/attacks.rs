@@ -12,7 +12,8 @@ use coffer_layout::{
     boot::{HANDOFF, MEMORY_MAP_MAX, Refusal, RegionKind, SHIM_BASE},
     snp::{CPUID_COHERENT, LAUNCH_START, MEMORY_TOP, SHARED_BASE},
 };
-use machine::{LEAVES, Machine, RAM, cpuid_page, parameter_page};
+use coffer_shim::honest::{MILAN, cpuid_page, parameter_page};
+use machine::{Machine, RAM};
 use proptest::prelude::*;
 
 /// One image for all tests.
@@ -71,8 +72,8 @@ fn every_page_is_touched_unless_hardware_keeps_caches_coherent() {
     machine.boot().unwrap();
     assert_eq!(machine.touched.len() as u64, RAM / PAGE - 11);
     let mut machine = Machine::launch(image());
-    let mut leaves = LEAVES;
-    leaves[6][3] |= CPUID_COHERENT;
+    let mut leaves = MILAN;
+    leaves[8][3] |= CPUID_COHERENT;
     machine.cpuid = cpuid_page(&leaves);
     machine.boot().unwrap();
     assert!(machine.touched.is_empty());
@@ -145,9 +146,9 @@ fn pages_swapped_between_reading_and_hashing_change_nothing() {
 
 #[test]
 fn swapped_or_wrong_cpuid_leaves_are_refused() {
-    for (one, other) in [(0, 1), (1, 4), (3, 6), (5, 6), (1, 6), (2, 5)] {
+    for (one, other) in [(0, 1), (1, 6), (5, 8), (7, 8), (1, 8), (3, 7)] {
         let found = refusal(|m| {
-            let mut leaves = LEAVES;
+            let mut leaves = MILAN;
             let (left, right) = (leaves[one], leaves[other]);
             leaves[one][2..].copy_from_slice(&right[2..]);
             leaves[other][2..].copy_from_slice(&left[2..]);
@@ -161,8 +162,8 @@ fn swapped_or_wrong_cpuid_leaves_are_refused() {
 #[test]
 fn a_wrong_c_bit_is_refused_whoever_says_it() {
     assert_eq!(refusal(|m| m.c_bit = 47), Refusal::CBit);
-    let mut leaves = LEAVES;
-    leaves[6][3] = 47;
+    let mut leaves = MILAN;
+    leaves[8][3] = 47;
     assert_eq!(refusal(|m| m.cpuid = cpuid_page(&leaves)), Refusal::CBit);
 }
 

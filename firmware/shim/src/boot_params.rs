@@ -105,9 +105,9 @@ pub fn write_cc_data(page: &mut [u8; PAGE as usize]) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::plan::{
-        plan,
-        tests::{handoff, parameters},
+    use crate::{
+        honest::parameter_page as parameters,
+        plan::{plan, tests::handoff},
     };
 
     #[test]

@@ -6,6 +6,8 @@
 
 pub mod acpi;
 pub mod boot_params;
+#[cfg(any(test, feature = "honest"))]
+pub mod honest;
 pub mod mp_table;
 pub mod plan;
 pub mod sha384;

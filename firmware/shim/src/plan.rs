@@ -134,6 +134,7 @@ fn u32_at(page: &[u8; PAGE as usize], offset: usize) -> u32 {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
+    use crate::honest::parameter_page as parameters;
     use proptest::prelude::*;
 
     pub(crate) fn handoff() -> Handoff {
@@ -146,18 +147,6 @@ pub(crate) mod tests {
             command_line_size: 10,
             ..Handoff::default()
         }
-    }
-
-    pub(crate) fn parameters(processors: u32, map: &[(u64, u64, u16)]) -> [u8; PAGE as usize] {
-        let mut page = [0; PAGE as usize];
-        page[..4].copy_from_slice(&processors.to_le_bytes());
-        for (i, (first, pages, kind)) in map.iter().enumerate() {
-            let at = MEMORY_MAP_OFFSET as usize + i * 24;
-            page[at..at + 8].copy_from_slice(&first.to_le_bytes());
-            page[at + 8..at + 16].copy_from_slice(&pages.to_le_bytes());
-            page[at + 16..at + 18].copy_from_slice(&kind.to_le_bytes());
-        }
-        page
     }
 
     #[test]

@@ -5,25 +5,17 @@ use std::collections::{BTreeMap, BTreeSet};
 use coffer_image::{inspect::parse, platform::SNP_MASK};
 use coffer_layout::{
     PAGE,
-    boot::{Handoff, MEMORY_MAP_OFFSET, Refusal},
+    boot::{Handoff, Refusal},
     snp::{GHCB, LAUNCH_START, SHARED_BASE, SHARED_END},
 };
-use coffer_shim::snp::{Hardware, PageSize, Validation, prepare};
+use coffer_shim::{
+    honest::{MILAN, cpuid_page, parameter_page},
+    snp::{Hardware, PageSize, Validation, prepare},
+};
 use igvm::IgvmDirectiveHeader;
 
 /// Bytes of RAM.
 pub(crate) const RAM: u64 = 24 << 20;
-
-/// Leaf, subleaf, EAX, EBX, ECX, EDX of a guest on Milan.
-pub(crate) const LEAVES: [[u32; 6]; 7] = [
-    [0, 0, 0x10, 0x6874_7541, 0x444d_4163, 0x6974_6e65],
-    [1, 0, 0x00a0_0f11, 0x0001_0800, 0xfed8_3203, 0x178b_fbff],
-    [0xd, 0, 0x207, 0x240, 0x988, 0],
-    [0x8000_0000, 0, 0x8000_001f, 0x6874_7541, 0x444d_4163, 0x6974_6e65],
-    [0x8000_0001, 0, 0x00a0_0f11, 0x4000_0000, 0x0040_01f7, 0x2fd3_fbff],
-    [0x8000_0008, 0, 0x3030, 0x1104_d205, 0, 0],
-    [0x8000_001f, 0, 0x1a, 0x0173, 0, 0],
-];
 
 /// What the host makes of an image. Tests change it, then [`Machine::boot`].
 pub(crate) struct Machine {
@@ -52,31 +44,6 @@ pub(crate) struct Machine {
     pub(crate) marks: Vec<u8>,
 }
 
-pub(crate) fn cpuid_page(leaves: &[[u32; 6]]) -> [u8; PAGE as usize] {
-    let mut page = [0; PAGE as usize];
-    page[..4].copy_from_slice(&(leaves.len() as u32).to_le_bytes());
-    for (bytes, [leaf, subleaf, registers @ ..]) in page[16..].chunks_exact_mut(48).zip(leaves) {
-        bytes[..4].copy_from_slice(&leaf.to_le_bytes());
-        bytes[4..8].copy_from_slice(&subleaf.to_le_bytes());
-        for (to, value) in bytes[24..40].chunks_exact_mut(4).zip(registers) {
-            to.copy_from_slice(&value.to_le_bytes());
-        }
-    }
-    page
-}
-
-pub(crate) fn parameter_page(processors: u32, map: &[(u64, u64, u16)]) -> [u8; PAGE as usize] {
-    let mut page = [0; PAGE as usize];
-    page[..4].copy_from_slice(&processors.to_le_bytes());
-    let entries = page[MEMORY_MAP_OFFSET as usize..].chunks_exact_mut(24);
-    for (bytes, (first, pages, kind)) in entries.zip(map) {
-        bytes[..8].copy_from_slice(&first.to_le_bytes());
-        bytes[8..16].copy_from_slice(&pages.to_le_bytes());
-        bytes[16..18].copy_from_slice(&kind.to_le_bytes());
-    }
-    page
-}
-
 impl Machine {
     /// An honest host that launched `file`.
     pub(crate) fn launch(file: &[u8]) -> Self {
@@ -84,7 +51,7 @@ impl Machine {
             // Whatever the host left in memory that it gives to the guest.
             private: vec![0xa5; RAM as usize],
             shared: BTreeMap::new(),
-            cpuid: cpuid_page(&LEAVES),
+            cpuid: cpuid_page(&MILAN),
             parameters: parameter_page(2, &[(0, RAM / PAGE, 0)]),
             handoff: [0; PAGE as usize],
             sev_status: 7,

@@ -124,55 +124,30 @@ pub fn check(page: &[u8; PAGE as usize], c_bit: u32) -> Result<Features, Refusal
 }
 
 #[cfg(test)]
-pub(crate) mod tests {
+mod tests {
     use super::*;
+    use crate::honest::{MILAN, cpuid_page as page};
     use proptest::prelude::*;
-
-    /// Leaf, subleaf, EAX, EBX, ECX, EDX of a Milan guest, as far as they matter.
-    pub(crate) const LEAVES: [[u32; 6]; 9] = [
-        [0, 0, 0x10, 0x6874_7541, 0x444d_4163, 0x6974_6e65],
-        [1, 0, 0x00a0_0f11, 0x0001_0800, 0xfed8_3203, 0x178b_fbff],
-        [7, 0, 0, 0x219c_97a9, 0x0040_069c, 0],
-        [0xd, 0, 0x207, 0x240, 0x988, 0],
-        [0x4000_0000, 0, 0x4000_0001, 0x4b4d_564b, 0x564b_4d56, 0x4d],
-        [0x8000_0000, 0, 0x8000_001f, 0x6874_7541, 0x444d_4163, 0x6974_6e65],
-        [0x8000_0001, 0, 0x00a0_0f11, 0x4000_0000, 0x0040_01f7, 0x2fd3_fbff],
-        [0x8000_0008, 0, 0x3030, 0x1104_d205, 0, 0],
-        [0x8000_001f, 0, 0x1a, 0x0173, 0, 0],
-    ];
-
-    pub(crate) fn page(leaves: &[[u32; 6]]) -> [u8; PAGE as usize] {
-        let mut page = [0; PAGE as usize];
-        page[..4].copy_from_slice(&(leaves.len() as u32).to_le_bytes());
-        for (bytes, [leaf, subleaf, registers @ ..]) in page[16..].chunks_exact_mut(48).zip(leaves) {
-            bytes[..4].copy_from_slice(&leaf.to_le_bytes());
-            bytes[4..8].copy_from_slice(&subleaf.to_le_bytes());
-            for (to, value) in bytes[24..40].chunks_exact_mut(4).zip(registers) {
-                to.copy_from_slice(&value.to_le_bytes());
-            }
-        }
-        page
-    }
 
     #[test]
     fn a_milan_guests_page_is_accepted() {
-        assert_eq!(check(&page(&LEAVES), 51), Ok(Features { coherent: false }));
-        let mut coherent = LEAVES;
+        assert_eq!(check(&page(&MILAN), 51), Ok(Features { coherent: false }));
+        let mut coherent = MILAN;
         coherent[8][3] |= 1 << 31;
         assert_eq!(check(&page(&coherent), 51), Ok(Features { coherent: true }));
     }
 
     #[test]
     fn another_c_bit_is_refused() {
-        assert_eq!(check(&page(&LEAVES), 47), Err(Refusal::CBit));
+        assert_eq!(check(&page(&MILAN), 47), Err(Refusal::CBit));
     }
 
     #[test]
     fn leaves_with_swapped_contents_are_refused() {
-        for one in 0..LEAVES.len() {
-            for other in one + 1..LEAVES.len() {
-                let mut swapped = LEAVES;
-                let (left, right) = (LEAVES[one], LEAVES[other]);
+        for one in 0..MILAN.len() {
+            for other in one + 1..MILAN.len() {
+                let mut swapped = MILAN;
+                let (left, right) = (MILAN[one], MILAN[other]);
                 swapped[one][2..].copy_from_slice(&right[2..]);
                 swapped[other][2..].copy_from_slice(&left[2..]);
                 // Leaf 7 and the hypervisor's say nothing that could contradict the other.
@@ -188,20 +163,20 @@ pub(crate) mod tests {
     #[test]
     fn missing_unknown_and_double_leaves_are_refused() {
         for missing in [0, 1, 5, 6, 7, 8] {
-            let mut leaves = LEAVES.to_vec();
+            let mut leaves = MILAN.to_vec();
             leaves.remove(missing);
             assert_eq!(check(&page(&leaves), 51), Err(Refusal::CpuidLeaves), "{missing}");
         }
         for unknown in [0x25, 0x11, 0x2000_0000, 0x4000_0200, 0x8000_0020, 0x8fff_ffff, u32::MAX] {
-            let mut leaves = LEAVES.to_vec();
+            let mut leaves = MILAN.to_vec();
             leaves.push([unknown, 0, 0, 0, 0, 0]);
             assert_eq!(check(&page(&leaves), 51), Err(Refusal::CpuidPage), "{unknown:#x}");
         }
-        let mut double = LEAVES.to_vec();
+        let mut double = MILAN.to_vec();
         double.push([1, 0, 0, 0, 0, FEATURES_EDX]);
         assert_eq!(check(&page(&double), 51), Err(Refusal::CpuidPage));
         for count in [0u32, 65, u32::MAX] {
-            let mut wrong = page(&LEAVES);
+            let mut wrong = page(&MILAN);
             wrong[..4].copy_from_slice(&count.to_le_bytes());
             assert_eq!(check(&wrong, 51), Err(Refusal::CpuidPage));
         }
