@@ -254,6 +254,35 @@ mod tests {
         assert!((&chain, &AttestationReport::from_bytes(&changed).unwrap()).verify().is_err());
     }
 
+    /// A verifier that trusts AMD: its roots from the `sev` crate, each generation's.
+    #[test]
+    fn no_root_of_amds_vouches_for_a_report() {
+        use sev::certs::snp::{Certificate, builtin, ca};
+        let (_directory, mut processor) = processor();
+        let key = processor.guest.message_keys[0];
+        let reply = processor.answer(&request(&key, 0, 1, 5, &[0; 96])).unwrap();
+        let report = AttestationReport::from_bytes(&read(&key, &reply, 2)[32..]).unwrap();
+        let table = processor.certificates().unwrap();
+        let [vcek, ask, ark] = certificates(&table)[..] else { panic!("not three certificates") };
+        let ours = SevChain::from_der(ark, ask, vcek).unwrap();
+        (&ours, &report).verify().unwrap();
+        let amds = [
+            (builtin::milan::ark(), builtin::milan::ask()),
+            (builtin::genoa::ark(), builtin::genoa::ask()),
+            (builtin::turin::ark(), builtin::turin::ask()),
+        ];
+        for (ark, ask) in amds {
+            let (ark, ask) = (ark.unwrap(), ask.unwrap());
+            let vek = || Certificate::from_der(vcek).unwrap();
+            // AMD's own two are sound; ours hangs from neither of them, nor its ASK from AMD's root.
+            (&ark, &ask).verify().unwrap();
+            let under_ask = SevChain { ca: ca::Chain { ark: ark.clone(), ask }, vek: vek() };
+            assert!((&under_ask, &report).verify().is_err());
+            let under_root = SevChain { ca: ca::Chain { ark, ask: ours.ca.ask.clone() }, vek: vek() };
+            assert!((&under_root, &report).verify().is_err());
+        }
+    }
+
     #[test]
     fn a_report_of_any_host_is_one_that_verifiers_know() {
         let (_directory, mut processor) = processor();

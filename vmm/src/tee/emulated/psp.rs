@@ -129,11 +129,11 @@ impl Launching<'_> {
     }
 
     /// One page; like KVM, which gives the firmware one command for each.
-    fn page(&mut self, gpa: u64, kind: PageType) -> Result<(), Failure> {
+    fn launch_page(&mut self, gpa: u64, kind: PageType) -> Result<(), Failure> {
         if !self.guest.started || self.guest.finished {
             return Err(refused(INVALID_GUEST_STATE));
         }
-        let Some(mut page) = Host::page(self, gpa) else {
+        let Some(mut page) = self.page(gpa) else {
             return Err(Failure { errno: libc::EFAULT, status: 0 });
         };
         self.rmp
@@ -221,7 +221,7 @@ impl Host for Launching<'_> {
                 let kind = PageType::from_number(update.type_);
                 let kind = kind.ok_or(Failure { errno: libc::EINVAL, status: 0 })?;
                 while update.len >= PAGE {
-                    self.page(update.gfn_start.wrapping_mul(PAGE), kind)?;
+                    self.launch_page(update.gfn_start.wrapping_mul(PAGE), kind)?;
                     update.gfn_start += 1;
                     update.uaddr += PAGE;
                     update.len -= PAGE;
@@ -264,3 +264,6 @@ impl Host for Launching<'_> {
         let _ = self.views.open(View::Shared, gpa, size, false);
     }
 }
+
+#[cfg(test)]
+mod tests;
