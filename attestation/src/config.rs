@@ -53,7 +53,7 @@ pub struct Credential {
 #[derive(Clone, Debug, Default, Deserialize, PartialEq, Eq)]
 #[serde(default)]
 pub struct Image {
-    /// Where containers-policy.json(5) is: `kbs:///…` or a file.
+    /// Where containers-policy.json(5) is: `kbs:///…`, or an entry of initdata.
     pub image_security_policy_uri: Option<String>,
     /// That file's text itself.
     pub image_security_policy: Option<String>,
@@ -71,7 +71,7 @@ pub struct Coffer {
     pub attestation_api: bool,
     /// Speak plain HTTP with the KBS: whoever is between can then make the guest use a wrong secret, not read one.
     pub allow_plain_http: bool,
-    /// The only images that run: digests of manifests or indexes. Empty: the security policy alone decides.
+    /// The only images that run: digests of manifests or indexes. Empty: the signature policy alone decides.
     pub images: Vec<String>,
     /// Resources (`kbs:///…`) with PEM private keys, for layers that are encrypted by JWE.
     pub image_keys: Vec<String>,

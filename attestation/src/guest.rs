@@ -45,13 +45,17 @@ pub enum GuestError {
     )]
     NoCertificate(String),
     #[error(
-        "initdata: it names a KBS, but neither images in coffer.toml nor policy.rego say what may run: any program of the host's could ask for its secrets"
+        "initdata: it names a KBS, but neither images in coffer.toml, nor image_security_policy in cdh.toml, nor policy.rego say what may run: any program of the host's could ask for its secrets"
     )]
     Unguarded,
+    #[error("initdata: cdh.toml: both image_security_policy and image_security_policy_uri: write one")]
+    TwoPolicies,
     #[error(
-        "initdata: cdh.toml: image.{0} is not enforced by this version: name the images' digests as images in coffer.toml"
+        "initdata: {0} says which images run, and a KBS behind plain HTTP does not tell itself from the host: use https with its certificate"
     )]
-    Unenforced(&'static str),
+    PlainDocument(String),
+    #[error("initdata: {0} is neither kbs:///… nor the name of an entry of initdata")]
+    NoDocument(String),
     #[error("initdata: {0}")]
     Url(#[from] TransportError),
     #[error("initdata: {0}")]
@@ -91,19 +95,16 @@ impl Guest {
             (None, _) => {}
         }
         let config = initdata.as_ref().map(Config::from_initdata).transpose()?.unwrap_or_default();
-        // What the owner asked for and does not get is not passed over.
-        for (set, name) in [
-            (config.image.image_security_policy.is_some(), "image_security_policy"),
-            (config.image.image_security_policy_uri.is_some(), "image_security_policy_uri"),
-        ] {
-            if set {
-                return Err(GuestError::Unenforced(name));
-            }
-        }
+        let image = &config.image;
+        let signatures = match (&image.image_security_policy, &image.image_security_policy_uri) {
+            (Some(_), Some(_)) => return Err(GuestError::TwoPolicies),
+            (text, uri) => text.is_some() || uri.is_some(),
+        };
         let transport =
             config.kbs.as_ref().map(|kbs| transport(kbs, config.coffer.allow_plain_http)).transpose()?;
         let guest = Self { initdata, config, attesters, transport, client: None };
-        let guarded = guest.entry("policy.rego").is_some() || !guest.config.coffer.images.is_empty();
+        let guarded =
+            guest.entry("policy.rego").is_some() || !guest.config.coffer.images.is_empty() || signatures;
         if guest.transport.is_some() && guest.is_tee() && !guarded {
             return Err(GuestError::Unguarded);
         }
@@ -168,6 +169,24 @@ impl Guest {
             Outcome::Resource(secret) => Ok(secret),
             Outcome::Token(_) => Err(GuestError::NoKbs),
         }
+    }
+
+    /// What decides on images (a signature policy, its keys): a resource of the KBS, or an entry of initdata by its name. The
+    /// host must not be able to put another in its place, so a KBS has to be authenticated here.
+    ///
+    /// # Errors
+    /// [`GuestError`].
+    pub fn document(&mut self, at: &str) -> Result<Zeroizing<Vec<u8>>, GuestError> {
+        if at.starts_with("kbs://") {
+            let uri: ResourceUri = at.parse().map_err(|_| GuestError::NoDocument(at.to_owned()))?;
+            let authenticated = |kbs: &Kbs| Url::parse(&kbs.url).is_ok_and(|url| url.tls);
+            if self.config.kbs.as_ref().is_some_and(|kbs| !authenticated(kbs)) {
+                return Err(GuestError::PlainDocument(at.to_owned()));
+            }
+            return self.fetch(&uri);
+        }
+        let entry = self.entry(at).ok_or_else(|| GuestError::NoDocument(at.to_owned()))?;
+        Ok(Zeroizing::new(entry.as_bytes().to_vec()))
     }
 
     /// A token of a new attestation, and the TEE key that it speaks of, in PEM.
@@ -304,10 +323,21 @@ mod tests {
     }
 
     #[test]
-    fn a_signature_policy_that_nobody_enforces_is_not_passed_over() {
-        let raw = text("\"cdh.toml\" = \"[image]\\nimage_security_policy_uri = 'kbs:///a/b/c'\"\n");
-        let refused = Guest::new(Some(raw.as_bytes()), Attesters::of(Sample)).err().unwrap().to_string();
-        assert!(refused.contains("image_security_policy_uri is not enforced"), "{refused}");
+    fn what_decides_on_images_comes_from_initdata_or_an_authenticated_kbs() {
+        let mut guest = Guest::new(Some(text("\"p\" = \"{}\"\n").as_bytes()), Attesters::of(Sample)).unwrap();
+        assert_eq!(&**guest.document("p").unwrap(), b"{}");
+        for at in ["/etc/passwd", "", "kbs:/x", "kbs:///a/../c"] {
+            assert!(matches!(guest.document(at), Err(GuestError::NoDocument(_))), "{at}");
+        }
+        assert!(matches!(guest.document("kbs:///a/b/c"), Err(GuestError::NoKbs)));
+        let raw = kbs("http://127.0.0.1:1", PLAIN);
+        let mut guest = Guest::new(Some(raw.as_bytes()), Attesters::of(Sample)).unwrap();
+        assert!(matches!(guest.document("kbs:///a/b/c"), Err(GuestError::PlainDocument(_))));
+        let two = text(
+            "\"cdh.toml\" = \"[image]\\nimage_security_policy_uri = 'p'\\nimage_security_policy = '{}'\"\n",
+        );
+        let two = Guest::new(Some(two.as_bytes()), Attesters::of(Sample));
+        assert!(matches!(two, Err(GuestError::TwoPolicies)));
     }
 
     #[test]
@@ -321,6 +351,8 @@ mod tests {
         new(&kbs(url, &format!("{PLAIN}\"policy.rego\" = \"package agent_policy\"\n"))).unwrap();
         let image = "\"coffer.toml\" = \"allow_plain_http = true\\nimages = ['sha256:00']\"\n";
         new(&kbs(url, image)).unwrap();
+        let signed = format!("{PLAIN}\"cdh.toml\" = \"[image]\\nimage_security_policy = '{{}}'\"\n");
+        new(&kbs(url, &signed)).unwrap();
         Guest::new(Some(kbs(url, PLAIN).as_bytes()), Attesters::of(Sample)).unwrap();
     }
 

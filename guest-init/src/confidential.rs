@@ -12,9 +12,9 @@ use coffer_attestation::{
     api,
     evidence::Attesters,
     guest::Guest,
-    policy::{Policy, Rule, create_input, process_input},
+    policy::{Policy, Rule, VerifiedImage, create_input, process_input},
 };
-use coffer_protocol::{ErrorKind, Request, SignalTarget};
+use coffer_protocol::{ErrorKind, ImageSource, Request, SignalTarget};
 use nix::{
     mount::{MsFlags, mount},
     unistd::{ForkResult, fork},
@@ -79,8 +79,9 @@ impl Confidential {
         &mut self,
         id: &str,
         spec: &Value,
-        image: Option<&str>,
+        image: Option<&ImageSource>,
     ) -> Result<(), ContainerError> {
+        let image = image.map(|i| VerifiedImage { digest: &i.digest, name: i.name.as_deref() });
         self.policy.check(Rule::CreateContainer, &create_input(id, spec, image)).map_err(refused)
     }
 
@@ -234,7 +235,13 @@ mod tests {
             "package agent_policy\nimport rego.v1\ndefault CreateContainerRequest := false\nCreateContainerRequest if input.image == \"sha256:00\"\nreasons contains {\"field\": \"image\", \"value\": input.image, \"allowed\": \"sha256:00\"}\n",
         )
         .unwrap();
-        pod.check_container("c", &json!({}), Some("sha256:00")).unwrap();
+        let image = ImageSource {
+            blobs: String::new(),
+            digest: "sha256:00".into(),
+            name: None,
+            signatures: Vec::new(),
+        };
+        pod.check_container("c", &json!({}), Some(&image)).unwrap();
         let message = pod.check_container("c", &json!({}), None).unwrap_err().message;
         assert_eq!(message, "policy: CreateContainerRequest denied: image is null, allowed: \"sha256:00\"");
     }

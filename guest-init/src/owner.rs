@@ -3,22 +3,33 @@
 //! Owns: the keys' way from the KBS to the layers. Does not own: whether initdata is used at all, the formats and the
 //! protocol (coffer-attestation's `Guest`).
 
-use std::{cell::RefCell, collections::HashMap, rc::Rc};
+use std::{
+    cell::{OnceCell, RefCell},
+    collections::HashMap,
+    rc::Rc,
+};
 
 use coffer_attestation::{guest::Guest, kbs::ResourceUri};
 use coffer_layers::{
     digest::{Digest, DigestError},
     ocicrypt::{KeySource, jwe::PrivateKey},
+    policy::{Policy, PolicyError},
 };
 use thiserror::Error;
 use zeroize::Zeroizing;
 
-use crate::image::Owner;
+use crate::image::{Owner, SignaturePolicy};
 
-/// An image of initdata's list is not named by a digest.
+/// What initdata says of images cannot be used.
 #[derive(Debug, Error)]
-#[error("initdata: coffer.toml: images: {0}")]
-pub struct OwnerError(#[from] DigestError);
+pub enum OwnerError {
+    /// An image of its list is not named by a digest.
+    #[error("initdata: coffer.toml: images: {0}")]
+    Digest(#[from] DigestError),
+    /// Its signature policy.
+    #[error("initdata: cdh.toml: image_security_policy: {0}")]
+    Policy(#[from] PolicyError),
+}
 
 /// What a guest that checked its initdata lets run.
 ///
@@ -33,7 +44,42 @@ pub fn of(guest: &Rc<RefCell<Guest>>) -> Result<Owner, OwnerError> {
         private: config.coffer.image_keys,
         had: RefCell::new(HashMap::new()),
     };
-    Ok(Owner { allowed: (!allowed.is_empty()).then_some(allowed), confidential, keys: Box::new(keys) })
+    let image = config.image;
+    let text = image.image_security_policy.map(|text| Policy::parse(text.as_bytes())).transpose()?;
+    let signatures = match (text, image.image_security_policy_uri) {
+        (None, None) => None,
+        (text, at) => {
+            let policy = text.map(OnceCell::from).unwrap_or_default();
+            let at = at.unwrap_or_default();
+            Some(Box::new(Signatures { guest: guest.clone(), at, policy }) as Box<dyn SignaturePolicy>)
+        }
+    };
+    let allowed = (!allowed.is_empty()).then_some(allowed);
+    Ok(Owner { allowed, confidential, keys: Box::new(keys), signatures })
+}
+
+/// The signature policy: it is asked for once, and holds for the pod's life.
+struct Signatures {
+    guest: Rc<RefCell<Guest>>,
+    /// Where it is, unless it came with initdata.
+    at: String,
+    policy: OnceCell<Policy>,
+}
+
+impl SignaturePolicy for Signatures {
+    fn policy(&self) -> Result<Policy, String> {
+        if let Some(policy) = self.policy.get() {
+            return Ok(policy.clone());
+        }
+        let text = self.guest.borrow_mut().document(&self.at).map_err(|e| e.to_string())?;
+        let policy = Policy::parse(&text).map_err(|e| format!("{}: {e}", self.at))?;
+        Ok(self.policy.get_or_init(|| policy).clone())
+    }
+
+    fn key(&self, path: &str) -> Result<Vec<u8>, String> {
+        let key = self.guest.borrow_mut().document(path).map_err(|e| e.to_string())?;
+        Ok(key.to_vec())
+    }
 }
 
 /// Keys from a KBS: the guest attests when the first is needed.
@@ -88,6 +134,23 @@ mod tests {
         assert_eq!(owner.allowed, Some(vec![digest]));
         let why = owner.keys.resource("kbs:///a/b/../c").unwrap_err();
         assert!(why.contains("resource URI"), "{why}");
+    }
+
+    #[test]
+    fn the_owners_signature_policy_comes_with_initdata_or_later() {
+        let reject = r#"{"default":[{"type":"reject"}]}"#;
+        let cdh =
+            |line: &str| format!("\"p\" = '{reject}'\n\"cdh.toml\" = \"\"\"\n[image]\n{line}\n\"\"\"\n");
+        let signatures = |line: &str| owner(&cdh(line)).unwrap().signatures.unwrap();
+        signatures(&format!("image_security_policy = '{reject}'")).policy().unwrap();
+        let by_name = signatures("image_security_policy_uri = 'p'");
+        by_name.policy().unwrap();
+        assert_eq!(by_name.key("p"), Ok(reject.as_bytes().to_vec()));
+        assert!(by_name.key("/etc/key").unwrap_err().contains("/etc/key is neither kbs:///"));
+        let why = signatures("image_security_policy_uri = 'kbs:///a/b/c'").policy().unwrap_err();
+        assert!(why.contains("no KBS"), "{why}");
+        let why = owner(&cdh("image_security_policy = '{}'")).err().unwrap().to_string();
+        assert!(why.starts_with("initdata: cdh.toml: image_security_policy: policy: "), "{why}");
     }
 
     #[test]

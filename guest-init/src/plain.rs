@@ -6,7 +6,7 @@
 pub mod confidential {
     use std::path::Path;
 
-    use coffer_protocol::{ErrorKind, Request};
+    use coffer_protocol::{ErrorKind, ImageSource, Request};
     use serde_json::Value;
 
     use super::image::Owner;
@@ -65,7 +65,12 @@ pub mod confidential {
         ///
         /// # Errors
         /// None.
-        pub fn check_container(&mut self, _: &str, _: &Value, _: Option<&str>) -> Result<(), ContainerError> {
+        pub fn check_container(
+            &mut self,
+            _: &str,
+            _: &Value,
+            _: Option<&ImageSource>,
+        ) -> Result<(), ContainerError> {
             Ok(())
         }
 
@@ -161,6 +166,12 @@ pub mod image {
     }
 
     impl Unpacked {
+        /// Cannot be called.
+        #[must_use]
+        pub fn stop_signal(&self, _: &Value) -> Option<u32> {
+            match *self {}
+        }
+
         /// Cannot be called.
         ///
         /// # Errors

@@ -12,7 +12,7 @@ use std::{
 use coffer_layout::mark;
 use coffer_protocol::{
     CreateContainer, Ended, ErrorKind, Exec, Frame, Kind, Reply, Request, Sandbox, SignalTarget, VERSION,
-    WindowSize,
+    WindowSize, signal,
 };
 use nix::{
     sys::{
@@ -59,6 +59,15 @@ struct Container {
     /// Until it is started.
     sync: Option<Sync>,
     ended: bool,
+    /// What its verified image wants in place of `TERM`.
+    stop_signal: Option<u32>,
+}
+
+impl Container {
+    /// The signal that its first process gets for what the host sends.
+    fn signal(&self, sent: u32) -> u32 {
+        if sent == signal::TERM { self.stop_signal.unwrap_or(sent) } else { sent }
+    }
 }
 
 /// The server.
@@ -229,10 +238,11 @@ impl Server {
             (Kind::Stdin, Some(_)) => session.take_stdin(&frame.payload),
             (Kind::StdinEnd, Some(_)) => session.end_stdin(),
             (Kind::Signal, Some(process)) => {
-                if let Some(signal) = word()
+                if let Some(sent) = word()
                     && process.ended.is_none()
                 {
-                    let _ = send_signal(process.pid, signal);
+                    let first = self.containers.values().find(|container| container.pid == process.pid);
+                    let _ = send_signal(process.pid, first.map_or(sent, |container| container.signal(sent)));
                 }
             }
             (Kind::Resize, Some(process)) => {
@@ -330,12 +340,14 @@ impl Server {
                 format!("container {id:?} exists already"),
             ));
         }
+        let mut stop_signal = None;
         if let Some(source) = &image {
-            let made = self.images.unpack(&id, source);
-            made.and_then(|unpacked| unpacked.apply(&mut spec)).map_err(|e| image_error(&e))?;
+            let unpacked = self.images.unpack(&id, source).map_err(|e| image_error(&e))?;
+            stop_signal = unpacked.stop_signal(&spec);
+            unpacked.apply(&mut spec).map_err(|e| image_error(&e))?;
         }
         let confidential = self.confidential()?;
-        confidential.check_container(&id, &spec, image.as_ref().map(|i| i.digest.as_str()))?;
+        confidential.check_container(&id, &spec, image.as_ref())?;
         if let Some(process) = spec.get_mut("process") {
             confidential.unseal(process)?;
         }
@@ -367,7 +379,14 @@ impl Server {
         self.attach(key, &id, launched.pid, launched.stdio)?;
         self.containers.insert(
             id,
-            Container { pid: launched.pid, spec, cgroup, sync: Some(launched.sync), ended: false },
+            Container {
+                pid: launched.pid,
+                spec,
+                cgroup,
+                sync: Some(launched.sync),
+                ended: false,
+                stop_signal,
+            },
         );
         Ok(())
     }
@@ -420,6 +439,10 @@ impl Server {
         let pids = match target {
             SignalTarget::Init(_) => vec![container.pid as u32],
             SignalTarget::All(_) => container.cgroup.processes(),
+        };
+        let signal = match target {
+            SignalTarget::Init(_) => container.signal(signal),
+            SignalTarget::All(_) => signal,
         };
         for pid in pids {
             send_signal(pid as i32, signal)

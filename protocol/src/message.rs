@@ -165,6 +165,12 @@ pub struct ImageSource {
     pub blobs: String,
     /// Digest of its manifest or index.
     pub digest: String,
+    /// What it is called in a registry, for the owner's signature policy.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// Digests of manifests that list signatures of it, among the blobs.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub signatures: Vec<String>,
 }
 
 /// A bind mount's source as the host sees it: init must know whether to make a file or a directory to mount on.

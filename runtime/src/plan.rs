@@ -4,12 +4,11 @@
 
 use std::path::{Path, PathBuf};
 
-use coffer_layers::reference::Reference;
 use coffer_protocol::{BindSource, ImageSource, SHARE_DIR};
 use oci_spec::runtime::{LinuxDeviceType, LinuxNamespaceType, Spec};
 use serde_json::Value;
 
-use crate::{confidential::Confidential, error::Error, support};
+use crate::{confidential::Confidential, error::Error, image, support};
 
 /// MiB of a guest without a memory limit.
 const DEFAULT_MEMORY_MIB: u64 = 512;
@@ -84,7 +83,10 @@ pub fn plan(bundle: &Path, id: &str, config: &[u8]) -> Result<Plan, Error> {
     devices(&mut value, &spec)?;
     let config = value.clone();
     let (mut binds, bind_sources) = rewrite(&mut value, &spec, bundle, id, &rootfs);
-    let image = annotation(&spec, IMAGE).map(|text| image(text, id, &mut binds)).transpose()?;
+    let image = image::source(&spec, id)?.map(|(image, blobs)| {
+        binds.push(blobs);
+        image
+    });
     Ok(Plan {
         guest_spec: value,
         bind_sources,
@@ -241,25 +243,6 @@ fn devices(value: &mut Value, spec: &Spec) -> Result<(), Error> {
     Ok(())
 }
 
-/// The annotation that names the image of a pod: `LAYOUT[:TAG]@sha256:…`.
-const IMAGE: &str = "io.coffer.image";
-
-fn image(text: &str, id: &str, binds: &mut Vec<Bind>) -> Result<ImageSource, Error> {
-    let wrong = |why: &str| Error::Bundle(format!("annotation {IMAGE}={text}: {why}"));
-    let reference: Reference = text.parse().map_err(|e| wrong(&format!("{e}")))?;
-    let digest = reference.digest.ok_or_else(|| wrong("an image is named by its digest: …@sha256:…"))?;
-    if !reference.path.is_absolute() {
-        return Err(wrong("the layout's path is not absolute"));
-    }
-    binds.push(Bind {
-        source: reference.path.join("blobs"),
-        target: PathBuf::from(id).join("image"),
-        read_only: true,
-        recursive: false,
-    });
-    Ok(ImageSource { blobs: format!("{SHARE_DIR}/{id}/image"), digest: digest.to_string() })
-}
-
 /// A configuration with annotations that it does not have yet; those that it has stay.
 ///
 /// # Errors
@@ -282,7 +265,7 @@ pub fn annotate(config: Vec<u8>, annotations: &[(String, String)]) -> Result<Vec
     Ok(value.to_string().into_bytes())
 }
 
-fn annotation<'a>(spec: &'a Spec, key: &str) -> Option<&'a str> {
+pub(crate) fn annotation<'a>(spec: &'a Spec, key: &str) -> Option<&'a str> {
     spec.annotations().as_ref()?.get(key).map(String::as_str)
 }
 
@@ -474,26 +457,6 @@ mod tests {
         }
         // Nothing is given: not even read.
         assert_eq!(annotate(b"{".to_vec(), &[]).unwrap(), b"{");
-    }
-
-    #[test]
-    fn an_image_is_named_by_digest() {
-        let digest = format!("sha256:{}", "ab".repeat(32));
-        let with =
-            |text: String| plan(Path::new("/b"), "c", &config(json!({"annotations": {(IMAGE): text}})));
-        let made = with(format!("/images/a:latest@{digest}")).unwrap();
-        assert_eq!(
-            made.image,
-            Some(ImageSource { blobs: format!("{SHARE_DIR}/c/image"), digest: digest.clone() })
-        );
-        let last = made.binds.last().unwrap();
-        assert_eq!((last.source.to_str(), last.read_only), (Some("/images/a/blobs"), true));
-        for (text, words) in
-            [("/a:latest".to_owned(), "by its digest"), (format!("a@{digest}"), "not absolute")]
-        {
-            let message = with(text).unwrap_err().to_string();
-            assert!(message.contains(words), "{message}");
-        }
     }
 
     proptest! {

@@ -44,7 +44,7 @@ image() {
 digest() { # digest LAYOUT TAG
     python3 -c 'import json, sys
 print(next(m["digest"] for m in json.load(open(sys.argv[1] + "/index.json"))["manifests"]
-           if m["annotations"]["org.opencontainers.image.ref.name"] == sys.argv[2]))' "$1" "$2"
+           if m.get("annotations", {}).get("org.opencontainers.image.ref.name") == sys.argv[2]))' "$1" "$2"
 }
 
 # like_umoci WHAT LAYOUT TAG DIRECTORY: the tree is what umoci unpacks.

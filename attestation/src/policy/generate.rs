@@ -112,13 +112,17 @@ fn leaves(path: &str, value: &Value, fields: &mut Vec<(String, Value)>) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::policy::{Policy, Rule, create_input, process_input};
+    use crate::policy::{Policy, Rule, VerifiedImage, create_input, process_input};
 
     /// A configuration that podman 4.3 wrote, with a volume, a tmpfs and a capability less, as the guest gets it.
     const SPEC: &str = include_str!("../../testdata/podman/spec.json");
 
     fn input(id: &str) -> Value {
-        create_input(id, &serde_json::from_str(SPEC).unwrap(), Some("sha256:00"))
+        create_input(
+            id,
+            &serde_json::from_str(SPEC).unwrap(),
+            Some(VerifiedImage { digest: "sha256:00", name: None }),
+        )
     }
 
     fn policy(allowed: &Allowed) -> Policy {
@@ -190,7 +194,7 @@ mod tests {
         for changed in all {
             let same = |key: &str| changed.get(key) == honest.get(key);
             let checked = policy.check(Rule::CreateContainer, &changed);
-            if same("OCI") && same("image") && same("host_root") {
+            if ["OCI", "image", "image_name", "host_root"].into_iter().all(same) {
                 checked.unwrap(); // only the id
             } else {
                 let denied = checked.expect_err(&changed.to_string()).to_string();

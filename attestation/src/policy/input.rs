@@ -9,9 +9,18 @@ use serde_json::{Map, Value, json};
 const KERNELS: [&str; 9] =
     ["proc", "sysfs", "tmpfs", "devpts", "mqueue", "cgroup", "cgroup2", "devtmpfs", "ramfs"];
 
-/// `CreateContainerRequest`. `image` is the digest of the image that the guest verified, if the root is one.
+/// An image that the guest verified.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct VerifiedImage<'a> {
+    /// Digest of its manifest or index.
+    pub digest: &'a str,
+    /// What the host calls it. A signature policy has looked at it where there is one; otherwise it is only the host's word.
+    pub name: Option<&'a str>,
+}
+
+/// `CreateContainerRequest`. `image` is what the root is, if not the host's.
 #[must_use]
-pub fn create_input(id: &str, spec: &Value, image: Option<&str>) -> Value {
+pub fn create_input(id: &str, spec: &Value, image: Option<VerifiedImage<'_>>) -> Value {
     let none = Vec::new();
     let mounts = spec.get("mounts").and_then(Value::as_array).unwrap_or(&none);
     let mounts: Vec<Value> = mounts.iter().map(mount).collect();
@@ -26,7 +35,8 @@ pub fn create_input(id: &str, spec: &Value, image: Option<&str>) -> Value {
     json!({
         "container_id": id,
         "host_root": image.is_none(),
-        "image": image,
+        "image": image.map(|image| image.digest),
+        "image_name": image.and_then(|image| image.name),
         "OCI": {
             "Process": process(spec.get("process").unwrap_or(&Value::Null)),
             "Root": { "Readonly": spec.pointer("/root/readonly").and_then(Value::as_bool).unwrap_or(false) },
@@ -120,6 +130,8 @@ mod tests {
         assert_eq!(input["OCI"]["Linux"]["Namespaces"], json!(["pid"]));
         assert_eq!(input["OCI"]["Mounts"][0]["from_host"], false);
         // Nothing at all is something that a policy can be asked about too.
-        assert_eq!(create_input("c", &Value::Null, Some("sha256:0"))["host_root"], false);
+        let image = VerifiedImage { digest: "sha256:0", name: Some("r.io/a") };
+        assert_eq!(create_input("c", &Value::Null, Some(image))["host_root"], false);
+        assert_eq!(create_input("c", &Value::Null, Some(image))["image_name"], "r.io/a");
     }
 }

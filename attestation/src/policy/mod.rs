@@ -15,4 +15,4 @@ mod input;
 #[cfg(feature = "policy")]
 pub use engine::{Denied, Policy, PolicyError, Rule};
 pub use generate::{Allowed, generate};
-pub use input::{create_input, process_input};
+pub use input::{VerifiedImage, create_input, process_input};

@@ -18,9 +18,13 @@ use coffer_layers::{
     image::{Image, Trust},
     layout::Folder,
     ocicrypt::{KeySource, NoKeys},
+    policy::{
+        Name, NameError, Origin, Policy, Subject,
+        sigstore::{self, MOST_MANIFESTS},
+    },
     unpack::{Options, UnpackError, make_in},
 };
-use coffer_protocol::{ImageSource, SHARE_DIR};
+use coffer_protocol::{ImageSource, SHARE_DIR, signal};
 use nix::mount::{MsFlags, mount};
 use serde_json::{Value, json};
 use thiserror::Error;
@@ -42,6 +46,18 @@ pub enum ImageError {
     /// The owner wants others.
     #[error("image: {0} is none of the images that the pod's owner allowed")]
     NotAllowed(Digest),
+    /// The owner's signature policy cannot be had.
+    #[error("image: policy: {0}")]
+    NoPolicy(String),
+    /// What the host calls it.
+    #[error("image: {0}")]
+    Name(#[from] NameError),
+    /// The host shows too much.
+    #[error("image: {0} manifests of signatures, more than {MOST_MANIFESTS}")]
+    Signatures(usize),
+    /// Its stop signal.
+    #[error("image config: StopSignal {0:?} is no signal")]
+    StopSignal(String),
     /// By stage.
     #[error("image: {0}")]
     Image(#[from] coffer_layers::image::ImageError),
@@ -67,6 +83,23 @@ pub struct Owner {
     pub confidential: bool,
     /// Opens encrypted layers.
     pub keys: Box<dyn KeySource>,
+    /// Decides on signatures; `None` when the owner did not say.
+    pub signatures: Option<Box<dyn SignaturePolicy>>,
+}
+
+/// Where the owner's signature policy and its keys come from.
+pub trait SignaturePolicy {
+    /// The policy. Asked for at the first image.
+    ///
+    /// # Errors
+    /// Why it cannot be had, in words.
+    fn policy(&self) -> Result<Policy, String>;
+
+    /// A public key that the policy names by path.
+    ///
+    /// # Errors
+    /// As [`Self::policy`].
+    fn key(&self, path: &str) -> Result<Vec<u8>, String>;
 }
 
 /// The images of the pod.
@@ -77,7 +110,7 @@ pub struct Images {
 
 impl Default for Images {
     fn default() -> Self {
-        Self::new(Owner { allowed: None, confidential: true, keys: Box::new(NoKeys) })
+        Self::new(Owner { allowed: None, confidential: true, keys: Box::new(NoKeys), signatures: None })
     }
 }
 
@@ -86,6 +119,7 @@ impl Default for Images {
 pub struct Unpacked {
     root: PathBuf,
     process: Process,
+    stop_signal: Option<u32>,
 }
 
 impl Images {
@@ -107,13 +141,42 @@ impl Images {
             return Err(ImageError::Place(source.blobs.clone()));
         }
         let blobs = Folder(blobs.to_owned());
-        let image = Image::load(&blobs, &digest, self.trust(&digest)?)?;
+        let image = self.load(&blobs, &digest, source)?;
         let process = image.config.process(None, &[], &[])?;
+        let stop_signal = match &process.stop_signal {
+            Some(text) => Some(signal::parse(text).ok_or_else(|| ImageError::StopSignal(text.clone()))?),
+            None => None,
+        };
         self.mount()?;
         let root = Path::new(PLACE).join(id);
         let options = Options { privileged: true, budget: available()?.saturating_sub(RESERVE) };
         image.unpack(&blobs, &*self.owner.keys, &root, options, &AtomicU64::new(0))?;
-        Ok(Unpacked { root, process })
+        Ok(Unpacked { root, process, stop_signal })
+    }
+
+    /// The image, when the owner's list and the owner's signature policy let it run, as far as there are such.
+    fn load(&self, blobs: &Folder, digest: &Digest, source: &ImageSource) -> Result<Image, ImageError> {
+        let trust = self.trust(digest)?;
+        let Some(owners) = &self.owner.signatures else { return Ok(Image::load(blobs, digest, trust)?) };
+        if source.signatures.len() > MOST_MANIFESTS {
+            return Err(ImageError::Signatures(source.signatures.len()));
+        }
+        let policy = owners.policy().map_err(ImageError::NoPolicy)?;
+        let origin = match &source.name {
+            Some(name) => Origin::Registry(Name::of_image(name)?),
+            None => Origin::Layout(String::new()),
+        };
+        let listed = source.signatures.iter().map(|text| text.parse()).collect::<Result<Vec<Digest>, _>>()?;
+        Ok(Image::judged(blobs, digest, |digests| {
+            let mut signatures = Vec::new();
+            for manifest in &listed {
+                signatures.extend(sigstore::read(blobs, manifest)?);
+            }
+            let subject = Subject { origin: &origin, digests };
+            let verdict = policy.check(&subject, &signatures, &|path| owners.key(path))?;
+            // A pin is worth no less for a policy that asks for no signature.
+            Ok(if trust == Trust::Pinned { trust } else { verdict.into() })
+        })?)
     }
 
     /// A digest that comes from the host is a pin only where the host is trusted, or where the owner allowed it.
@@ -148,7 +211,18 @@ impl Images {
     }
 }
 
+/// The annotation by which podman says which signal it stops a container with.
+const STOP_SIGNAL: &str = "org.opencontainers.image.stopSignal";
+
 impl Unpacked {
+    /// The signal that ends its program in the image's sense, where that is not [`signal::TERM`]. A caller who said another to his engine
+    /// (`--stop-signal`) keeps his own.
+    #[must_use]
+    pub fn stop_signal(&self, spec: &Value) -> Option<u32> {
+        let engines = spec["annotations"][STOP_SIGNAL].as_str().and_then(signal::parse);
+        self.stop_signal.filter(|signal| *signal != signal::TERM && engines.is_none_or(|e| e == signal::TERM))
+    }
+
     /// Puts the image's root, program, environment, user and directory in place of the host's. Of the host's
     /// environment only the terminal's name stays: the rest could change what a program does.
     ///
@@ -191,7 +265,12 @@ mod tests {
     use super::*;
 
     fn source(blobs: &str) -> ImageSource {
-        ImageSource { blobs: blobs.into(), digest: Digest::sha256(b"x").to_string() }
+        ImageSource {
+            blobs: blobs.into(),
+            digest: Digest::sha256(b"x").to_string(),
+            name: None,
+            signatures: Vec::new(),
+        }
     }
 
     #[test]
@@ -200,9 +279,9 @@ mod tests {
         for blobs in ["/etc", "/run/coffer/share/../../etc", "relative"] {
             assert!(matches!(images.unpack("a", &source(blobs)), Err(ImageError::Place(_))), "{blobs}");
         }
-        let keys = Box::new(NoKeys);
+        let allowed = Some(vec![Digest::sha256(b"y")]);
         let mut images =
-            Images::new(Owner { allowed: Some(vec![Digest::sha256(b"y")]), confidential: false, keys });
+            Images::new(Owner { allowed, confidential: false, keys: Box::new(NoKeys), signatures: None });
         let refused = images.unpack("a", &source("/run/coffer/share/a/image"));
         assert!(matches!(refused, Err(ImageError::NotAllowed(_))));
     }
@@ -219,7 +298,7 @@ mod tests {
         };
         let mut spec = json!({"root": {"path": "/host"}, "process": {"terminal": true, "cwd": "/", "args": ["sh"],
             "env": ["LD_PRELOAD=/evil", "TERM=xterm", "TERM=x\ny"], "user": {"uid": 0, "gid": 0, "umask": 18}}});
-        Unpacked { root: dir.path().to_owned(), process }.apply(&mut spec).unwrap();
+        Unpacked { root: dir.path().to_owned(), process, stop_signal: None }.apply(&mut spec).unwrap();
         assert_eq!(
             spec,
             json!({"root": {"path": dir.path()}, "process": {"terminal": true, "cwd": "/srv/data",

@@ -19,6 +19,7 @@ use crate::{
     manifest::{Descriptor, Document, Manifest, ManifestError, layer_type},
     ocicrypt::{KeyError, KeySource, LayerKey, marks},
     pipeline::{Layer, LayerError, run},
+    policy::{PolicyError, Verdict, sigstore::SignatureError},
     unpack::{Options, Report, Unpacker},
 };
 
@@ -40,6 +41,12 @@ pub enum ImageError {
     /// A layer.
     #[error(transparent)]
     Layer(#[from] LayerError),
+    /// The signature policy.
+    #[error(transparent)]
+    Policy(#[from] PolicyError),
+    /// The signatures that the host shows.
+    #[error(transparent)]
+    Signature(#[from] SignatureError),
     /// Nothing vouches for the manifest.
     #[error(
         "trust: the image is encrypted, and encryption does not protect its manifest and configuration: \
@@ -68,6 +75,16 @@ pub enum Trust {
     Unchecked,
 }
 
+impl From<Verdict> for Trust {
+    /// An image that a policy lets run unsigned is one that nobody vouches for.
+    fn from(verdict: Verdict) -> Self {
+        match verdict {
+            Verdict::Signed => Self::Signed,
+            Verdict::Accepted => Self::Unchecked,
+        }
+    }
+}
+
 /// An image whose manifest and configuration were checked against their digests.
 #[derive(Clone, Debug)]
 pub struct Image {
@@ -85,18 +102,21 @@ impl Image {
     /// # Errors
     /// [`ImageError`].
     pub fn load(blobs: &dyn Blobs, digest: &Digest, trust: Trust) -> Result<Self, ImageError> {
-        let bytes = document(blobs, digest, None)?;
-        let (digest, manifest) = match Document::parse(&bytes, None)? {
-            Document::Manifest(manifest) => (digest.clone(), manifest),
-            Document::Index(index) => {
-                let chosen = index.choose()?;
-                let bytes = document(blobs, &chosen.digest, Some(chosen.size))?;
-                match Document::parse(&bytes, Some(&chosen.media_type))? {
-                    Document::Manifest(manifest) => (chosen.digest.clone(), manifest),
-                    Document::Index(_) => return Err(ImageError::Nested(digest.clone())),
-                }
-            }
-        };
+        Self::judged(blobs, digest, |_| Ok(trust))
+    }
+
+    /// As [`Image::load`], where trust is found out from the digests that name the image: `digest`, and for an index the
+    /// chosen manifest's. Nothing that they name is read before.
+    ///
+    /// # Errors
+    /// [`ImageError`], the judge's among them.
+    pub fn judged(
+        blobs: &dyn Blobs,
+        digest: &Digest,
+        judge: impl FnOnce(&[Digest]) -> Result<Trust, ImageError>,
+    ) -> Result<Self, ImageError> {
+        let (names, manifest) = resolve(blobs, digest)?;
+        let trust = judge(&names)?;
         for layer in &manifest.layers {
             let (_, encrypted) = layer_type(layer)?;
             if encrypted && trust == Trust::Unchecked {
@@ -108,6 +128,7 @@ impl Image {
         }
         let config = document(blobs, &manifest.config.digest, Some(manifest.config.size))?;
         let config = ImageConfig::parse(&config, manifest.layers.len())?;
+        let digest = names.last().unwrap_or(digest).clone();
         Ok(Self { digest, manifest: *manifest, config })
     }
 
@@ -155,6 +176,24 @@ impl Image {
         }
         renameat_with(CWD, &tree, CWD, place, RenameFlags::NOREPLACE).map_err(|e| failed(e.into()))?;
         Ok(unpacker.report())
+    }
+}
+
+/// The digests that name an image, the manifest's last, which may be the only one; and the manifest.
+///
+/// # Errors
+/// [`ImageError`].
+pub fn resolve(blobs: &dyn Blobs, digest: &Digest) -> Result<(Vec<Digest>, Box<Manifest>), ImageError> {
+    let bytes = document(blobs, digest, None)?;
+    let index = match Document::parse(&bytes, None)? {
+        Document::Manifest(manifest) => return Ok((vec![digest.clone()], manifest)),
+        Document::Index(index) => index,
+    };
+    let chosen = index.choose()?;
+    let bytes = document(blobs, &chosen.digest, Some(chosen.size))?;
+    match Document::parse(&bytes, Some(&chosen.media_type))? {
+        Document::Manifest(manifest) => Ok((vec![digest.clone(), chosen.digest.clone()], manifest)),
+        Document::Index(_) => Err(ImageError::Nested(digest.clone())),
     }
 }
 

@@ -29,6 +29,7 @@ use crate::{
     clock,
     error::{Error, host},
     home::Home,
+    image,
     network::{self, Tap},
     pid::{self, Pid},
     plan::{self, Plan, namespace},
@@ -293,7 +294,10 @@ impl Making<'_> {
             window: slave.and_then(stub::window),
             binds: self.plan.bind_sources.clone(),
             shared: self.vm.as_ref().map_or_else(Vec::new, |vm| pod::shared(self.root, &self.plan.spec, vm)),
-            image: self.plan.image.clone(),
+            image: self.plan.image.clone().map(|mut image| {
+                image::find_signatures(&mut image, &self.plan.binds);
+                image
+            }),
         };
         let mut talk = || {
             if vm.child.is_some() {

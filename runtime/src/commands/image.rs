@@ -24,7 +24,7 @@ use coffer_layers::{
         keyprovider::{ProviderError, answer, read_key},
     },
     policy::{
-        Policy, PolicyError, Subject,
+        Name, NameError, Origin, Policy, PolicyError, Subject,
         sigstore::{self, Signature, SignatureError},
     },
     reference::{Reference, ReferenceError},
@@ -42,16 +42,17 @@ coffer image: images that only an attested pod can read
   coffer image key FILE                       a new key (32 random bytes) for the KBS
   coffer image encrypt [--key KID=FILE]... [--jwe PUBLIC.pem]... FROM TO
                                               encrypt every layer; KID is kbs:///REPOSITORY/TYPE/TAG
-  coffer image sign --key PRIVATE.pem [--name REFERENCE] IMAGE
+  coffer image sign --key PRIVATE.pem --name NAME IMAGE
                                               sign as cosign does (P-256), beside the image
   coffer image inspect IMAGE                  layers, keys that they need, what the image runs
-  coffer image unpack [--key KID=FILE]... [--jwe PRIVATE.pem]... [--policy FILE [--name REFERENCE]]
+  coffer image unpack [--key KID=FILE]... [--jwe PRIVATE.pem]... [--policy FILE [--name NAME]]
                       [--most BYTES] IMAGE DIRECTORY
                                               check, decrypt and unpack, as a pod does
   coffer image keyprovider [--key FILE]       answer skopeo's key provider protocol on stdin
 
 FROM, TO and IMAGE are [oci:]LAYOUT[:TAG][@DIGEST]. An encrypted image is only unpacked by its
-digest or under a policy (containers-policy.json), in which REFERENCE is its name.";
+digest or under a policy (containers-policy.json) that asks for a signature. NAME is what it is
+called in a registry, REGISTRY/REPOSITORY[:TAG]; without, the policy's rules for oci: apply.";
 
 /// A command failed. One line.
 #[derive(Debug, Error)]
@@ -77,6 +78,9 @@ pub enum Error {
     /// A policy.
     #[error(transparent)]
     Policy(#[from] PolicyError),
+    /// A name.
+    #[error("--name: {0}")]
+    Name(#[from] NameError),
     /// A signature.
     #[error(transparent)]
     Signature(#[from] SignatureError),
@@ -173,11 +177,6 @@ fn encrypt_image(arguments: &Arguments) -> Result<(), Error> {
     Ok(())
 }
 
-fn name(arguments: &Arguments, reference: &Reference) -> String {
-    let given = arguments.values("--name").last().cloned();
-    given.unwrap_or_else(|| Reference { digest: None, ..reference.clone() }.to_string())
-}
-
 fn sign(arguments: &Arguments) -> Result<(), Error> {
     let reference: Reference = arguments.word(0, "IMAGE")?.parse()?;
     let layout = Layout::open(&reference.path)?;
@@ -185,29 +184,29 @@ fn sign(arguments: &Arguments) -> Result<(), Error> {
     let key = arguments.values("--key").last();
     let key = key.ok_or_else(|| Error::Usage("sign: --key PRIVATE.pem is missing".into()))?;
     let text = std::fs::read_to_string(key).map_err(|e| Error::File(key.into(), e))?;
-    let signature = Signature::sign(&Zeroizing::new(text), &name(arguments, &reference), &image.digest)?;
+    let name = arguments.values("--name").last();
+    let name: Name = name
+        .ok_or_else(|| {
+            Error::Usage(
+                "sign: --name REGISTRY/REPOSITORY[:TAG] is missing: a signature is for a name".into(),
+            )
+        })?
+        .parse()?;
+    let signature = Signature::sign(&Zeroizing::new(text), &name.to_string(), &image.digest)?;
     sigstore::store(&layout, &image.digest, &signature)?;
     println!("{}:{}", reference.path.display(), sigstore::tag(&image.digest));
     Ok(())
 }
 
-fn check_policy(
-    path: &str,
-    arguments: &Arguments,
-    layout: &Layout,
-    reference: &Reference,
-    digests: &[Digest],
-) -> Result<(), Error> {
-    let text = std::fs::read(path).map_err(|e| Error::File(path.into(), e))?;
-    let mut signatures = Vec::new();
-    for digest in digests {
-        signatures.extend(sigstore::find(layout, digest)?);
-    }
-    let named = name(arguments, reference);
-    let transport = if arguments.values("--name").is_empty() { "oci" } else { "docker" };
-    let subject = Subject { transport, reference: &named, digests };
-    let read_key = |path: &str| std::fs::read(path).map_err(|e| format!("{path}: {e}"));
-    Ok(Policy::parse(&text)?.check(&subject, &signatures, &read_key)?)
+/// The image's name as a policy knows it: in a registry, or the layout's directory.
+fn origin(arguments: &Arguments, reference: &Reference) -> Result<Origin, Error> {
+    Ok(match arguments.values("--name").last() {
+        Some(name) => Origin::Registry(Name::of_image(name)?),
+        None => {
+            let path = reference.path.canonicalize().map_err(|e| Error::File(reference.path.clone(), e))?;
+            Origin::Layout(path.to_string_lossy().into_owned())
+        }
+    })
 }
 
 fn inspect(arguments: &Arguments) -> Result<(), Error> {
@@ -271,12 +270,19 @@ fn unpack(arguments: &Arguments) -> Result<(), Error> {
         Some(digest) => (digest.clone(), Trust::Pinned),
         None => (layout.tagged(reference.tag.as_deref())?.digest, Trust::Unchecked),
     };
-    let policy = arguments.values("--policy").last();
-    let trust = if policy.is_some() { Trust::Signed } else { trust };
-    let image = Image::load(&layout, &digest, trust)?;
-    if let Some(path) = policy {
-        check_policy(path, arguments, &layout, &reference, &[digest, image.digest.clone()])?;
-    }
+    let image = match arguments.values("--policy").last() {
+        None => Image::load(&layout, &digest, trust)?,
+        Some(path) => {
+            let text = std::fs::read(path).map_err(|e| Error::File(path.into(), e))?;
+            let (policy, origin) = (Policy::parse(&text)?, origin(arguments, &reference)?);
+            let read_key = |path: &str| std::fs::read(path).map_err(|e| format!("{path}: {e}"));
+            Image::judged(&layout, &digest, |digests| {
+                let signatures = sigstore::find(&layout, digests)?;
+                let verdict = policy.check(&Subject { origin: &origin, digests }, &signatures, &read_key)?;
+                Ok(if trust == Trust::Pinned { trust } else { verdict.into() })
+            })?
+        }
+    };
     let bytes = AtomicU64::new(0);
     let progress = Progress::start("unpacked", &bytes, image.size());
     let options = Options { privileged: nix::unistd::geteuid().is_root(), budget };

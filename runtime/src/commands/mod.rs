@@ -24,7 +24,7 @@ use std::{
     time::Duration,
 };
 
-use coffer_protocol::{ErrorKind, Request, SignalTarget};
+use coffer_protocol::{ErrorKind, Request, SignalTarget, signal};
 use oci_spec::runtime::Spec;
 
 use crate::{
@@ -32,7 +32,7 @@ use crate::{
     cli::Call,
     client,
     error::Error,
-    network, signals,
+    network,
     state::{self, DEFAULT_ROOT, Directory, Record, Status},
 };
 
@@ -120,7 +120,7 @@ fn start(root: &Path, id: &str) -> Result<(), Error> {
 fn kill(call: &Call, root: &Path) -> Result<(), Error> {
     let (directory, record) = find(root, call.id()?)?;
     let text = call.words.get(1).map_or("TERM", String::as_str);
-    let signal = signals::parse(text).ok_or_else(|| Error::Usage(format!("unknown signal `{text}`")))?;
+    let signal = signal::parse(text).ok_or_else(|| Error::Usage(format!("unknown signal `{text}`")))?;
     let status = directory.status(&record);
     if signal == libc::SIGKILL as u32 && record.is_abandoned() {
         // podman takes a container without its conmon for gone once this has returned, and never calls `delete`.

@@ -10,7 +10,7 @@ use std::{
     process::Command,
 };
 
-use coffer_attestation::policy::{Allowed, create_input, generate};
+use coffer_attestation::policy::{Allowed, VerifiedImage, create_input, generate};
 use coffer_layers::{
     config::{ConfigError, Process},
     image::{Image, ImageError, Trust},
@@ -123,7 +123,10 @@ fn generate_policy(words: &[String]) -> Result<(), Error> {
     if spec["hostname"].as_str().is_some_and(is_made_up) {
         allowed.free.push("OCI.Hostname".into());
     }
-    print!("{}", generate(&create_input("container", &spec, Some(&digest.to_string())), &allowed));
+    let digest = digest.to_string();
+    let verified =
+        VerifiedImage { digest: &digest, name: config_value["annotations"]["io.coffer.image.name"].as_str() };
+    print!("{}", generate(&create_input("container", &spec, Some(verified)), &allowed));
     Ok(())
 }
 

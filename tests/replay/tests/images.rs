@@ -1,25 +1,37 @@
 //! `io.coffer.image`: init unpacks the image, and the host has no say in what runs.
 
-use std::{fs, io::Write, path::Path, process::Command, sync::atomic::AtomicU64};
+use std::{
+    fs,
+    io::Write,
+    path::{Path, PathBuf},
+    process::Command,
+    sync::atomic::AtomicU64,
+};
 
 use coffer_layers::{
     digest::Digest,
     encrypt::{Recipient, encrypt},
     layout::Layout,
-    manifest::{Descriptor, MANIFEST, architecture},
+    manifest::{Descriptor, INDEX, MANIFEST, Platform, architecture},
+    policy::sigstore::{self, Signature},
 };
-use coffer_replay::{Bench, config};
+use coffer_replay::{Bench, config, until};
 use serde_json::{Value, json};
 
 /// An image of one layer: a bundle's root, and a program that says who and where it is.
 fn image(bench: &Bench) -> (Layout, Descriptor) {
+    image_of(
+        bench,
+        "#!/bin/sh\nid -u; id -g; pwd; echo $MODE-$EVIL; cat /etc/message; ls /run\n",
+        &json!({"Entrypoint": ["/bin/app"], "User": "app", "Env": ["MODE=verified"], "WorkingDir": "/srv/made"}),
+    )
+}
+
+/// The same with another program and configuration.
+fn image_of(bench: &Bench, program: &str, run: &Value) -> (Layout, Descriptor) {
     use std::os::unix::fs::PermissionsExt;
     let root = bench.bundle("source", &config(&["true"])).join("rootfs");
-    fs::write(
-        root.join("bin/app"),
-        "#!/bin/sh\nid -u; id -g; pwd; echo $MODE-$EVIL; cat /etc/message; ls /run\n",
-    )
-    .unwrap();
+    fs::write(root.join("bin/app"), program).unwrap();
     fs::set_permissions(root.join("bin/app"), fs::Permissions::from_mode(0o755)).unwrap();
     fs::write(root.join("etc/message"), "from the image\n").unwrap();
     let tar = Command::new("tar")
@@ -34,7 +46,7 @@ fn image(bench: &Bench) -> (Layout, Descriptor) {
     let layout = Layout::create(bench.path("layout")).unwrap();
     let layer = layout.put("application/vnd.oci.image.layer.v1.tar+gzip", &gzip.finish().unwrap()).unwrap();
     let text = json!({"architecture": architecture(), "os": "linux",
-        "config": {"Entrypoint": ["/bin/app"], "User": "app", "Env": ["MODE=verified"], "WorkingDir": "/srv/made"},
+        "config": run,
         "rootfs": {"type": "layers", "diff_ids": [Digest::sha256(&tar.stdout)]}});
     let config = layout.put("application/vnd.oci.image.config.v1+json", text.to_string().as_bytes()).unwrap();
     let text = json!({"schemaVersion": 2, "mediaType": MANIFEST, "config": config, "layers": [layer]});
@@ -128,4 +140,129 @@ fn the_owner_pins_images_and_names_the_kbs() {
     );
     assert!(why.contains("plain HTTP"), "{why}");
     assert!(!Path::new("/run/coffer/images/c").exists());
+}
+
+const PRIVATE: &str = include_str!("../../../rootfs/image/testdata/sign/p256.pem");
+const PUBLIC: &str = include_str!("../../../rootfs/image/testdata/sign/p256.pub");
+
+/// Initdata with a signature policy that has this rule for `r.io/team`, and rejects everything else.
+fn with_rule(bench: &Bench, name: &str, rule: &str) -> PathBuf {
+    let file = bench.path(name);
+    let text = format!(
+        r#"version = "0.1.0"
+algorithm = "sha256"
+[data]
+"cosign.pub" = '''
+{PUBLIC}'''
+"cdh.toml" = """
+[image]
+image_security_policy = '''{{"default": [{{"type": "reject"}}], "transports": {{"docker": {{"r.io/team": [{rule}]}}}}}}'''
+"""
+"#
+    );
+    fs::write(&file, text).unwrap();
+    file
+}
+
+#[test]
+fn the_owners_signature_policy_decides() {
+    let bench = Bench::new();
+    let (layout, manifest) = image(&bench);
+    let by_key = with_rule(&bench, "signed.toml", r#"{"type": "sigstoreSigned", "keyPath": "cosign.pub"}"#);
+    let with = |initdata: &Path, digest: &Digest, name: Option<&str>| {
+        let mut config = wants(&layout, digest);
+        config["annotations"]["io.coffer.initdata"] = json!(initdata);
+        if let Some(name) = name {
+            config["annotations"]["io.coffer.image.name"] = json!(name);
+        }
+        config
+    };
+    let runs = |id: &str, config: &Value| {
+        bench.start(id, config);
+        bench.wait_stopped(id);
+        assert!(bench.read(&format!("{id}.out")).contains("from the image"));
+    };
+    let good = with(&by_key, &manifest.digest, Some("r.io/team/app:1"));
+    let why = refused(&bench, "unsigned", &good);
+    assert!(why.contains("image: policy: no signature of r.io/team/app:1"), "{why}");
+    let sign = |name: &str, digest: &Digest| {
+        sigstore::store(&layout, digest, &Signature::sign(PRIVATE, name, digest).unwrap()).unwrap();
+    };
+    sign("r.io/team/app:1", &manifest.digest);
+    runs("signed", &good);
+    let why = refused(&bench, "tag", &with(&by_key, &manifest.digest, Some("r.io/team/app:2")));
+    assert!(why.contains("it is for r.io/team/app:1"), "{why}");
+    for (id, name) in [("scope", Some("r.io/other:1")), ("none", None)] {
+        let why = refused(&bench, id, &with(&by_key, &manifest.digest, name));
+        assert!(why.contains("is rejected by the rule for default"), "{why}");
+    }
+    for (id, rule, words) in [
+        (
+            "openpgp",
+            r#"{"type": "signedBy", "keyType": "GPGKeys", "keyPath": "k"}"#,
+            "a pod cannot check: sign",
+        ),
+        ("nowhere", r#"{"type": "sigstoreSigned", "keyPath": "/etc/k"}"#, "/etc/k is neither kbs:///"),
+    ] {
+        let initdata = with_rule(&bench, &format!("{id}.toml"), rule);
+        let why = refused(&bench, id, &with(&initdata, &manifest.digest, Some("r.io/team/app:1")));
+        assert!(why.contains(words), "{why}");
+    }
+    // A signature of the index will do for the manifest that is chosen from it.
+    let platform =
+        Platform { architecture: architecture().into(), os: "linux".into(), variant: None, os_version: None };
+    let chosen = Descriptor { platform: Some(platform), ..manifest.clone() };
+    let text =
+        json!({"schemaVersion": 2, "mediaType": INDEX, "manifests": [chosen], "annotations": {"n": "1"}});
+    let index = layout.put(INDEX, text.to_string().as_bytes()).unwrap();
+    sign("r.io/team/app:3", &index.digest);
+    runs("index", &with(&by_key, &index.digest, Some("r.io/team/app:3")));
+    // The host changes what a signature says.
+    let mut changed = 0;
+    for blob in fs::read_dir(layout.path().join("blobs/sha256")).unwrap().map(|e| e.unwrap().path()) {
+        let bytes = fs::read(&blob).unwrap();
+        if bytes.starts_with(b"{\"critical\"") {
+            let text = String::from_utf8(bytes).unwrap();
+            fs::write(&blob, text.replace("r.io/team/app:1", "r.io/team/app:2")).unwrap();
+            changed += 1;
+        }
+    }
+    assert_eq!(changed, 2);
+    let why = refused(&bench, "forged", &with(&by_key, &manifest.digest, Some("r.io/team/app:2")));
+    assert!(why.contains("image: signature: blob sha256:") && why.contains("changed on its way"), "{why}");
+}
+
+#[test]
+fn the_images_stop_signal_takes_the_place_of_term() {
+    let bench = Bench::new();
+    let program = "#!/bin/sh\ntrap 'echo usr1' USR1\ntrap 'echo term' TERM\ntrap 'exit 0' INT\necho ready\n\
+                   while :; do sleep 0.1; done\n";
+    let (layout, manifest) =
+        image_of(&bench, program, &json!({"Cmd": ["/bin/app"], "StopSignal": "SIGUSR1"}));
+    // What podman writes without --stop-signal, what it writes with it, and what others write.
+    for (id, annotation, said) in [("a", Some("15"), "usr1"), ("b", Some("2"), "term"), ("c", None, "usr1")] {
+        let mut config = wants(&layout, &manifest.digest);
+        if let Some(number) = annotation {
+            config["annotations"]["org.opencontainers.image.stopSignal"] = json!(number);
+        }
+        bench.start(id, &config);
+        let out = format!("{id}.out");
+        until(|| bench.read(&out).contains("ready"));
+        let _ = bench.call(&["kill", id, "TERM"]).ok();
+        until(|| bench.read(&out) == format!("ready\n{said}\n"));
+        // SAFETY: signals a process of this test's own container.
+        assert_eq!(unsafe { libc::kill(bench.pid(id), libc::SIGTERM) }, 0);
+        until(|| bench.read(&out) == format!("ready\n{said}\n{said}\n"));
+        let _ = bench.call(&["kill", id, "INT"]).ok();
+        bench.wait_stopped(id);
+        let _ = bench.call(&["delete", id]).ok();
+    }
+}
+
+#[test]
+fn a_stop_signal_that_is_none_is_refused() {
+    let bench = Bench::new();
+    let (layout, manifest) = image_of(&bench, "", &json!({"Cmd": ["/bin/app"], "StopSignal": "SIGNONE"}));
+    let why = refused(&bench, "c", &wants(&layout, &manifest.digest));
+    assert!(why.contains("image config: StopSignal \"SIGNONE\" is no signal"), "{why}");
 }

@@ -1,22 +1,26 @@
 //! Fuzz targets: every parser of an image's bytes that init runs. Each takes any bytes and panics when something is wrong.
 
-use std::{collections::BTreeMap, thread};
+use std::{collections::BTreeMap, sync::LazyLock, thread};
 
 use coffer_fuzz::Target;
 use coffer_layers::{
     config::ImageConfig,
+    digest::Digest,
     manifest::{Compression, Document, layer_type},
     ocicrypt::{
         ATTESTATION_AGENT, JWE, KeyBytes, KeySource, LayerKey, PUBLIC, jwe::Jwe, keyprovider, packet::Packet,
     },
     pipeline::{decompress, queue},
-    policy::Policy,
+    policy::{
+        Name, Origin, Policy, Subject, Verdict,
+        sigstore::{self, Signature},
+    },
     reference::Reference,
     tar::{Archive, Kind, MOST_PATH},
 };
 
 /// The targets.
-pub const TARGETS: [Target; 7] = [
+pub const TARGETS: [Target; 8] = [
     ("documents", documents),
     ("annotations", annotations),
     ("wraps", wraps),
@@ -24,6 +28,7 @@ pub const TARGETS: [Target; 7] = [
     ("gzip", |data| stream(Compression::Gzip, data)),
     ("zstd", |data| stream(Compression::Zstd, data)),
     ("policy", policy),
+    ("payload", payload),
 ];
 
 /// Bytes that may come out of one input: what a bound of the pipeline would be.
@@ -37,7 +42,7 @@ impl KeySource for Nothing {
     }
 }
 
-/// Manifests, indexes, configurations, references.
+/// Manifests, indexes, configurations, references, names.
 pub fn documents(data: &[u8]) {
     match Document::parse(data, None) {
         Ok(Document::Manifest(manifest)) => {
@@ -57,6 +62,12 @@ pub fn documents(data: &[u8]) {
         && let Ok(reference) = text.parse::<Reference>()
     {
         assert_eq!(reference.to_string().parse(), Ok(reference));
+    }
+    if let Ok(text) = std::str::from_utf8(data)
+        && let Ok(name) = Name::of_image(text)
+    {
+        assert!(!name.is_bare() && name.scopes()[0] == name.to_string());
+        assert_eq!(name.to_string().parse(), Ok(name));
     }
 }
 
@@ -129,11 +140,39 @@ pub fn stream(compression: Compression, data: &[u8]) {
     });
 }
 
-/// A signature policy.
+const PRIVATE: &str = include_str!("../../testdata/sign/p256.pem");
+const PUBLIC_KEY: &str = include_str!("../../testdata/sign/p256.pub");
+
+/// A signature policy, asked about an image with a signature by the key of every path, and one without.
 pub fn policy(data: &[u8]) {
-    use coffer_layers::policy::Subject;
-    if let Ok(policy) = Policy::parse(data) {
-        let subject = Subject { transport: "docker", reference: "r.io/app:1", digests: &[] };
-        let _ = policy.check(&subject, &[], &|_| Err("none".into()));
+    static SIGNED: LazyLock<(Digest, Signature)> = LazyLock::new(|| {
+        let digest = Digest::sha256(b"image");
+        let signature = Signature::sign(PRIVATE, "r.io/app:1", &digest).expect("a key of ours");
+        (digest, signature)
+    });
+    let Ok(policy) = Policy::parse(data) else { return };
+    let (digest, signature) = &*SIGNED;
+    for origin in
+        [Origin::Registry("r.io/app:1".parse().expect("a name")), Origin::Layout("/images/a".into())]
+    {
+        let ask = |signatures: &[Signature]| {
+            let subject = Subject { origin: &origin, digests: std::slice::from_ref(digest) };
+            policy.check(&subject, signatures, &|_| Ok(PUBLIC_KEY.into()))
+        };
+        let without = ask(&[]);
+        assert!(!matches!(without, Ok(Verdict::Signed)));
+        // A signature takes nothing away.
+        if without.is_ok() {
+            assert!(matches!(ask(std::slice::from_ref(signature)), Ok(Verdict::Accepted)));
+        } else if let Err(why) = ask(std::slice::from_ref(signature)) {
+            assert!(why.to_string().starts_with("policy: ") && !why.to_string().contains('\n'));
+        }
+    }
+}
+
+/// What a signature signs, and what it says of the image.
+pub fn payload(data: &[u8]) {
+    if let Ok(reference) = sigstore::reference(data, &[Digest::sha256(b"image")]) {
+        let _ = reference.parse::<Name>();
     }
 }

@@ -1,19 +1,33 @@
 //! Who may vouch for an image: containers-policy.json(5), as far as a pod needs it.
 //!
-//! Owns: `reject`, `insecureAcceptAnything` and `sigstoreSigned` with a public key, by transport and scope. What the
-//! file says and this does not know (`signedBy`, Fulcio, Rekor) is refused, never passed over. Does not own: where
-//! signatures lie ([`sigstore`]).
+//! Owns: the file, the choice of the most specific scope, and the verdict. Does not own: the requirements' JSON (`requirement`), the
+//! name that a signature must bear (`identity`), where signatures lie ([`sigstore`]).
 
+mod identity;
+mod name;
+mod requirement;
 pub mod sigstore;
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, fmt};
 
-use base64::{Engine, engine::general_purpose::STANDARD};
-use serde::Deserialize;
+use serde::{
+    Deserialize, Deserializer,
+    de::{Error as _, MapAccess, Visitor},
+};
 use thiserror::Error;
 
-use self::sigstore::{PublicKey, Signature};
+pub use self::name::{Name, NameError};
+use self::{
+    identity::Identity,
+    requirement::{Key, Requirement},
+    sigstore::{PublicKey, Signature},
+};
 use crate::digest::Digest;
+
+/// Largest policy in bytes.
+pub const MOST_POLICY: usize = 1 << 20;
+/// Signatures whose faults a refusal names.
+const MOST_WHYS: usize = 4;
 
 /// The policy cannot be read, or the image is refused by it.
 #[derive(Debug, Error)]
@@ -21,9 +35,22 @@ pub enum PolicyError {
     /// Not a policy of known requirements.
     #[error("policy: {0}")]
     Json(#[from] serde_json::Error),
+    /// Over [`MOST_POLICY`].
+    #[error("policy: {0} bytes, more than {MOST_POLICY}")]
+    TooLong(usize),
     /// A key.
-    #[error("policy: key of {0}: {1}")]
+    #[error("policy: key of the rule for {0}: {1}")]
     Key(String, String),
+    /// A requirement that cannot be checked.
+    #[error("policy: {image}: the rule for {rule}: {why}")]
+    Unchecked {
+        /// The image.
+        image: String,
+        /// The scope of the rule.
+        rule: String,
+        /// And what to write in its place.
+        why: &'static str,
+    },
     /// `reject`.
     #[error("policy: {0} is rejected by the rule for {1}")]
     Rejected(String, String),
@@ -39,59 +66,116 @@ pub enum PolicyError {
     },
 }
 
+/// What a policy that lets an image run says of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// A signature vouches for its manifest.
+    Signed,
+    /// Nobody does: `insecureAcceptAnything`.
+    Accepted,
+}
+
+type Scopes = BTreeMap<String, Vec<Requirement>>;
+
 /// A policy.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Policy {
+    #[serde(deserialize_with = "requirements")]
     default: Vec<Requirement>,
-    #[serde(default)]
-    transports: BTreeMap<String, BTreeMap<String, Vec<Requirement>>>,
+    #[serde(default, deserialize_with = "transports")]
+    transports: BTreeMap<String, Scopes>,
 }
 
-#[derive(Clone, Debug, Deserialize)]
-#[serde(tag = "type", rename_all = "camelCase", deny_unknown_fields)]
-enum Requirement {
-    // Braces: serde lets a variant without them have any members.
-    InsecureAcceptAnything {},
-    Reject {},
-    #[serde(rename_all = "camelCase")]
-    SigstoreSigned {
-        key_path: Option<String>,
-        key_data: Option<String>,
-        #[serde(default)]
-        signed_identity: Identity,
-    },
+/// Requirements of one scope. The format asks for one at least: an empty list must not mean yes.
+struct Requirements(Vec<Requirement>);
+
+impl<'de> Deserialize<'de> for Requirements {
+    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        requirements(d).map(Self)
+    }
 }
 
-/// Which reference a signature must name.
-#[derive(Clone, Debug, Default, Deserialize)]
-#[serde(tag = "type", rename_all = "camelCase", deny_unknown_fields)]
-enum Identity {
-    /// The tag must agree; an image named by digest alone matches its repository.
-    #[default]
-    MatchRepoDigestOrExact,
-    MatchExact {},
-    MatchRepository {},
-    #[serde(rename_all = "camelCase")]
-    ExactReference {
-        docker_reference: String,
-    },
-    #[serde(rename_all = "camelCase")]
-    ExactRepository {
-        docker_repository: String,
-    },
+fn requirements<'de, D: Deserializer<'de>>(d: D) -> Result<Vec<Requirement>, D::Error> {
+    let list = Vec::<Requirement>::deserialize(d)?;
+    if list.is_empty() {
+        Err(D::Error::custom("an empty list of requirements: write reject"))
+    } else {
+        Ok(list)
+    }
+}
+
+fn transports<'de, D: Deserializer<'de>>(d: D) -> Result<BTreeMap<String, Scopes>, D::Error> {
+    let Once(all) = Once::<Once<Requirements>>::deserialize(d)?;
+    let scopes = |Once(scopes): Once<Requirements>| scopes.into_iter().map(|(k, v)| (k, v.0)).collect();
+    Ok(all.into_iter().map(|(transport, of)| (transport, scopes(of))).collect())
+}
+
+/// A map in which no key comes twice: readers differ in which one they take.
+struct Once<T>(BTreeMap<String, T>);
+
+impl<'de, T: Deserialize<'de>> Deserialize<'de> for Once<T> {
+    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        struct Entries<T>(std::marker::PhantomData<T>);
+        impl<'de, T: Deserialize<'de>> Visitor<'de> for Entries<T> {
+            type Value = Once<T>;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Once<T>, A::Error> {
+                let mut all = BTreeMap::new();
+                while let Some(key) = map.next_key::<String>()? {
+                    if all.contains_key(&key) {
+                        return Err(A::Error::custom(format_args!("{key:?} comes twice")));
+                    }
+                    let value = map.next_value()?;
+                    all.insert(key, value);
+                }
+                Ok(Once(all))
+            }
+        }
+        d.deserialize_map(Entries(std::marker::PhantomData))
+    }
 }
 
 /// Reads keys that a policy names by path: `kbs:///…` or a file.
 pub type ReadKey<'a> = &'a dyn Fn(&str) -> Result<Vec<u8>, String>;
 
+/// What an image is called.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Origin {
+    /// Transport `docker`: by its name in a registry.
+    Registry(Name),
+    /// Transport `oci`: by its layout's directory. Empty where nobody knows it, as in a pod: then only the transport's `""` fits.
+    Layout(String),
+}
+
+impl fmt::Display for Origin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Registry(name) => write!(f, "{name}"),
+            Self::Layout(path) if path.is_empty() => f.write_str("an image without a name"),
+            Self::Layout(path) => f.write_str(path),
+        }
+    }
+}
+
+impl Origin {
+    fn scopes(&self) -> (&'static str, Vec<String>) {
+        match self {
+            Self::Registry(name) => ("docker", name.scopes()),
+            Self::Layout(path) => ("oci", name::directory_scopes(path)),
+        }
+    }
+}
+
 /// An image that is about to run.
-#[derive(Clone, Debug)]
+#[derive(Clone, Copy, Debug)]
 pub struct Subject<'a> {
-    /// `docker` for a registry's, `oci` for a layout's.
-    pub transport: &'a str,
-    /// Its reference as its owner names it: `registry/repository[:tag]`, or a layout's path.
-    pub reference: &'a str,
+    /// Which rule it falls under, and what its signature must name.
+    pub origin: &'a Origin,
     /// The digests that name it: of the manifest, and of the index that it came from.
     pub digests: &'a [Digest],
 }
@@ -100,8 +184,11 @@ impl Policy {
     /// Reads a policy.
     ///
     /// # Errors
-    /// [`PolicyError::Json`].
+    /// [`PolicyError::Json`], [`PolicyError::TooLong`].
     pub fn parse(bytes: &[u8]) -> Result<Self, PolicyError> {
+        if bytes.len() > MOST_POLICY {
+            return Err(PolicyError::TooLong(bytes.len()));
+        }
         Ok(serde_json::from_slice(bytes)?)
     }
 
@@ -114,98 +201,84 @@ impl Policy {
         subject: &Subject<'_>,
         signatures: &[Signature],
         read_key: ReadKey<'_>,
-    ) -> Result<(), PolicyError> {
-        let (rule, requirements) = self.scope(subject);
-        let image = subject.reference.to_owned();
-        // The file format asks for one requirement at least; an empty list must not mean yes.
-        if requirements.is_empty() {
-            return Err(PolicyError::Rejected(image, format!("{rule} (empty)")));
-        }
+    ) -> Result<Verdict, PolicyError> {
+        let (rule, requirements) = self.scope(subject.origin);
+        let image = subject.origin.to_string();
+        let mut verdict = Verdict::Accepted;
         for requirement in requirements {
             match requirement {
-                Requirement::InsecureAcceptAnything {} => {}
-                Requirement::Reject {} => return Err(PolicyError::Rejected(image, rule)),
-                Requirement::SigstoreSigned { key_path, key_data, signed_identity } => {
-                    let key = key(&rule, key_path.as_deref(), key_data.as_deref(), read_key)?;
-                    let mut whys = Vec::new();
-                    let mut held = false;
-                    for signature in signatures {
-                        match signature.check(&key, subject.digests) {
-                            Ok(name) if signed_identity.fits(subject.reference, &name) => held = true,
-                            Ok(name) => whys.push(format!("it is for {name:?}")),
-                            Err(why) => whys.push(why.to_string()),
-                        }
-                    }
-                    if !held {
-                        let why = if whys.is_empty() { "there is none".into() } else { whys.join("; ") };
-                        return Err(PolicyError::Unsigned { image, rule, why });
-                    }
+                Requirement::Accept => {}
+                Requirement::Reject => return Err(PolicyError::Rejected(image, rule)),
+                Requirement::Unchecked(why) => return Err(PolicyError::Unchecked { image, rule, why }),
+                Requirement::Signed { keys, identity } => {
+                    let wrong = |why| PolicyError::Key(rule.clone(), why);
+                    let keys: Vec<PublicKey> = keys
+                        .iter()
+                        .map(|key| read(key, read_key))
+                        .collect::<Result<_, _>>()
+                        .map_err(wrong)?;
+                    signed(subject, signatures, &keys, identity).map_err(|why| PolicyError::Unsigned {
+                        image: image.clone(),
+                        rule: rule.clone(),
+                        why,
+                    })?;
+                    verdict = Verdict::Signed;
                 }
             }
         }
-        Ok(())
+        Ok(verdict)
     }
 
-    /// The most specific scope: the whole reference, then without tag, then ever shorter paths, then the transport's
-    /// `""`, then the default.
-    fn scope(&self, subject: &Subject<'_>) -> (String, &[Requirement]) {
-        if let Some(scopes) = self.transports.get(subject.transport) {
-            let mut name = subject.reference;
-            loop {
-                if let Some(requirements) = scopes.get(name) {
-                    let shown = if name.is_empty() { "every image" } else { name };
-                    return (format!("{}:{shown}", subject.transport), requirements);
+    /// The most specific scope: the name, then what it lies in, then the transport's `""`, then the default.
+    fn scope(&self, origin: &Origin) -> (String, &[Requirement]) {
+        let (transport, names) = origin.scopes();
+        if let Some(scopes) = self.transports.get(transport) {
+            for name in names {
+                if let Some(requirements) = scopes.get(&name) {
+                    return (format!("{transport}:{name}"), requirements);
                 }
-                let shorter = repository(name);
-                name = if shorter.len() < name.len() {
-                    shorter
-                } else {
-                    match name.rsplit_once('/') {
-                        Some((shorter, _)) => shorter,
-                        None if name.is_empty() => break,
-                        None => "",
-                    }
-                };
+            }
+            if let Some(requirements) = scopes.get("") {
+                return (format!("every image of {transport}"), requirements);
             }
         }
         ("default".into(), &self.default)
     }
 }
 
-fn key(
-    rule: &str,
-    path: Option<&str>,
-    data: Option<&str>,
-    read_key: ReadKey<'_>,
-) -> Result<PublicKey, PolicyError> {
-    let wrong = |why: String| PolicyError::Key(rule.to_owned(), why);
-    let pem = match (path, data) {
-        (Some(path), None) => read_key(path).map_err(wrong)?,
-        (None, Some(data)) => STANDARD.decode(data).map_err(|e| wrong(format!("keyData: {e}")))?,
-        _ => return Err(wrong("want either keyPath or keyData".into())),
-    };
-    let text = std::str::from_utf8(&pem).map_err(|_| wrong("not PEM".into()))?;
-    PublicKey::from_pem(text).map_err(|e| wrong(e.to_string()))
-}
-
-/// A reference without its tag.
-fn repository(reference: &str) -> &str {
-    match reference.rsplit_once(':') {
-        Some((repository, tag)) if !tag.contains('/') => repository,
-        _ => reference,
+fn read(key: &Key, read_key: ReadKey<'_>) -> Result<PublicKey, String> {
+    match key {
+        Key::Read(key) => Ok(key.clone()),
+        Key::Path(path) => PublicKey::from_pem_bytes(&read_key(path)?).map_err(|e| format!("{path}: {e}")),
     }
 }
 
-impl Identity {
-    fn fits(&self, wanted: &str, signed: &str) -> bool {
-        match self {
-            Self::MatchRepoDigestOrExact if repository(wanted) == wanted => repository(signed) == wanted,
-            Self::MatchRepoDigestOrExact | Self::MatchExact {} => signed == wanted,
-            Self::MatchRepository {} => repository(signed) == repository(wanted),
-            Self::ExactReference { docker_reference } => signed == docker_reference,
-            Self::ExactRepository { docker_repository } => repository(signed) == docker_repository,
+/// Whether one of the signatures is by one of the keys, over one of the digests, for a fitting name.
+fn signed(
+    subject: &Subject<'_>,
+    signatures: &[Signature],
+    keys: &[PublicKey],
+    identity: &Identity,
+) -> Result<(), String> {
+    let name = match subject.origin {
+        Origin::Registry(name) => Some(name),
+        Origin::Layout(_) => None,
+    };
+    let mut whys = Vec::new();
+    for signature in signatures {
+        match signature.check(keys, subject.digests) {
+            Ok(signed) => match identity.fits(name, &signed) {
+                Ok(()) => return Ok(()),
+                Err(why) => whys.push(why),
+            },
+            Err(why) => whys.push(why.to_string()),
         }
     }
+    Err(match whys.len() {
+        0 => "there is none beside it: sign with cosign or `coffer image sign`".into(),
+        n if n > MOST_WHYS => format!("{}; and {} more", whys[..MOST_WHYS].join("; "), n - MOST_WHYS),
+        _ => whys.join("; "),
+    })
 }
 
 #[cfg(test)]
