@@ -34,6 +34,7 @@ feeds mutated inputs to fuzz targets
   TARGET|all [--seconds S] [--executions N] [--seed N] [--keep DIR]
                      10 seconds each, unless told; --keep writes inputs that reached something new
   TARGET FILE...     runs these inputs, for example a finding
+  TARGET merge DIR   copies into the corpus what of DIR/TARGET reaches something that the corpus and smaller inputs do not
   seeds              writes honest inputs to the corpus";
 /// Inputs that a run adds to its corpus.
 const MOST_ADDED: usize = 20_000;
@@ -107,6 +108,10 @@ impl<'a> Fuzz<'a> {
                 "--executions" => bounds.executions = number(value()?)?,
                 "--seed" => bounds.seed = number(value()?)?,
                 "--keep" => bounds.keep = Some(value()?.into()),
+                "merge" => {
+                    let from = PathBuf::from(value()?);
+                    return chosen.iter().try_for_each(|target| self.merge(*target, &from));
+                }
                 flag if flag.starts_with('-') => return Err(format!("unknown flag {flag}: {}", usage())),
                 _ => files.push(word),
             }
@@ -136,6 +141,37 @@ impl<'a> Fuzz<'a> {
                 .and_then(|()| fs::write(folder.join(file), bytes))
                 .map_err(|e| format!("write {}: {e}", folder.display()))?;
         }
+        Ok(())
+    }
+
+    fn merge(&self, (name, function): Target, from: &Path) -> Result<(), String> {
+        let mut coverage = Coverage::new();
+        if coverage.size() == 0 {
+            return Err("merge needs a build with counters: tests/fuzz/build".to_owned());
+        }
+        let watch = Watch::new(name);
+        for input in read_all(&self.corpus(name))? {
+            watch.execute(function, &input);
+            coverage.is_new();
+        }
+        let (before, mut inputs) = (coverage.seen(), read_all(&from.join(name))?);
+        inputs.sort_by_key(Vec::len);
+        let mut kept = 0;
+        for input in &inputs {
+            watch.execute(function, input);
+            let seen = coverage.seen();
+            // A further edge, not the same ones another number of times.
+            if coverage.is_new() && coverage.seen() > seen {
+                kept += 1;
+                let file = self.corpus(name).join(format!("found-{kept:03}"));
+                fs::write(&file, input).map_err(|e| format!("write {}: {e}", file.display()))?;
+            }
+        }
+        println!(
+            "{name}: {kept} of {} inputs, {before} counters reached before, {} now",
+            inputs.len(),
+            coverage.seen()
+        );
         Ok(())
     }
 
