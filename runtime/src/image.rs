@@ -26,10 +26,10 @@ const NAME: &str = "io.coffer.image.name";
 
 /// What other tools write before the name of an image that is no layout, and why that cannot be shown to a guest.
 const OTHERS: [(&str, &str); 4] = [
-    ("containers-storage:", "podman's storage keeps layers unpacked, and no encrypted ones"),
+    ("containers-storage:", "podman's storage keeps layers unpacked, not the blobs that a manifest names"),
     ("docker://", "the runtime does not pull"),
     ("docker-archive:", "an archive has no blobs by digest"),
-    ("dir:", "a dir: has no blobs by digest"),
+    ("dir:", "a dir: is no OCI layout"),
 ];
 
 /// The image that the configuration names, and its blobs for the guest.

@@ -247,3 +247,32 @@ fn nothing_escapes_the_tree() {
         assert_eq!(fs::read_dir(outside.path()).unwrap().count(), 1);
     }
 }
+
+#[test]
+fn an_encrypted_image_wants_a_signature_and_not_only_a_policy() {
+    let dir = tempfile::tempdir().unwrap();
+    let (layout, manifest, _) = two(dir.path());
+    let load = |verdict: Verdict| Image::judged(&layout, &manifest.digest, |_| Ok(verdict.into()));
+    assert!(matches!(load(Verdict::Accepted), Err(ImageError::Unpinned)));
+    let place = dir.path().join("root");
+    load(Verdict::Signed).unwrap().unpack(&layout, &KEY, &place, OPTIONS, &AtomicU64::new(0)).unwrap();
+    assert_eq!(fs::read(place.join("etc/b")).unwrap(), b"second");
+}
+
+#[test]
+fn an_index_and_its_manifest_both_name_the_image() {
+    let dir = tempfile::tempdir().unwrap();
+    let (layout, manifest, _) = two(dir.path());
+    let platform = serde_json::json!({"architecture": crate::manifest::architecture(), "os": "linux"});
+    let mut chosen = serde_json::to_value(&manifest).unwrap();
+    chosen["platform"] = platform;
+    let index =
+        serde_json::json!({"schemaVersion": 2, "mediaType": crate::manifest::INDEX, "manifests": [chosen]});
+    let index = layout.put(crate::manifest::INDEX, index.to_string().as_bytes()).unwrap();
+    let mut seen = Vec::new();
+    let image = Image::judged(&layout, &index.digest, |digests| {
+        seen = digests.to_vec();
+        Ok(Trust::Signed)
+    });
+    assert_eq!((image.unwrap().digest, seen), (manifest.digest.clone(), vec![index.digest, manifest.digest]));
+}

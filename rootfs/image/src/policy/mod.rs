@@ -51,6 +51,14 @@ pub enum PolicyError {
         /// And what to write in its place.
         why: &'static str,
     },
+    /// A name by digest, of another image.
+    #[error("policy: {name} names another image than {digest}")]
+    Misnamed {
+        /// What it was called.
+        name: String,
+        /// What it is.
+        digest: String,
+    },
     /// `reject`.
     #[error("policy: {0} is rejected by the rule for {1}")]
     Rejected(String, String),
@@ -202,6 +210,13 @@ impl Policy {
         signatures: &[Signature],
         read_key: ReadKey<'_>,
     ) -> Result<Verdict, PolicyError> {
+        // A name by digest is held to fewer words of a signature, so it has to be true.
+        if let Origin::Registry(name) = subject.origin
+            && name.digest().is_some_and(|digest| !subject.digests.contains(digest))
+        {
+            let digest = subject.digests.first().map(ToString::to_string).unwrap_or_default();
+            return Err(PolicyError::Misnamed { name: name.to_string(), digest });
+        }
         let (rule, requirements) = self.scope(subject.origin);
         let image = subject.origin.to_string();
         let mut verdict = Verdict::Accepted;

@@ -80,6 +80,12 @@ impl Name {
         &self.repository
     }
 
+    /// Its digest.
+    #[must_use]
+    pub fn digest(&self) -> Option<&Digest> {
+        self.digest.as_ref()
+    }
+
     /// Has a tag.
     #[must_use]
     pub fn is_tagged(&self) -> bool {

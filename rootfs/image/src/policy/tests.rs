@@ -95,6 +95,8 @@ fn rules_are_chosen_by_scope_and_all_must_hold() {
     let p = signed(serde_json::json!({}));
     assert_eq!(check(&p, "r.io/app:1", good), Ok(Verdict::Signed));
     assert_eq!(check(&p, &format!("r.io/app@{}", image()), good), Ok(Verdict::Signed));
+    let why = check(&p, &format!("r.io/app@{}", Digest::sha256(b"other")), good).unwrap_err();
+    assert!(why.contains("names another image than sha256:"), "{why}");
     let why = check(&p, "r.io/app:1", &[]).unwrap_err();
     assert!(why.contains("the rule for docker:r.io/app: there is none"), "{why}");
     let why = check(&p, "r.io/app", good).unwrap_err();
