@@ -3,7 +3,8 @@
 //! Owns: marks, mounts, the vsock listener, the orderly end. Does not own: what comes over vsock.
 
 use std::{
-    fs, io,
+    fs,
+    io::{self, Write},
     os::fd::OwnedFd,
     path::Path,
     sync::atomic::{AtomicBool, Ordering},
@@ -99,6 +100,13 @@ pub fn delegate_controllers(directory: &str) {
 pub fn mount_share() -> Result<(), BootError> {
     mount(Some(SHARE_TAG), SHARE_DIR, Some("virtiofs"), MsFlags::MS_NOATIME, None::<&str>)
         .map_err(at("mount the host's share"))
+}
+
+/// To the kernel's log: a console shows it where there is one.
+pub fn complain(message: &str) {
+    if let Ok(mut log) = fs::File::options().write(true).open("/dev/kmsg") {
+        let _ = log.write_all(message.as_bytes());
+    }
 }
 
 /// Listens for the host, and tells the VMM so by a connection to its ready port.

@@ -14,6 +14,7 @@ pub mod network;
 pub mod owner;
 #[cfg(not(feature = "confidential"))]
 mod plain;
+mod random;
 pub mod server;
 mod session;
 

@@ -1,7 +1,5 @@
 //! `coffer-init`: PID 1.
 
-use std::{fs, io::Write};
-
 use coffer_init::{boot, network, server::Server};
 use coffer_layout::mark;
 
@@ -15,7 +13,7 @@ fn main() {
     match run() {
         Ok(()) => boot::end(),
         Err(error) => {
-            complain(&format!("coffer-init: {error}"));
+            boot::complain(&format!("coffer-init: {error}"));
             boot::reset();
         }
     }
@@ -23,20 +21,9 @@ fn main() {
 
 fn run() -> Result<(), Box<dyn std::error::Error>> {
     boot::mount_all()?;
-    if let Err(error) = boot::mount_share() {
-        // A guest without a share has no root file systems from the host; create says so.
-        complain(&format!("coffer-init: {error}"));
-    }
     network::loopback_up()?;
     let mut server = Server::new(boot::listen_to_host()?)?;
     boot::tell(mark::INIT_READY);
     server.run()?;
     Ok(())
-}
-
-/// To the kernel's log: a console shows it where there is one.
-fn complain(message: &str) {
-    if let Ok(mut log) = fs::File::options().write(true).open("/dev/kmsg") {
-        let _ = log.write_all(message.as_bytes());
-    }
 }

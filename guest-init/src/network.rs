@@ -8,7 +8,7 @@ use std::{
     os::fd::{AsRawFd, OwnedFd},
 };
 
-use coffer_protocol::{Interface, Network, Route};
+use coffer_protocol::{Interface, Network, Route, template_mac};
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, socket};
 use thiserror::Error;
 
@@ -155,7 +155,16 @@ pub fn apply(network: &Network) -> Result<(), NetworkError> {
         return Ok(());
     }
     let netlink = Netlink::open()?;
-    let plan = names(&devices(), &network.interfaces)?;
+    let mut present = devices();
+    for (index, mac) in adopt(&mut present, &network.interfaces) {
+        netlink.link(
+            index,
+            false,
+            &[(libc::IFLA_ADDRESS, &mac)],
+            format!("give device {index} its address"),
+        )?;
+    }
+    let plan = names(&present, &network.interfaces)?;
     for Rename { index, from, to } in plan.renames {
         let text = [to.as_bytes(), b"\0"].concat();
         netlink.link(index, false, &[(libc::IFLA_IFNAME, &text)], format!("name {from} {to}"))?;
@@ -186,6 +195,31 @@ fn devices() -> Vec<Device> {
         })
     };
     entries.filter_map(device).filter(|d| d.name != LOOPBACK).collect()
+}
+
+/// Devices of a machine that was started from a template have the template's addresses: in the order of the pod's interfaces
+/// they get theirs. Gives `(device, address)` of those, which are then `present` by it.
+fn adopt(present: &mut [Device], wanted: &[Interface]) -> Vec<(u32, [u8; 6])> {
+    let mut adopted = Vec::new();
+    for (position, interface) in wanted.iter().enumerate() {
+        if present.iter().any(|d| d.mac.eq_ignore_ascii_case(&interface.mac)) {
+            continue;
+        }
+        let of_template = template_mac(position);
+        let device = present.iter_mut().find(|d| d.mac.eq_ignore_ascii_case(&of_template));
+        if let (Some(device), Some(mac)) = (device, mac_bytes(&interface.mac)) {
+            device.mac.clone_from(&interface.mac);
+            adopted.push((device.index, mac));
+        }
+    }
+    adopted
+}
+
+fn mac_bytes(text: &str) -> Option<[u8; 6]> {
+    let parts = text
+        .split(':')
+        .map(|part| u8::from_str_radix(part, 16).ok().filter(|_| part.len() == 2 && !part.starts_with('+')));
+    parts.collect::<Option<Vec<u8>>>()?.try_into().ok()
 }
 
 #[derive(Debug, PartialEq, Eq)]
@@ -366,6 +400,23 @@ mod tests {
         let plan =
             names(&[device(2, "eth1"), device(3, "eth0")], &[interface("eth1", 2), interface("eth0", 3)]);
         assert!(plan.unwrap().renames.is_empty());
+    }
+
+    #[test]
+    fn devices_of_a_template_get_the_pods_addresses_and_others_keep_theirs() {
+        let saved = |index, name, position| Device { mac: template_mac(position), ..device(index, name) };
+        let wanted = [interface("eth0", 12), interface("net", 13)];
+        let mut present = [saved(2, "eth0", 0), saved(3, "eth1", 1)];
+        let bytes = |text: &str| mac_bytes(text).unwrap();
+        assert_eq!(adopt(&mut present, &wanted), [(2, bytes(&wanted[0].mac)), (3, bytes(&wanted[1].mac))]);
+        let plan = names(&present, &wanted).unwrap();
+        assert_eq!(plan.indices, [2, 3]);
+        // Said again, and in a machine that booted: nothing is to be done.
+        assert!(adopt(&mut present, &wanted).is_empty());
+        assert!(adopt(&mut [device(12, "eth0"), device(13, "eth1")], &wanted).is_empty());
+        for text in ["", "0:1:2:3:4:5", "00:00:00:00:00:gg", "00:00:00:00:00:00:00", "+1:00:00:00:00:00"] {
+            assert_eq!(mac_bytes(text), None, "{text}");
+        }
     }
 
     #[test]

@@ -33,7 +33,7 @@ use crate::{
     confidential::Confidential,
     container::{self, Cgroup, ContainerError, Sync},
     image::{self, Images},
-    network,
+    network, random,
     session::{Part, Process, Session, Stdio, Streams, unblock},
 };
 
@@ -309,6 +309,11 @@ impl Server {
             if self.confidential.is_some() {
                 return Err(ContainerError::new(ErrorKind::WrongState, "the pod is set up already"));
             }
+            if let Some(entropy) = &sandbox.entropy {
+                // Before anything that draws a random number, a key above all.
+                random::reseed(entropy)
+                    .map_err(|e| ContainerError::guest("reseed the random number generator", e))?;
+            }
             let mut confidential = Confidential::new(sandbox.initdata.as_deref())?;
             confidential.check(&request)?;
             self.images = Images::new(confidential.owner()?);
@@ -527,7 +532,13 @@ fn check_version(sandbox: &Sandbox) -> Result<(), ContainerError> {
     Err(ContainerError::new(ErrorKind::Invalid, message))
 }
 
+/// What makes this pod itself. Nothing of it may happen before init is ready: a machine that is saved then, and started many times,
+/// has no share, no random numbers that were given out, no name and no time of its own.
 fn set_up(sandbox: &Sandbox) -> Result<(), ContainerError> {
+    if let Err(error) = boot::mount_share() {
+        // A guest without a share has no root file systems from the host; create says so.
+        boot::complain(&format!("coffer-init: {error}"));
+    }
     if let Some(name) = &sandbox.hostname {
         nix::unistd::sethostname(name).map_err(|e| ContainerError::guest("set the host name", e))?;
     }

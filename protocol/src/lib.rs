@@ -36,6 +36,12 @@ pub const SHARE_TAG: &str = "coffer";
 /// Where init mounts [`SHARE_TAG`]; guest paths in a spec that the host rewrote lie below it.
 pub const SHARE_DIR: &str = "/run/coffer/share";
 
+/// MAC address, until the pod gives it another, of a network device in a machine that was saved as a template; by position.
+#[must_use]
+pub fn template_mac(position: usize) -> String {
+    format!("02:c0:ff:e4:00:{:02x}", position & 0xff)
+}
+
 /// The guest may have received this many bytes of stdin that its process has not read yet; the host stops sending
 /// there and goes on after [`Kind::StdinCredit`].
 pub const STDIN_WINDOW: usize = 256 * 1024;

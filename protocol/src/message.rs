@@ -76,6 +76,10 @@ pub struct Sandbox {
     pub unix_time_ns: u64,
     /// Network, as far as it is known yet.
     pub network: Network,
+    /// Random bytes of the host for a machine that may have been started from a template: its generator's state is then that of
+    /// every other. Not for a guest in a TEE, whose host knows them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub entropy: Option<[u8; 32]>,
     /// The owner's initdata, to the byte: init checks it against what the launch is bound to.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub initdata: Option<String>,
