@@ -25,6 +25,8 @@ coffer-vmm: boots an IGVM image in a microVM
   --lifeline-fd N        the VM ends when this pipe's other end is closed
   --exit-report FILE     how the VM ended, as one JSON object
   --tee KIND             none; snp: AMD SEV-SNP; snp-emulated: the same boot without the hardware, WHICH PROTECTS NOTHING
+  --make-template DIR    saves the machine into DIR when its init is ready, and ends
+  --template DIR         starts from the machine saved in DIR, when it fits; else boots, and says why
   --policy HEX           SNP guest policy, in place of the image's
   --host-data HEX        32 bytes that the guest's attestation reports carry
   --certificates FILE    certificate table that extended guest requests get
@@ -55,6 +57,16 @@ pub enum ArgsError {
     /// A flag that means nothing without a TEE.
     #[error("{0} needs --tee snp or --tee snp-emulated")]
     WithoutTee(&'static str),
+    /// A machine that cannot be saved.
+    #[error("{flag} with {with}: {why}")]
+    NoTemplate {
+        /// The flag.
+        flag: &'static str,
+        /// What it does not go with.
+        with: &'static str,
+        /// Why.
+        why: &'static str,
+    },
     /// A flag that must be there.
     #[error("{0} is missing: see coffer-vmm --help")]
     Missing(&'static str),
@@ -112,6 +124,8 @@ pub struct Args {
     pub host_data: Option<[u8; 32]>,
     pub certificates: Option<PathBuf>,
     pub development_keys: Option<PathBuf>,
+    pub make_template: Option<PathBuf>,
+    pub template: Option<PathBuf>,
 }
 
 /// What to do.
@@ -172,6 +186,8 @@ pub fn parse(words: impl IntoIterator<Item = String>) -> Result<Command, ArgsErr
             "--host-data",
             "--certificates",
             "--development-keys",
+            "--make-template",
+            "--template",
         ];
         if !known.contains(&flag.as_str()) {
             return Err(ArgsError::Unknown(flag));
@@ -194,10 +210,33 @@ pub fn parse(words: impl IntoIterator<Item = String>) -> Result<Command, ArgsErr
     if let Some((flag, _)) = of_a_tee.into_iter().find(|(_, given)| *given && args.tee == Tee::None) {
         return Err(ArgsError::WithoutTee(flag));
     }
+    args.can_be_saved()?;
     Ok(Command::Run(Box::new(args)))
 }
 
 impl Args {
+    /// Refuses a template of what cannot be saved, or not be told apart from what was saved.
+    fn can_be_saved(&self) -> Result<(), ArgsError> {
+        let flag = match (&self.make_template, &self.template) {
+            (Some(_), Some(_)) => {
+                let why = "a template is made from a boot";
+                return Err(ArgsError::NoTemplate { flag: "--make-template", with: "--template", why });
+            }
+            (Some(_), None) => "--make-template",
+            (None, Some(_)) => "--template",
+            (None, None) => return Ok(()),
+        };
+        let reasons = [
+            (self.tee != Tee::None, "--tee", "a snapshot's state cannot be measured at launch"),
+            (!self.disks.is_empty(), "--disk", "a disk's size is read when the kernel starts"),
+            (self.console.is_some(), "--console", "the console's port is not saved"),
+        ];
+        match reasons.into_iter().find(|(there, ..)| *there) {
+            Some((_, with, why)) => Err(ArgsError::NoTemplate { flag, with, why }),
+            None => Ok(()),
+        }
+    }
+
     fn set(&mut self, flag: &str, value: &str) -> Result<(), ArgsError> {
         let wrong = |wanted| ArgsError::Value { flag: flag.to_owned(), value: value.to_owned(), wanted };
         match flag {
@@ -251,6 +290,8 @@ impl Args {
             }
             "--certificates" => self.certificates = Some(value.into()),
             "--development-keys" => self.development_keys = Some(value.into()),
+            "--make-template" => self.make_template = Some(value.into()),
+            "--template" => self.template = Some(value.into()),
             _ => {
                 self.tee = match value {
                     "none" => Tee::None,
@@ -350,6 +391,30 @@ mod tests {
             assert!(matches!(run(line), Err(ArgsError::Value { .. })), "{line}");
         }
         assert!(matches!(run(&format!("--host-data {}", "+1".repeat(32))), Err(ArgsError::Value { .. })));
+    }
+
+    #[test]
+    fn what_cannot_be_saved_has_no_template() {
+        for (flags, words) in [
+            (
+                "--make-template /t --tee snp",
+                "--make-template with --tee: a snapshot's state cannot be measured",
+            ),
+            (
+                "--template /t --tee snp-emulated",
+                "--template with --tee: a snapshot's state cannot be measured",
+            ),
+            ("--template /t --disk /d", "--template with --disk"),
+            ("--make-template /t --console -", "--make-template with --console"),
+            ("--make-template /t --template /t", "--make-template with --template"),
+        ] {
+            let error = run(&format!("--image a --memory-mib 64 {flags}")).unwrap_err().to_string();
+            assert!(error.starts_with(words), "{error}");
+        }
+        let Ok(Command::Run(args)) = run("--image a --memory-mib 64 --template /t") else {
+            panic!("refused")
+        };
+        assert_eq!(args.template, Some("/t".into()));
     }
 
     #[test]

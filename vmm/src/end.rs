@@ -33,6 +33,8 @@ pub enum End {
     Kvm(String),
     /// Nobody is left who waits for this pod.
     Abandoned,
+    /// Its init was ready and it was saved as a template.
+    Stopped,
 }
 
 impl End {
@@ -40,7 +42,7 @@ impl End {
     #[must_use]
     pub fn code(&self) -> u8 {
         match self {
-            Self::Orderly | Self::Abandoned => 0,
+            Self::Orderly | Self::Abandoned | Self::Stopped => 0,
             Self::Panic | Self::ShimRefused(_) | Self::GuestTerminated { .. } => 70,
             Self::Emulation(_) => EMULATION,
             Self::TripleFault => 71,
@@ -60,6 +62,7 @@ impl End {
             Self::TripleFault => "triple-fault",
             Self::Kvm(_) => "kvm",
             Self::Abandoned => "abandoned",
+            Self::Stopped => "template-made",
         }
     }
 
@@ -77,6 +80,7 @@ impl End {
             Self::TripleFault => "the guest faulted three times and was reset: its kernel is broken or does not fit this processor".to_owned(),
             Self::Kvm(words) => format!("KVM cannot go on with the guest: {words}"),
             Self::Abandoned => "nobody waits for this pod any more".to_owned(),
+            Self::Stopped => "the template is made".to_owned(),
         }
     }
 

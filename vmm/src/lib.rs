@@ -13,5 +13,6 @@ pub mod log;
 pub mod machine;
 pub mod memory;
 pub mod tee;
+pub mod template;
 pub mod trace;
 pub mod vcpu;

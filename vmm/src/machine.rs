@@ -1,6 +1,8 @@
 //! The machine: made from checked arguments and a checked image, run until it ends.
 //!
-//! Owns: the order of making things. Nothing of KVM is touched before the whole image was checked.
+//! Owns: the order of making things. No VM is made before the whole image was checked, or a template in its place (`saved`).
+
+mod saved;
 
 use std::{
     fs::File,
@@ -48,6 +50,7 @@ use crate::{
             plan::{LaunchPlan, PlanError},
         },
     },
+    template::{Template, TemplateError, gate::Gate},
     trace::Trace,
     vcpu::{self, Exits, VcpuError},
 };
@@ -91,6 +94,8 @@ pub enum MachineError {
     Blk(#[from] BlkError),
     #[error("device net: {0}")]
     Net(#[from] NetError),
+    #[error("template {path}: {source}")]
+    Template { path: String, source: TemplateError },
     #[error("{what}: {source}")]
     Host { what: &'static str, source: io::Error },
 }
@@ -109,6 +114,7 @@ impl MachineError {
             | Self::Fs(_)
             | Self::Blk(_)
             | Self::Net(_)
+            | Self::Template { .. }
             | Self::Host { .. } => 74,
         }
     }
@@ -121,6 +127,7 @@ fn kvm_error(command: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> Machine
 /// What a launch does, by the kind of machine.
 enum Planned {
     Plain(launch::Plan),
+    Saved(Box<Template>),
     Snp(LaunchPlan),
     Emulated(LaunchPlan),
 }
@@ -140,9 +147,34 @@ pub struct Machine {
     snp: Option<Arc<Running>>,
     board: Arc<Board>,
     lifeline: Option<OwnedFd>,
+    saving: saved::Saving,
     // Dropped last: the processors refer to it.
     _vm: Arc<VmFd>,
     _memory: Arc<GuestMemoryMmap<()>>,
+}
+
+/// KVM, and what its processors can do.
+struct Host {
+    kvm: Kvm,
+    cpuid: CpuId,
+}
+
+impl Host {
+    fn open() -> Result<Self, MachineError> {
+        let kvm = Kvm::new().map_err(|e| {
+            MachineError::Kvm(format!(
+                "open /dev/kvm: {e}; load kvm_amd or kvm_intel, or use the rig (tests/rig)"
+            ))
+        })?;
+        if kvm.get_api_version() != KVM_API_VERSION as i32 {
+            return Err(MachineError::Kvm(format!(
+                "/dev/kvm is not KVM's: API version {} where {KVM_API_VERSION} is wanted",
+                kvm.get_api_version()
+            )));
+        }
+        let cpuid = cpuid::supported(&kvm).map_err(kvm_error("KVM_GET_SUPPORTED_CPUID"))?;
+        Ok(Self { kvm, cpuid })
+    }
 }
 
 impl Machine {
@@ -157,20 +189,14 @@ impl Machine {
         // SAFETY: the file is the host's own and not written while it is an image; if it shrinks, this process ends.
         let image = unsafe { memmap2::Mmap::map(&file) };
         let image = image.map_err(|source| MachineError::Open { path: path.clone(), source })?;
-        let planned = plan(args, &image, &path)?;
+        let (template, host) = saved::find(args, &log)?;
+        let planned = match template {
+            Some(template) => Planned::Saved(Box::new(template)),
+            None => plan(args, &image, &path)?,
+        };
         trace.stage("image-checked");
 
-        let kvm = Kvm::new().map_err(|e| {
-            MachineError::Kvm(format!(
-                "open /dev/kvm: {e}; load kvm_amd or kvm_intel, or use the rig (tests/rig)"
-            ))
-        })?;
-        if kvm.get_api_version() != KVM_API_VERSION as i32 {
-            return Err(MachineError::Kvm(format!(
-                "/dev/kvm is not KVM's: API version {} where {KVM_API_VERSION} is wanted",
-                kvm.get_api_version()
-            )));
-        }
+        let Host { kvm, cpuid: base } = host.map_or_else(Host::open, Ok)?;
         let kind = if args.tee == Tee::Snp { u64::from(snp::abi::KVM_X86_SNP_VM) } else { 0 };
         let vm = Arc::new(kvm.create_vm_with_type(kind).map_err(kvm_error("KVM_CREATE_VM"))?);
         vm.set_tss_address(TSS_ADDRESS).map_err(kvm_error("KVM_SET_TSS_ADDR"))?;
@@ -181,9 +207,14 @@ impl Machine {
             vm.create_pit2(pit).map_err(kvm_error("KVM_CREATE_PIT2"))?;
         }
         trace.stage("vm-created");
-        let base = cpuid::supported(&kvm).map_err(kvm_error("KVM_GET_SUPPORTED_CPUID"))?;
+        let mut restored = Vec::new();
         let Made { vcpus, memory, emulated, snp } = match planned {
             Planned::Plain(plan) => make_plain(args, &vm, &base, &plan, &image, &path, &trace)?,
+            Planned::Saved(template) => {
+                let made = saved::make(args, &vm, &base, &template, &trace)?;
+                restored = template.state.windows;
+                made
+            }
             Planned::Snp(plan) => make_snp(args, &vm, &base, &plan, &image, &trace, &log)?,
             Planned::Emulated(plan) => make_emulated(args, &vm, &base, &plan, &image, &trace, &log)?,
         };
@@ -197,10 +228,12 @@ impl Machine {
         });
         let console = console.transpose()?;
         trace.stage("devices-made");
-        let board = Arc::new(Board::new(windows, console, trace, log));
+        let mut board = Board::new(windows, console, trace, log);
+        board.gate = args.make_template.as_ref().map(|_| Gate::default());
         // SAFETY: the caller inherited this descriptor for this purpose and nobody else here uses it.
         let lifeline = args.lifeline.map(|fd| unsafe { OwnedFd::from_raw_fd(fd) });
-        Ok(Self { vcpus, emulated, snp, board, lifeline, _vm: vm, _memory: memory })
+        let saving = saved::Saving::new(args, kvm, base, restored);
+        Ok(Self { vcpus, emulated, snp, board: Arc::new(board), lifeline, saving, _vm: vm, _memory: memory })
     }
 
     /// Runs until the VM ends, for whatever reason.
@@ -221,19 +254,28 @@ impl Machine {
             };
             thread::Builder::new().name("lifeline".into()).spawn(watch).map_err(failed)?;
         }
+        self.saving.start_devices(&self.board)?;
         self.board.trace.stage("first-run");
+        let mut threads = Vec::new();
         for (id, (mut vcpu, processor)) in self.vcpus.into_iter().enumerate() {
             let (sender, board, exits) = (sender.clone(), Arc::clone(&self.board), Arc::clone(&exits));
             let snp = self.snp.clone();
+            let stopped = self.saving.stopped();
             let body = move || {
+                let end = vcpu::run(&mut vcpu, id as u32, &board, &exits, processor, snp.as_deref());
+                if end == End::Stopped {
+                    saved::put(&stopped, id, vcpu);
+                }
                 // When nobody listens any more another processor ended the VM.
-                let _ =
-                    sender.send(vcpu::run(&mut vcpu, id as u32, &board, &exits, processor, snp.as_deref()));
+                let _ = sender.send(end);
             };
-            thread::Builder::new().name(format!("vcpu{id}")).spawn(body).map_err(failed)?;
+            threads.push(thread::Builder::new().name(format!("vcpu{id}")).spawn(body).map_err(failed)?);
         }
         drop(sender);
-        let end = ends.recv().unwrap_or(End::Abandoned);
+        let end = match ends.recv().unwrap_or(End::Abandoned) {
+            End::Stopped => self.saving.finish(&threads, &ends, &self.board, &self._vm, &self._memory)?,
+            end => end,
+        };
         self.board.trace.stage("ended");
         self.board.trace.counts(&[
             ("port-exits", exits.port.load(Ordering::Relaxed)),
@@ -295,6 +337,34 @@ fn make_plain(
     trace: &Trace,
 ) -> Result<Made, MachineError> {
     let ram = memory::reserve(args.memory_mib)?;
+    give_memory(vm, &ram)?;
+    launch::load(plan, image, &ram)
+        .map_err(|source| MachineError::Launch { path: path.to_owned(), source })?;
+    trace.stage("memory-loaded");
+    let vcpus = make_processors(args, vm, base, |vcpu, id, cpuid| Ok(vcpu::prepare(vcpu, id, cpuid)?))?;
+    vcpu::enter(&vcpus[0].0, &plan.registers)?;
+    Ok(Made { vcpus, memory: Arc::new(ram), emulated: None, snp: None })
+}
+
+/// Processors of a machine without a TEE, each with the CPUID of its number.
+fn make_processors(
+    args: &Args,
+    vm: &VmFd,
+    base: &CpuId,
+    prepare: impl Fn(&VcpuFd, u32, &CpuId) -> Result<(), MachineError>,
+) -> Result<Vec<(VcpuFd, Option<Processor>)>, MachineError> {
+    let base = &cpuid::without_memory_type_ranges(base);
+    let mut vcpus = Vec::new();
+    for id in 0..args.vcpus {
+        let vcpu = vm.create_vcpu(u64::from(id)).map_err(kvm_error("KVM_CREATE_VCPU"))?;
+        prepare(&vcpu, id, &cpuid::for_vcpu(base, id, args.vcpus))?;
+        vcpus.push((vcpu, None));
+    }
+    Ok(vcpus)
+}
+
+/// Tells KVM where RAM is.
+fn give_memory(vm: &VmFd, ram: &GuestMemoryMmap<()>) -> Result<(), MachineError> {
     for (slot, region) in ram.iter().enumerate() {
         let address = region.get_host_address(vm_memory::MemoryRegionAddress(0));
         let address = address.map_err(|e| MachineError::Kvm(e.to_string()))?;
@@ -308,18 +378,7 @@ fn make_plain(
         // SAFETY: the range is a mapping that lives as long as the machine, and no two overlap.
         unsafe { vm.set_user_memory_region(region) }.map_err(kvm_error("KVM_SET_USER_MEMORY_REGION"))?;
     }
-    launch::load(plan, image, &ram)
-        .map_err(|source| MachineError::Launch { path: path.to_owned(), source })?;
-    trace.stage("memory-loaded");
-    let base = &cpuid::without_memory_type_ranges(base);
-    let mut vcpus = Vec::new();
-    for id in 0..args.vcpus {
-        let vcpu = vm.create_vcpu(u64::from(id)).map_err(kvm_error("KVM_CREATE_VCPU"))?;
-        vcpu::prepare(&vcpu, id, &cpuid::for_vcpu(base, id, args.vcpus))?;
-        vcpus.push((vcpu, None));
-    }
-    vcpu::enter(&vcpus[0].0, &plan.registers)?;
-    Ok(Made { vcpus, memory: Arc::new(ram), emulated: None, snp: None })
+    Ok(())
 }
 
 fn make_emulated(
@@ -411,7 +470,11 @@ fn windows(
     for (index, net) in args.nets.iter().enumerate() {
         // SAFETY: the caller inherited this descriptor for this purpose and nobody else here uses it.
         let tap = unsafe { OwnedFd::from_raw_fd(net.fd) };
-        devices.push((slot::NET + index, Box::new(Net::new(tap, net.mac)?)));
+        let mut device = Net::new(tap, net.mac)?;
+        if args.template.is_some() || args.make_template.is_some() {
+            device = device.without_mtu();
+        }
+        devices.push((slot::NET + index, Box::new(device)));
     }
     for (index, disk) in args.disks.iter().enumerate() {
         let device = Blk::new(&disk.path, disk.read_only, &format!("coffer-disk{index}"))?;

@@ -7,6 +7,7 @@ use std::sync::{
     atomic::{AtomicU64, Ordering},
 };
 
+use coffer_layout::{MARK_PORT, mark};
 use kvm_bindings::{CpuId, Msrs, kvm_fpu, kvm_lapic_state, kvm_msr_entry, kvm_regs, kvm_segment};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use thiserror::Error;
@@ -22,6 +23,7 @@ use crate::{
             guest::{self, Running},
         },
     },
+    template::gate::Gate,
 };
 
 /// A processor could not be set up.
@@ -144,7 +146,7 @@ fn segment(from: &Segment) -> kvm_segment {
     }
 }
 
-/// Runs a processor until the VM ends. `emulated` is there for a machine with an emulated TEE, `snp` for an SNP guest.
+/// Runs a processor until the VM ends, or until the board's gate is closed, as it is when the guest's init is ready. `emulated` is there for a machine with an emulated TEE, `snp` for an SNP guest.
 pub fn run(
     vcpu: &mut VcpuFd,
     id: u32,
@@ -164,6 +166,10 @@ pub fn run(
         }
     }
     loop {
+        if board.gate.as_ref().is_some_and(Gate::is_closed) {
+            // What the last exit was for is done, and no instruction more: KVM then says that it was interrupted.
+            vcpu.set_kvm_immediate_exit(1);
+        }
         match vcpu.run() {
             Ok(VcpuExit::IoOut(port, data)) => {
                 if let Some(processor) = emulated.as_mut().filter(|_| Processor::owns(port)) {
@@ -177,6 +183,11 @@ pub fn run(
                     continue;
                 }
                 count(&exits.port);
+                if let Some(gate) =
+                    board.gate.as_ref().filter(|_| (port, data) == (MARK_PORT, &[mark::INIT_READY]))
+                {
+                    gate.close(id);
+                }
                 if let Some(end) = board.port_write(port, data) {
                     return end;
                 }
@@ -229,6 +240,15 @@ pub fn run(
             }
             Ok(VcpuExit::SystemEvent(kind, _)) => {
                 return End::Kvm(words(vcpu, id, &format!("system event {kind}")));
+            }
+            Err(error)
+                if matches!(error.errno(), libc::EINTR | libc::EAGAIN)
+                    && board.gate.as_ref().is_some_and(Gate::is_closed) =>
+            {
+                // Closed before this entry, or while the processor was in the guest: the next one is cut short.
+                if vcpu.get_kvm_run().immediate_exit == 1 {
+                    return End::Stopped;
+                }
             }
             Ok(VcpuExit::Intr | VcpuExit::IrqWindowOpen | VcpuExit::Hlt) => count(&exits.interrupted),
             Ok(exit) => {

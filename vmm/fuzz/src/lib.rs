@@ -7,11 +7,12 @@ pub mod emulated;
 pub mod image;
 pub mod input;
 pub mod seeds;
+pub mod template;
 
 use coffer_fuzz::Target;
 
 /// The targets by name.
-pub const TARGETS: [Target; 9] = [
+pub const TARGETS: [Target; 10] = [
     ("igvm", image::igvm),
     ("parameter-page", image::parameter_page),
     ("ghcb", emulated::ghcb),
@@ -21,6 +22,7 @@ pub const TARGETS: [Target; 9] = [
     ("blk", devices::blk),
     ("fs", devices::fs),
     ("net", devices::net),
+    ("template", template::state),
 ];
 
 #[cfg(test)]

@@ -29,6 +29,7 @@ pub fn all() -> Vec<Seed> {
         ("blk", "requests", blk()),
         ("fs", "files", fs()),
         ("net", "packets", net()),
+        ("template", "state", crate::template::body()),
     ]
 }
 

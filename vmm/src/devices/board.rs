@@ -3,7 +3,7 @@
 //! Owns: the decoding of accesses, marks, the reset port. An address without a device reads as all ones, as on a PC.
 
 use std::sync::{
-    Mutex, PoisonError,
+    Mutex, MutexGuard, PoisonError,
     atomic::{AtomicBool, AtomicU64, Ordering},
 };
 
@@ -15,6 +15,7 @@ use crate::{
     devices::{serial::Console, virtio::mmio::Window},
     end::End,
     log::{Level, Log},
+    template::gate::Gate,
     trace::{self, Trace},
 };
 
@@ -32,6 +33,8 @@ pub struct Board {
     refused: AtomicBool,
     /// Accesses to nothing.
     pub unknown: AtomicU64,
+    /// In a machine that is to be saved.
+    pub gate: Option<Gate>,
 }
 
 impl Board {
@@ -51,7 +54,14 @@ impl Board {
             orderly: AtomicBool::new(false),
             refused: AtomicBool::new(false),
             unknown: AtomicU64::new(0),
+            gate: None,
         }
+    }
+
+    /// All slots that have a device.
+    pub fn devices(&self) -> impl Iterator<Item = (usize, MutexGuard<'_, Window>)> {
+        let some = self.windows.iter().enumerate().filter_map(|(slot, w)| Some((slot, w.as_ref()?)));
+        some.map(|(slot, window)| (slot, window.lock().unwrap_or_else(PoisonError::into_inner)))
     }
 
     fn slot(&self, address: u64) -> Option<(usize, u64)> {

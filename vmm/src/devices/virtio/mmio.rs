@@ -8,6 +8,7 @@ use std::sync::{
     atomic::{AtomicU32, Ordering},
 };
 
+use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_config::{
     VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_DRIVER_OK, VIRTIO_CONFIG_S_FAILED,
     VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_CONFIG_S_NEEDS_RESET, VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_VERSION_1,
@@ -23,6 +24,36 @@ const VENDOR: u32 = u32::from_le_bytes(*b"COFR");
 /// Offset of the register that a driver kicks; its value is the queue's number.
 pub const QUEUE_NOTIFY: u64 = 0x50;
 const CONFIG: u64 = 0x100;
+
+/// A queue as its driver set it up, and how far both sides are. At rest every chain that was taken has been given back, so that
+/// one index says where to go on.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct QueueRest {
+    size: u16,
+    ready: bool,
+    descriptors: u64,
+    available: u64,
+    used: u64,
+    next: u16,
+}
+
+/// A slot's registers and its device's state, of a machine that is saved.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct WindowState {
+    /// Which slot.
+    pub slot: usize,
+    device_type: u32,
+    status: u32,
+    interrupt_status: u32,
+    driver_features: u64,
+    device_features_select: u32,
+    driver_features_select: u32,
+    queue_select: u32,
+    queues: Vec<QueueRest>,
+    device: serde_json::Value,
+}
 
 /// One slot's registers and the device behind them.
 pub struct Window {
@@ -254,6 +285,88 @@ impl Window {
         Ok(())
     }
 
+    /// Stops the device for good, in a machine whose processors have stopped.
+    ///
+    /// # Errors
+    /// [`DeviceError`] when it holds something of the host's, or its rings are broken.
+    pub fn save(&mut self, slot: usize) -> Result<WindowState, DeviceError> {
+        let name = self.device.name();
+        let device = match self.stop.take() {
+            Some(stop) => {
+                let _ = stop.write(1);
+                self.device.save()?
+            }
+            None => serde_json::Value::Null,
+        };
+        let rest = |queue: &Queue| {
+            // What the worker has used is in the ring; it is behind by nothing.
+            let next = match queue.ready() {
+                true => queue.used_idx(&*self.memory, Ordering::Acquire).map(|index| index.0),
+                false => Ok(0),
+            };
+            Ok(QueueRest {
+                size: queue.size(),
+                ready: queue.ready(),
+                descriptors: queue.desc_table(),
+                available: queue.avail_ring(),
+                used: queue.used_ring(),
+                next: next.map_err(|e| DeviceError { device: name, reason: e.to_string() })?,
+            })
+        };
+        Ok(WindowState {
+            slot,
+            device_type: self.device.device_type(),
+            status: self.status,
+            interrupt_status: self.interrupt_status.load(Ordering::SeqCst),
+            driver_features: self.driver_features,
+            device_features_select: self.device_features_select,
+            driver_features_select: self.driver_features_select,
+            queue_select: self.queue_select,
+            queues: self.queues.iter().map(rest).collect::<Result<_, _>>()?,
+            device,
+        })
+    }
+
+    /// Puts a new window into a saved state; its device works from now on.
+    ///
+    /// # Errors
+    /// [`DeviceError`] when the state is another device's, or the device cannot start.
+    pub fn restore(&mut self, state: &WindowState) -> Result<(), DeviceError> {
+        let failed = |reason: &str| DeviceError { device: self.device.name(), reason: reason.to_owned() };
+        if state.device_type != self.device.device_type() || state.queues.len() != self.queues.len() {
+            return Err(failed("the saved state is another device's"));
+        }
+        if state.driver_features & !self.features() != 0 {
+            return Err(failed("the saved driver uses features that this device does not have"));
+        }
+        let mut queues = Vec::new();
+        for (queue, rest) in self.queues.iter().zip(&state.queues) {
+            let mut whole = queue.state();
+            (whole.size, whole.ready) = (rest.size, rest.ready);
+            (whole.desc_table, whole.avail_ring, whole.used_ring) =
+                (rest.descriptors, rest.available, rest.used);
+            (whole.next_avail, whole.next_used) = (rest.next, rest.next);
+            queues.push(Queue::try_from(whole).map_err(|e| failed(&e.to_string()))?);
+        }
+        self.queues = queues;
+        self.status = state.status;
+        self.driver_features = state.driver_features;
+        self.device_features_select = state.device_features_select;
+        self.driver_features_select = state.driver_features_select;
+        self.queue_select = state.queue_select;
+        self.interrupt_status.store(state.interrupt_status, Ordering::SeqCst);
+        if self.status & VIRTIO_CONFIG_S_DRIVER_OK == 0 {
+            return Ok(());
+        }
+        self.device.restore(&state.device)?;
+        self.try_activate()?;
+        if state.interrupt_status != 0 {
+            // The interrupt may have been on its way to a processor when that was saved. One too many does no harm.
+            let _ = self.line.write(1);
+        }
+        Ok(())
+    }
+
     fn reset(&mut self) {
         if let Some(stop) = self.stop.take() {
             let _ = stop.write(1);
@@ -320,6 +433,71 @@ mod tests {
             assert_eq!((get(&window, 0x70), get(&window, 0x44)), (0, 0));
         }
         assert!(window.take_failures().is_empty());
+    }
+
+    /// Asks the device for one byte in buffer `index`, and waits until it is there.
+    fn read_one(window: &Window, index: u16) {
+        use vm_memory::Bytes;
+        let memory = &*window.memory;
+        let descriptor = 0x1000 + 16 * u64::from(index);
+        let buffer = 0x4000 + u64::from(index);
+        memory.write_obj(buffer, GuestAddress(descriptor)).unwrap();
+        memory.write_obj(1u32, GuestAddress(descriptor + 8)).unwrap();
+        memory.write_obj(2u32, GuestAddress(descriptor + 12)).unwrap();
+        memory.write_obj(index, GuestAddress(0x2004 + 2 * u64::from(index))).unwrap();
+        memory.write_obj(index + 1, GuestAddress(0x2002)).unwrap();
+        window.kicks[0].write(1).unwrap();
+        while memory.read_obj::<u16>(GuestAddress(0x3002)).unwrap() != index + 1 {
+            std::thread::yield_now();
+        }
+        assert_eq!(
+            memory.read_obj::<u32>(GuestAddress(0x3004 + 8 * u64::from(index))).unwrap(),
+            u32::from(index)
+        );
+        assert_eq!(memory.read_obj::<u32>(GuestAddress(0x3008 + 8 * u64::from(index))).unwrap(), 1);
+    }
+
+    #[test]
+    fn a_saved_window_goes_on_where_it_was_and_raises_what_was_pending() {
+        let mut saved = window();
+        start(&mut saved);
+        read_one(&saved, 0);
+        read_one(&saved, 1);
+        // The interrupt is raised after the ring was written.
+        while get(&saved, 0x60) == 0 {
+            std::thread::yield_now();
+        }
+        let state = saved.save(3).unwrap();
+        let text = serde_json::to_string(&state).unwrap();
+        let state: WindowState = serde_json::from_str(&text).unwrap();
+        assert_eq!((state.slot, state.queues[0].next), (3, 2));
+        let line = Arc::new(EventFd::new(libc::EFD_NONBLOCK).unwrap());
+        let mut window =
+            Window::new(Box::new(Rng::default()), Arc::clone(&saved.memory), Arc::clone(&line)).unwrap();
+        window.restore(&state).unwrap();
+        assert_eq!((get(&window, 0x70), get(&window, 0x60), get(&window, 0x44)), (15, 1, 1));
+        assert_eq!(line.read().unwrap(), 1);
+        read_one(&window, 2);
+    }
+
+    #[test]
+    fn a_state_of_another_device_or_with_rings_out_of_memory_is_refused() {
+        let mut saved = window();
+        start(&mut saved);
+        let state = saved.save(0).unwrap();
+        for change in [
+            (|state: &mut WindowState| state.device_type = 5) as fn(&mut WindowState),
+            |state| state.queues.clear(),
+            |state| state.queues[0].size = 3,
+            |state| state.queues[0].used = 1 << 40,
+            |state| state.driver_features |= 1,
+            |state| state.device = serde_json::Value::Bool(true),
+        ] {
+            let mut wrong = state.clone();
+            change(&mut wrong);
+            assert!(window().restore(&wrong).is_err(), "{wrong:?}");
+        }
+        window().restore(&state).unwrap();
     }
 
     #[test]

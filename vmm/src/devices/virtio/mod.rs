@@ -107,6 +107,24 @@ pub trait VirtioDevice: Send {
     fn activate(&mut self, activation: Activation) -> Result<(), DeviceError>;
     /// Joins the worker, whose `stop` was signalled; afterwards the device may be activated again.
     fn reset(&mut self) {}
+    /// As [`Self::reset`], for a machine that is saved: what the device knows beside its queues. It holds nothing of the host's.
+    ///
+    /// # Errors
+    /// [`DeviceError`] when it does hold something: a connection, an open file.
+    fn save(&mut self) -> Result<serde_json::Value, DeviceError> {
+        self.reset();
+        Ok(serde_json::Value::Null)
+    }
+    /// Before [`Self::activate`] in a machine that was saved: what [`Self::save`] gave.
+    ///
+    /// # Errors
+    /// [`DeviceError`] when that is not its.
+    fn restore(&mut self, state: &serde_json::Value) -> Result<(), DeviceError> {
+        if state.is_null() {
+            return Ok(());
+        }
+        Err(DeviceError { device: self.name(), reason: "the saved state is not this device's".into() })
+    }
 }
 
 /// Gives a part of a device's configuration space; bytes behind its end are left as they are.

@@ -11,7 +11,10 @@ mod tests;
 use std::{
     fs, io,
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     thread::JoinHandle,
 };
 
@@ -53,6 +56,8 @@ pub struct Fs {
     tag: [u8; TAG_SIZE],
     root: String,
     threads: Vec<JoinHandle<()>>,
+    /// The guest has mounted the share since it was activated.
+    mounted: Arc<AtomicBool>,
 }
 
 impl Fs {
@@ -69,7 +74,7 @@ impl Fs {
         padded[..tag.len()].copy_from_slice(tag.as_bytes());
         let root = usable_root(dir).map_err(|source| FsError::Directory { path: dir.to_owned(), source })?;
         raise_open_files_limit();
-        Ok(Self { tag: padded, root, threads: Vec::new() })
+        Ok(Self { tag: padded, root, threads: Vec::new(), mounted: Arc::default() })
     }
 
     fn config(&self) -> [u8; TAG_SIZE + 4] {
@@ -123,7 +128,9 @@ impl VirtioDevice for Fs {
     fn activate(&mut self, activation: Activation) -> Result<(), DeviceError> {
         let failed =
             |what: &str, error: io::Error| DeviceError { device: "fs", reason: format!("{what}: {error}") };
-        let share = Share::new(&self.root).map_err(|error| failed("prepare the share", error))?;
+        self.mounted = Arc::default();
+        let share = Share::new(&self.root, Arc::clone(&self.mounted))
+            .map_err(|error| failed("prepare the share", error))?;
         let pool = Pool::new(share, activation).map_err(|error| failed("watch the queues", error))?;
         self.threads =
             Pool::start(&Arc::new(pool), THREADS).map_err(|error| failed("start a thread", error))?;
@@ -134,5 +141,14 @@ impl VirtioDevice for Fs {
         for thread in self.threads.drain(..) {
             thread.join().expect("a panic aborts the process, except in tests, which shall fail");
         }
+    }
+
+    fn save(&mut self) -> Result<serde_json::Value, DeviceError> {
+        self.reset();
+        if self.mounted.load(Ordering::SeqCst) {
+            let reason = "the guest has mounted the share, whose files no saved machine can know".into();
+            return Err(DeviceError { device: "fs", reason });
+        }
+        Ok(serde_json::Value::Null)
     }
 }

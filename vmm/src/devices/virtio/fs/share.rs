@@ -14,7 +14,10 @@ use std::{
     collections::HashMap,
     ffi::CStr,
     io,
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
@@ -50,6 +53,8 @@ pub(super) struct Share {
     append: Mutex<()>,
     /// The files whose pages the guest may still hold, as they were when it opened them last.
     opened: Mutex<HashMap<Inode, Version>>,
+    /// Set by the first request of a mount.
+    mounted: Arc<AtomicBool>,
 }
 
 /// What changes with a file's content.
@@ -69,7 +74,7 @@ impl Share {
     ///
     /// # Errors
     /// The system's.
-    pub(super) fn new(root: &str) -> io::Result<Self> {
+    pub(super) fn new(root: &str, mounted: Arc<AtomicBool>) -> io::Result<Self> {
         let config = Config {
             root_dir: root.to_owned(),
             cache_policy: CachePolicy::Auto,
@@ -82,7 +87,8 @@ impl Share {
             allow_direct_io: false,
             ..Config::default()
         };
-        Ok(Self { inner: PassthroughFs::new(config)?, append: Mutex::new(()), opened: Mutex::default() })
+        let inner = PassthroughFs::new(config)?;
+        Ok(Self { inner, append: Mutex::new(()), opened: Mutex::default(), mounted })
     }
 
     /// Whether the pages that the guest has of a file, if any, are those on the host. A file that changed just now is not
@@ -137,6 +143,7 @@ impl FileSystem for Share {
     type Handle = Handle;
 
     fn init(&self, capable: FsOptions) -> io::Result<FsOptions> {
+        self.mounted.store(true, Ordering::SeqCst);
         let ours = FsOptions::ASYNC_READ
             | FsOptions::BIG_WRITES
             | FsOptions::MAX_PAGES

@@ -78,6 +78,13 @@ impl Net {
         Ok(Self { link: Link::Tap(tap), mac, mtu, thread: None })
     }
 
+    /// Without an MTU of its own: what a saved driver learned would bound the MTU of every pod that starts from it.
+    #[must_use]
+    pub fn without_mtu(mut self) -> Self {
+        self.mtu = None;
+        self
+    }
+
     /// An interface on a socket that keeps packets apart.
     ///
     /// # Panics

@@ -46,7 +46,16 @@ pub struct VsockError {
 pub struct Vsock {
     guest_cid: u64,
     listener: UnixListener,
-    worker: Option<JoinHandle<()>>,
+    worker: Option<JoinHandle<Rest>>,
+    /// The guest listened already when it was saved.
+    ready: bool,
+}
+
+/// What a worker leaves.
+#[derive(Clone, Copy, Debug)]
+struct Rest {
+    ready: bool,
+    connections: usize,
 }
 
 impl Vsock {
@@ -59,7 +68,7 @@ impl Vsock {
         let listener = UnixListener::bind(path).map_err(failed)?;
         fs::set_permissions(path, fs::Permissions::from_mode(0o600)).map_err(failed)?;
         listener.set_nonblocking(true).map_err(failed)?;
-        Ok(Self { guest_cid, listener, worker: None })
+        Ok(Self { guest_cid, listener, worker: None, ready: false })
     }
 }
 
@@ -87,7 +96,8 @@ impl VirtioDevice for Vsock {
     fn activate(&mut self, activation: Activation) -> Result<(), DeviceError> {
         let failed = |reason: String| DeviceError { device: "vsock", reason };
         let listener = self.listener.try_clone().map_err(|e| failed(format!("share its socket: {e}")))?;
-        let worker = Worker::new(activation, listener, self.guest_cid)
+        let ready = std::mem::take(&mut self.ready);
+        let worker = Worker::new(activation, listener, self.guest_cid, ready)
             .ok_or_else(|| failed("the driver did not set up its queues".to_owned()))?;
         let thread = std::thread::Builder::new().name("vsock".into()).spawn(move || worker.run());
         self.worker = Some(thread.map_err(|e| failed(format!("start its thread: {e}")))?);
@@ -99,6 +109,21 @@ impl VirtioDevice for Vsock {
             // A worker that panicked has stopped too; its connections are closed.
             let _ = worker.join();
         }
+    }
+
+    fn save(&mut self) -> Result<serde_json::Value, DeviceError> {
+        let failed = |reason: &str| DeviceError { device: "vsock", reason: reason.to_owned() };
+        let rest = self.worker.take().and_then(|worker| worker.join().ok());
+        match rest.ok_or_else(|| failed("its thread is gone"))? {
+            Rest { connections: 0, ready } => Ok(serde_json::Value::Bool(ready)),
+            _ => Err(failed("a host is connected, which no saved machine can have")),
+        }
+    }
+
+    fn restore(&mut self, state: &serde_json::Value) -> Result<(), DeviceError> {
+        let wrong = || DeviceError { device: "vsock", reason: "the saved state is not this device's".into() };
+        self.ready = state.as_bool().ok_or_else(wrong)?;
+        Ok(())
     }
 }
 
@@ -114,23 +139,23 @@ struct Worker {
 }
 
 impl Worker {
-    fn new(activation: Activation, listener: UnixListener, guest_cid: u64) -> Option<Self> {
+    fn new(activation: Activation, listener: UnixListener, guest_cid: u64, ready: bool) -> Option<Self> {
         let Activation { memory, queues, kicks, interrupt, features, stop } = activation;
         let mut queues = queues.into_iter();
         let receive = Ring::new(queues.next()?, features);
         let transmit = Ring::new(queues.next()?, features);
         (kicks.len() == 3).then_some(())?;
-        let muxer = Muxer::new(guest_cid, READY_PORT);
+        let muxer = Muxer::new(guest_cid, READY_PORT, ready);
         Some(Self { memory, receive, transmit, kicks, stop, interrupt, listener, muxer })
     }
 
-    fn run(mut self) {
+    fn run(mut self) -> Rest {
         let mut buffer = vec![0; LONGEST];
         loop {
             self.take_packets(&mut buffer);
             let starved = self.give_packets(&mut buffer);
             if !self.wait(!starved) {
-                return;
+                return Rest { ready: self.muxer.is_ready(), connections: self.muxer.count() };
             }
         }
     }

@@ -36,11 +36,12 @@ pub(super) struct Muxer {
 }
 
 impl Muxer {
-    pub(super) fn new(guest_cid: u64, ready_port: u32) -> Self {
+    /// `ready` for a guest that listened when it was saved.
+    pub(super) fn new(guest_cid: u64, ready_port: u32, ready: bool) -> Self {
         Self {
             guest_cid,
             ready_port,
-            ready: false,
+            ready,
             connections: BTreeMap::new(),
             answers: VecDeque::new(),
             next_port: FIRST_PORT,

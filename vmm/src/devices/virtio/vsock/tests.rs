@@ -39,7 +39,7 @@ fn packet(op: Op, host_port: u32, guest_port: u32) -> Header {
 impl Guest {
     /// A guest that is ready, with one open connection of a host.
     fn connected() -> (Self, UnixStream) {
-        let mut muxer = Muxer::new(CID, 1);
+        let mut muxer = Muxer::new(CID, 1, false);
         assert!(!muxer.is_ready());
         muxer.receive(&packet(Op::Request, 1, 77), &[]);
         assert!(muxer.is_ready());
@@ -89,7 +89,7 @@ impl Guest {
 
 #[test]
 fn hosts_wait_until_the_guest_is_ready_and_other_ports_are_refused() {
-    let mut muxer = Muxer::new(CID, 1);
+    let mut muxer = Muxer::new(CID, 1, false);
     muxer.receive(&packet(Op::Request, 9, 77), &[]);
     assert!(!muxer.is_ready());
     assert_eq!(muxer.next_packet(&mut [0; 64]).unwrap().op, Some(Op::Reset));
