@@ -27,6 +27,8 @@ coffer: runs OCI containers in microVMs, with runc's command line
   delete [-f] ID                                            remove it
   image COMMAND...                                          encrypt, inspect, unpack images
   boot-chart [-o FILE] ID                                   its last start, stage by stage, as an SVG
+  template make [--memory MIB] [--vcpus N] [--nets N]       save a booted VM, from which pods of that shape start
+  template list, template remove NAME                       (annotation io.coffer.start=template)
   features, spec, doctor, --version, --help                 about coffer and this host";
 
 /// Options before the command.

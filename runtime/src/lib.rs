@@ -21,3 +21,4 @@ pub mod spawn;
 pub mod state;
 pub mod stub;
 pub mod support;
+pub mod template;

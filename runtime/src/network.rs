@@ -143,7 +143,7 @@ fn tap(index: usize, interface: &Interface) -> Result<Tap, Error> {
 }
 
 /// A tap with a virtio header before each packet; it goes when the last descriptor of it is closed.
-fn open_tap(name: &str) -> io::Result<OwnedFd> {
+pub(crate) fn open_tap(name: &str) -> io::Result<OwnedFd> {
     let file = File::options().read(true).write(true).open("/dev/net/tun")?;
     // SAFETY: ifreq is plain data for which zero is valid.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };

@@ -11,12 +11,12 @@ use serde_json::Value;
 use crate::{confidential::Confidential, error::Error, image, support};
 
 /// MiB of a guest without a memory limit.
-const DEFAULT_MEMORY_MIB: u64 = 512;
+pub(crate) const DEFAULT_MEMORY_MIB: u64 = 512;
 /// MiB that the guest's kernel and init need beside the container.
 const GUEST_OVERHEAD_MIB: u64 = 64;
 /// MiB that no guest is smaller than.
-const LEAST_MEMORY_MIB: u64 = 128;
-const MOST_VCPUS: u32 = 64;
+pub(crate) const LEAST_MEMORY_MIB: u64 = 128;
+pub(crate) const MOST_VCPUS: u32 = 64;
 
 /// A host directory or file that the guest sees.
 #[derive(Clone, Debug, PartialEq, Eq)]

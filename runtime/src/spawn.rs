@@ -41,6 +41,8 @@ pub struct Start<'a> {
     pub taps: &'a [Tap],
     /// Read end of the pipe that tells it when nobody is left.
     pub lifeline: &'a OwnedFd,
+    /// The template to start from, if it fits.
+    pub template: Option<PathBuf>,
     /// Where boot stages go.
     pub trace: Option<PathBuf>,
 }
@@ -70,6 +72,14 @@ fn show(share: &Path, binds: &[Bind]) -> io::Result<()> {
     Ok(())
 }
 
+/// The IGVM file that a pod boots from.
+#[must_use]
+pub fn image(plan: &Plan, home: &Home) -> PathBuf {
+    let owner = plan.image.is_some() || plan.confidential.file.is_some();
+    let usual = || home.image(plan.vcpus, plan.confidential.tee.as_deref(), owner);
+    plan.igvm.clone().unwrap_or_else(usual)
+}
+
 /// Starts it. It boots while the caller goes on.
 ///
 /// # Errors
@@ -80,11 +90,7 @@ pub fn vmm(start: &Start<'_>) -> Result<Child, Error> {
     let mut command = Command::new(start.home.vmm());
     command
         .arg("--image")
-        .arg(start.plan.igvm.clone().unwrap_or_else(|| {
-            let plan = start.plan;
-            let owner = plan.image.is_some() || plan.confidential.file.is_some();
-            start.home.image(plan.vcpus, plan.confidential.tee.as_deref(), owner)
-        }))
+        .arg(image(start.plan, start.home))
         .args(["--memory-mib", &start.plan.memory_mib.to_string(), "--vcpus", &start.plan.vcpus.to_string()])
         .arg("--vsock")
         .arg(start.directory.socket())
@@ -98,6 +104,9 @@ pub fn vmm(start: &Start<'_>) -> Result<Child, Error> {
     command.args(start.plan.confidential.flags()?);
     for tap in start.taps {
         command.args(["--net", &format!("fd={},mac={}", tap.fd.as_raw_fd(), tap.mac)]);
+    }
+    if let Some(template) = &start.template {
+        command.arg("--template").arg(template);
     }
     if let Some(trace) = &start.trace {
         command.arg("--trace").arg(trace);
@@ -137,7 +146,7 @@ pub fn vmm(start: &Start<'_>) -> Result<Child, Error> {
 }
 
 /// Lets exec keep these descriptors and no other: callers leak sockets of published ports and more.
-fn inherit_only(kept: &[i32]) -> io::Result<()> {
+pub(crate) fn inherit_only(kept: &[i32]) -> io::Result<()> {
     // SAFETY: sets a flag on descriptors of this process.
     if unsafe { libc::close_range(3, u32::MAX, libc::CLOSE_RANGE_CLOEXEC as i32) } < 0 {
         return Err(io::Error::last_os_error());

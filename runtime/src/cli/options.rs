@@ -52,6 +52,7 @@ pub(super) fn of(command: &str) -> Option<&'static [Flag]> {
             ("cgroup", &[], true),
             ("ignore-paused", &[], false),
         ],
+        "template" => &[("memory", &["-m"], true), ("vcpus", &[], true), ("nets", &[], true)],
         "boot-chart" => &[("output", &["-o"], true)],
         "ps" => &[FORMAT],
         "list" => &[FORMAT, ("quiet", &["-q"], false)],

@@ -36,6 +36,7 @@ use crate::{
     spawn,
     state::{self, Directory, Record, Status},
     stub::{self, Relay},
+    template,
 };
 
 /// Makes a container.
@@ -54,6 +55,7 @@ pub(super) fn create(call: &Call, root: &Path) -> Result<(), Error> {
     }
     pod::sweep(root);
     let vm = pod::find(root, &plan.spec, &id);
+    template::wanted(&plan)?;
     plan.confidential.check(vm.as_ref().map(|vm| &vm.record.annotations))?;
     let share = vm.as_ref().map(|_| {
         // Not the name that an earlier container of this id had in this VM, which the guest may still know.
@@ -228,8 +230,16 @@ impl Making<'_> {
         let trace = self.trace();
         let home = Home::find()?;
         let pod_network = namespace(&self.plan.spec, Kind::Network).flatten();
+        let shape = template::Shape {
+            image: spawn::image(self.plan, &home),
+            memory_mib: self.plan.memory_mib,
+            vcpus: self.plan.vcpus,
+            nets: taps.len(),
+        };
+        let template = template::wanted(self.plan)?.then(|| shape.directory(self.root));
         let vmm = spawn::vmm(&spawn::Start {
             plan: self.plan,
+            template,
             directory: self.directory,
             home: &home,
             network: pod_network.as_deref(),
@@ -286,6 +296,7 @@ impl Making<'_> {
             hostname: self.plan.spec.hostname().clone(),
             unix_time_ns: u64::try_from(elapsed.as_nanos()).unwrap_or(u64::MAX),
             network: vm.network.clone(),
+            entropy: template::wanted(self.plan)?.then(template::entropy).transpose()?,
             initdata: self.plan.confidential.initdata()?,
         };
         let create = CreateContainer {

@@ -14,6 +14,7 @@ mod listing;
 mod pod;
 pub mod policy;
 mod process;
+mod templates;
 mod terminal;
 mod update;
 
@@ -65,6 +66,7 @@ pub fn run(call: &Call) -> Result<i32, Error> {
         "features" => print(&features::features()),
         "boot-chart" => boot_chart::boot_chart(call, &root).map(|()| 0),
         "spec" => spec(call).map(|()| 0),
+        "template" => templates::template(call, &root),
         "doctor" => Ok(crate::doctor::run()),
         other => Err(Error::Usage(format!("unknown command `{other}`: see coffer --help"))),
     }
