@@ -10,7 +10,7 @@ use std::{
     ffi::CString,
     fs::{self, File},
     io::Read,
-    os::unix::{ffi::OsStrExt, process::ExitStatusExt},
+    os::unix::{ffi::OsStrExt, fs::DirBuilderExt, process::ExitStatusExt},
     path::Path,
     process::{Child, Command, Stdio},
     sync::mpsc::{self, RecvTimeoutError},
@@ -52,6 +52,22 @@ pub enum BootError {
         seconds: u64,
         /// How it ended, when it did.
         end: String,
+        /// What it wrote on stderr.
+        messages: String,
+    },
+    /// No template could be made.
+    #[error("{vmm}: no template was made: {messages}")]
+    NoTemplate {
+        /// Which VMM.
+        vmm: &'static str,
+        /// What it wrote on stderr.
+        messages: String,
+    },
+    /// A start from a template was none.
+    #[error("{vmm}: it booted where it was to start from a template; its messages: {messages}")]
+    Booted {
+        /// Which VMM.
+        vmm: &'static str,
         /// What it wrote on stderr.
         messages: String,
     },
@@ -144,7 +160,31 @@ pub fn measure(peer: &Peer, guest: &Guest, directory: &Path, limit: Duration) ->
         }
     }
     started.stages = trace_stages(&bytes, began_ns);
+    if guest.template.is_some() && seen.iter().any(|s| s.name == "kernel-entry") {
+        let messages = fs::read_to_string(&messages).unwrap_or_default().trim().to_owned();
+        return Err(BootError::Booted { vmm: peer.kind().word(), messages });
+    }
     Ok(started)
+}
+
+/// Boots `guest` once and saves it in `directory`, which is made.
+///
+/// # Errors
+/// [`BootError`], with the VMM's words.
+pub fn make_template(peer: &Peer, guest: &Guest, directory: &Path) -> Result<(), BootError> {
+    let _ = fs::remove_dir_all(directory);
+    let mut builder = fs::DirBuilder::new();
+    builder.mode(0o700).create(directory).map_err(system("make the template's directory"))?;
+    let (vsock, trace) = (directory.join("vsock"), directory.join("trace"));
+    let argv = peer.command(guest, &trace.to_string_lossy(), &vsock.to_string_lossy());
+    let mut command = Command::new(&argv[0]);
+    command.args(&argv[1..]).arg("--make-template").arg(directory).stdin(Stdio::null());
+    let output = command.output().map_err(system("start the VMM"))?;
+    if output.status.success() {
+        return Ok(());
+    }
+    let messages = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+    Err(BootError::NoTemplate { vmm: peer.kind().word(), messages })
 }
 
 const END: u8 = 0xff;

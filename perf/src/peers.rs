@@ -29,6 +29,8 @@ pub struct Guest {
     pub tiny: bool,
     /// How far it is watched.
     pub until: Until,
+    /// The directory of a machine that was saved with the same flags.
+    pub template: Option<PathBuf>,
 }
 
 /// One VMM.
@@ -86,6 +88,9 @@ impl Peer {
             _ => {
                 add(&["--image", &text(&guest.image), "--memory-mib", &memory, "--vcpus", &vcpus]);
                 add(&["--vsock", vsock, "--trace", marks]);
+                if let Some(template) = &guest.template {
+                    add(&["--template", &text(template)]);
+                }
             }
         }
         argv

@@ -55,6 +55,9 @@ pub fn run(plan: &Plan, stamp: &Path, scratch: &Path, raw: &mut impl Write) -> R
     let limit = Duration::from_secs(plan.time_limit_s);
     let setting = Setting { stamp, scratch, limit, until: plan.until };
     for cell in plan.cells() {
+        if cell.class == Class::Template {
+            make_templates(&cell, &setting)?;
+        }
         for round in 0..plan.warm_up + plan.repetitions {
             for turn in 0..cell.runtimes.len() {
                 // Each round another one begins, so that nobody always follows the same neighbour.
@@ -131,7 +134,8 @@ fn start(
 ) -> Result<Started, BootError> {
     match (cell.image, Peer::new(runtime.kind, runtime.program.clone())) {
         (Some(image), Some(peer)) => {
-            let guest = Guest { until: setting.until, ..guest(image, cell, directory)? };
+            let template = (cell.class == Class::Template).then(|| template_of(setting));
+            let guest = Guest { until: setting.until, template, ..guest(image, cell, directory)? };
             boot::measure(&peer, &guest, directory, setting.limit)
         }
         _ => {
@@ -141,6 +145,24 @@ fn start(
             container::measure(runtime.kind, &runtime.program, directory, &id, setting.limit)
         }
     }
+}
+
+/// One cell's at a time: a plan with templates has one VMM.
+fn template_of(setting: &Setting<'_>) -> PathBuf {
+    setting.scratch.join("template")
+}
+
+/// Saves the machine that the cell's starts come from. It is not measured.
+fn make_templates(cell: &Cell<'_>, setting: &Setting<'_>) -> Result<(), RunError> {
+    for runtime in &cell.runtimes {
+        if let (Some(image), Some(peer)) = (cell.image, Peer::new(runtime.kind, runtime.program.clone())) {
+            let directory = template_of(setting);
+            let made = guest(image, cell, setting.scratch)
+                .and_then(|guest| boot::make_template(&peer, &guest, &directory));
+            made.map_err(|source| RunError::Start { runtime: runtime.kind.word(), source })?;
+        }
+    }
+    Ok(())
 }
 
 /// The name of the image whose kernel this harness makes itself.
@@ -164,6 +186,7 @@ fn guest(image: &Image, cell: &Cell<'_>, directory: &Path) -> Result<Guest, Boot
         acpi: image.acpi,
         tiny,
         until: Until::Pid1,
+        template: None,
     })
 }
 
