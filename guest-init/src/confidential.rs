@@ -96,6 +96,16 @@ impl Confidential {
         self.policy.check(Rule::ReadStream, &json!({ "container_id": id })).is_ok()
     }
 
+    /// Asks whether a container's processes may send notifications to the host's service manager: that lets them write to the
+    /// host, so the rule is the one for reading their output, with `notify` in its input.
+    ///
+    /// # Errors
+    /// As [`Self::check`].
+    pub fn check_notify(&mut self, id: &str) -> Result<(), ContainerError> {
+        let input = json!({ "container_id": id, "notify": true });
+        self.policy.check(Rule::ReadStream, &input).map_err(refused)
+    }
+
     /// Opens sealed values in a process's environment. The policy has seen them sealed.
     ///
     /// # Errors
@@ -201,6 +211,7 @@ mod tests {
             exec_id: "e".into(),
             process: json!({ "args": [program] }),
             window: None,
+            streams: Vec::new(),
         }))
     }
 
@@ -216,6 +227,18 @@ mod tests {
         pod.check(&Request::Start { id: "c".into() }).unwrap();
         assert!(pod.check(&Request::Shutdown).is_err(), "a rule that is not there denies");
         assert!(!pod.allows_stdin("c") && !pod.allows_output("c"));
+        let message = pod.check_notify("c").unwrap_err().message;
+        assert!(message.starts_with("policy: ReadStreamRequest denied"), "{message}");
+    }
+
+    #[test]
+    fn notifications_are_the_owners_to_allow_apart_from_output() {
+        let rule = "ReadStreamRequest if not input.notify\n";
+        let quiet =
+            format!("package agent_policy\nimport rego.v1\ndefault ReadStreamRequest := false\n{rule}");
+        let mut pod = pod(&quiet).unwrap();
+        assert!(pod.allows_output("c"));
+        assert!(pod.check_notify("c").unwrap_err().message.starts_with("policy: ReadStreamRequest denied"));
     }
 
     #[test]

@@ -17,6 +17,7 @@ mod plain;
 mod random;
 pub mod server;
 mod session;
+mod stdio;
 
 #[cfg(not(feature = "confidential"))]
 pub use plain::{confidential, image};

@@ -31,10 +31,11 @@ use thiserror::Error;
 use crate::{
     boot,
     confidential::Confidential,
-    container::{self, Cgroup, ContainerError, Sync},
+    container::{self, Cgroup, ContainerError, Files, Sync},
     image::{self, Images},
     network, random,
-    session::{Part, Process, Session, Stdio, Streams, unblock},
+    session::{Part, Session, Streams},
+    stdio::{Process, Stdio, unblock},
 };
 
 /// Most connections at once; the host's further ones are closed.
@@ -193,14 +194,22 @@ impl Server {
                     self.frames(key);
                 }
             }
-            Part::Stdin => session.write_stdin(),
+            Part::Stdin => session.feed_stdin(&[]),
             Part::Terminal if events & libc::POLLOUT != 0 => {
-                session.write_stdin();
+                session.feed_stdin(&[]);
                 if readable {
                     session.read_output(part);
                 }
             }
-            Part::Stdout | Part::Stderr | Part::Terminal => session.read_output(part),
+            Part::Further(number) => {
+                if events & (libc::POLLOUT | libc::POLLERR | libc::POLLHUP) != 0 {
+                    session.feed_stream(number, &[]);
+                }
+                if readable {
+                    session.read_output(part);
+                }
+            }
+            Part::Stdout | Part::Stderr | Part::Terminal | Part::Notify => session.read_output(part),
         }
     }
 
@@ -237,6 +246,8 @@ impl Server {
             },
             (Kind::Stdin, Some(_)) => session.take_stdin(&frame.payload),
             (Kind::StdinEnd, Some(_)) => session.end_stdin(),
+            (Kind::Stream, Some(_)) => session.take_stream(&frame.payload),
+            (Kind::StreamEnd, Some(_)) => session.end_stream(&frame.payload),
             (Kind::Signal, Some(process)) => {
                 if let Some(sent) = word()
                     && process.ended.is_none()
@@ -335,7 +346,7 @@ impl Server {
     }
 
     fn create(&mut self, key: u64, create: CreateContainer) -> Result<(), ContainerError> {
-        let CreateContainer { id, mut spec, window, binds: _, shared, image } = create;
+        let CreateContainer { id, mut spec, window, binds: _, shared, image, notify, streams } = create;
         if !container::is_id(&id) {
             return Err(ContainerError::new(ErrorKind::Invalid, format!("invalid container ID {id:?}")));
         }
@@ -353,6 +364,9 @@ impl Server {
         }
         let confidential = self.confidential()?;
         confidential.check_container(&id, &spec, image.as_ref())?;
+        if notify.is_some() {
+            confidential.check_notify(&id)?;
+        }
         if let Some(process) = spec.get_mut("process") {
             confidential.unseal(process)?;
         }
@@ -370,7 +384,7 @@ impl Server {
             if let Some(resources) = spec.linux().as_ref().and_then(|l| l.resources().as_ref()) {
                 cgroup.apply(resources)?;
             }
-            container::launch(&id, &spec, &cgroup, window, &shared)
+            container::launch(&id, &spec, &cgroup, &shared, &Files { window, streams, notify })
         })();
         self.had_container = true;
         let launched = match made {
@@ -429,8 +443,8 @@ impl Server {
         let process: oci_spec::runtime::Process = serde_json::from_value(exec.process)
             .map_err(|e| ContainerError::new(ErrorKind::Invalid, format!("process: {e}")))?;
         container::check_process(&process)?;
-        let launched =
-            container::exec(&process, container.pid, &container.cgroup, &container.spec, exec.window)?;
+        let files = Files { window: exec.window, streams: exec.streams, notify: None };
+        let launched = container::exec(&process, container.pid, &container.cgroup, &container.spec, &files)?;
         launched.sync.go()?;
         self.attach(key, &exec.id, launched.pid, launched.stdio)
     }

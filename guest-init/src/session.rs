@@ -1,38 +1,18 @@
 //! One connection of the host: bytes in and out, and the stdio of the process that it belongs to.
 //!
-//! Owns: buffers with their limits, descriptors. Does not own: what a request does.
+//! Owns: buffers with their limits, what is waited for. Does not own: what a request does, the process's descriptors.
 
-use std::{
-    io,
-    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
-};
+use std::os::fd::{AsRawFd, OwnedFd};
 
-use coffer_protocol::{Decoder, Ended, Frame, FrameError, Kind, Reply, STDIN_WINDOW, encode};
+use coffer_protocol::{Decoder, Frame, FrameError, Kind, MAX_NOTIFICATION, Outbox, Reply, STDIN_WINDOW};
 use nix::errno::Errno;
+
+use crate::stdio::{Process, read_some};
 
 /// A process's output is read only while less than this waits for the host.
 const OUTPUT_LIMIT: usize = 256 * 1024;
-const CHUNK: usize = 32 * 1024;
-
-/// Descriptors of a process's stdio, ours to use.
-#[derive(Debug, Default)]
-pub(crate) struct Stdio {
-    pub(crate) stdin: Option<OwnedFd>,
-    pub(crate) stdout: Option<OwnedFd>,
-    pub(crate) stderr: Option<OwnedFd>,
-    /// For a terminal: all three in one.
-    pub(crate) terminal: Option<OwnedFd>,
-}
-
-/// A process that this connection owns.
-#[derive(Debug)]
-pub(crate) struct Process {
-    pub(crate) pid: i32,
-    pub(crate) stdio: Stdio,
-    pub(crate) ended: Option<Ended>,
-    stdin_waiting: Vec<u8>,
-    stdin_ends: bool,
-}
+/// Read at once.
+const CHUNK: usize = 64 * 1024;
 
 /// What the host may do with a process's stdio.
 #[derive(Clone, Copy, Debug)]
@@ -41,18 +21,11 @@ pub(crate) struct Streams {
     pub(crate) output: bool,
 }
 
-impl Process {
-    pub(crate) fn new(pid: i32, stdio: Stdio) -> Self {
-        Self { pid, stdio, ended: None, stdin_waiting: Vec::new(), stdin_ends: false }
-    }
-}
-
 #[derive(Debug)]
 pub(crate) struct Session {
     pub(crate) fd: OwnedFd,
     decoder: Decoder,
-    out: Vec<u8>,
-    written: usize,
+    out: Outbox,
     pub(crate) process: Option<Process>,
     streams: Streams,
     /// Everything was said: close once it is written.
@@ -69,21 +42,10 @@ pub(crate) enum Part {
     Stdout,
     Stderr,
     Terminal,
-}
-
-/// Reads what is there now. `Ok(None)`: nothing now; an empty vector: the end.
-fn read_some(fd: BorrowedFd<'_>) -> io::Result<Option<Vec<u8>>> {
-    let mut bytes = vec![0; CHUNK];
-    match nix::unistd::read(fd, &mut bytes) {
-        Ok(count) => {
-            bytes.truncate(count);
-            Ok(Some(bytes))
-        }
-        Err(Errno::EAGAIN | Errno::EINTR) => Ok(None),
-        // The last slave of a terminal was closed.
-        Err(Errno::EIO) => Ok(Some(Vec::new())),
-        Err(e) => Err(e.into()),
-    }
+    /// One of the process's descriptors from 3 on, by its number in frames.
+    Further(u8),
+    /// Its notification socket.
+    Notify,
 }
 
 impl Session {
@@ -91,8 +53,7 @@ impl Session {
         Self {
             fd,
             decoder: Decoder::default(),
-            out: Vec::new(),
-            written: 0,
+            out: Outbox::default(),
             process: None,
             streams: Streams { stdin: true, output: true },
             finishing: false,
@@ -100,17 +61,19 @@ impl Session {
         }
     }
 
-    /// Takes a process. Stdin that the owner's policy keeps from the host is at its end at once.
+    /// Takes a process. Input that the owner's policy keeps from the host is at its end at once.
     pub(crate) fn attach(&mut self, process: Process, streams: Streams) {
+        let count = process.stdio.further.len();
         self.process = Some(process);
         self.streams = streams;
         if !streams.stdin {
             self.end_stdin();
+            (0..count).for_each(|number| self.end_stream(&[number as u8]));
         }
     }
 
     fn waiting(&self) -> usize {
-        self.out.len() - self.written
+        self.out.waiting().len()
     }
 
     /// What to wait for.
@@ -119,36 +82,35 @@ impl Session {
         let out = if self.waiting() > 0 { libc::POLLOUT } else { 0 };
         list.push((Part::Host, self.fd.as_raw_fd(), libc::POLLIN | out));
         let Some(process) = &self.process else { return list };
-        let room = self.waiting() < OUTPUT_LIMIT;
-        let input = if process.stdin_waiting.is_empty() { 0 } else { libc::POLLOUT };
-        if let Some(fd) = &process.stdio.stdin
-            && input != 0
-        {
-            list.push((Part::Stdin, fd.as_raw_fd(), input));
-        }
-        for (part, fd) in [(Part::Stdout, &process.stdio.stdout), (Part::Stderr, &process.stdio.stderr)] {
+        let reads = if self.waiting() < OUTPUT_LIMIT { libc::POLLIN } else { 0 };
+        let writes = |waiting: usize| if waiting == 0 { 0 } else { libc::POLLOUT };
+        let input = writes(process.stdin.waiting());
+        let stdio = &process.stdio;
+        let mut add = |part, fd: &Option<OwnedFd>, events: i16| {
             if let Some(fd) = fd
-                && room
+                && events != 0
             {
-                list.push((part, fd.as_raw_fd(), libc::POLLIN));
+                list.push((part, fd.as_raw_fd(), events));
             }
-        }
-        if let Some(fd) = &process.stdio.terminal {
-            let events = input | if room { libc::POLLIN } else { 0 };
-            if events != 0 {
-                list.push((Part::Terminal, fd.as_raw_fd(), events));
-            }
+        };
+        add(Part::Stdin, &stdio.stdin, input);
+        add(Part::Stdout, &stdio.stdout, reads);
+        add(Part::Stderr, &stdio.stderr, reads);
+        add(Part::Terminal, &stdio.terminal, input | reads);
+        add(Part::Notify, &stdio.notify, reads);
+        for (number, further) in stdio.further.iter().enumerate() {
+            let input = further.input.as_ref().map_or(0, |i| writes(i.waiting()));
+            add(Part::Further(number as u8), &further.fd, input | if further.output { reads } else { 0 });
         }
         list
     }
 
     /// Reads from the host. Frames come from [`Self::next_frame`].
     pub(crate) fn read_host(&mut self) {
-        match read_some(self.fd.as_fd()) {
-            Ok(Some(bytes)) if bytes.is_empty() => self.dead = true,
-            Ok(Some(bytes)) => self.decoder.push(&bytes),
+        match read_some(&self.fd, self.decoder.space(CHUNK)) {
+            Ok(Some(0)) | Err(_) => self.dead = true,
+            Ok(Some(count)) => self.decoder.filled(count),
             Ok(None) => {}
-            Err(_) => self.dead = true,
         }
     }
 
@@ -158,7 +120,7 @@ impl Session {
     }
 
     pub(crate) fn send(&mut self, kind: Kind, payload: &[u8]) {
-        encode(kind, payload, &mut self.out);
+        self.out.push(kind, payload);
     }
 
     /// Answers a request; without a process the connection has done its work.
@@ -169,8 +131,8 @@ impl Session {
 
     pub(crate) fn write_host(&mut self) {
         while self.waiting() > 0 {
-            match nix::unistd::write(&self.fd, &self.out[self.written..]) {
-                Ok(count) => self.written += count,
+            match nix::unistd::write(&self.fd, self.out.waiting()) {
+                Ok(count) => self.out.sent(count),
                 Err(Errno::EAGAIN) => break,
                 Err(Errno::EINTR) => {}
                 Err(_) => {
@@ -178,13 +140,6 @@ impl Session {
                     return;
                 }
             }
-        }
-        if self.waiting() == 0 {
-            self.out.clear();
-            self.written = 0;
-        } else if self.written > OUTPUT_LIMIT {
-            self.out.drain(..self.written);
-            self.written = 0;
         }
     }
 
@@ -202,75 +157,147 @@ impl Session {
             return;
         }
         let Some(process) = &mut self.process else { return };
-        if process.stdin_waiting.len() + bytes.len() > STDIN_WINDOW {
+        if process.stdin.waiting() + bytes.len() > STDIN_WINDOW {
             self.dead = true;
             return;
         }
-        process.stdin_waiting.extend_from_slice(bytes);
-        self.write_stdin();
+        self.feed_stdin(bytes);
     }
 
     pub(crate) fn end_stdin(&mut self) {
         let Some(process) = &mut self.process else { return };
-        process.stdin_ends = true;
-        self.write_stdin();
+        process.stdin.ends = true;
+        self.feed_stdin(&[]);
     }
 
     /// Writes to the process what it takes, and gives the host credit for it.
-    pub(crate) fn write_stdin(&mut self) {
-        let Some(process) = &mut self.process else { return };
-        let mut taken = 0;
-        let mut broken = process.stdio.stdin.is_none() && process.stdio.terminal.is_none();
-        if let Some(fd) = process.stdio.stdin.as_ref().or(process.stdio.terminal.as_ref()) {
-            while taken < process.stdin_waiting.len() {
-                match nix::unistd::write(fd, &process.stdin_waiting[taken..]) {
-                    Ok(count) => taken += count,
-                    Err(Errno::EAGAIN) => break,
-                    Err(Errno::EINTR) => {}
-                    Err(_) => {
-                        broken = true;
-                        break;
-                    }
-                }
-            }
+    pub(crate) fn feed_stdin(&mut self, bytes: &[u8]) {
+        let Some(Process { stdio, stdin, .. }) = &mut self.process else { return };
+        let taken = stdin.take(stdio.stdin.as_ref().or(stdio.terminal.as_ref()), bytes);
+        if taken.done {
+            stdio.stdin = None;
         }
-        if broken {
-            // Nobody reads any more: the host's bytes go nowhere, but it may send on.
-            taken = process.stdin_waiting.len();
-            process.stdio.stdin = None;
-        }
-        process.stdin_waiting.drain(..taken);
-        if process.stdin_ends && process.stdin_waiting.is_empty() {
-            process.stdio.stdin = None;
-        }
-        if taken > 0 {
-            self.send(Kind::StdinCredit, &(taken as u32).to_le_bytes());
+        if taken.bytes > 0 {
+            self.send(Kind::StdinCredit, &(taken.bytes as u32).to_le_bytes());
         }
     }
 
-    /// Reads one of the process's outputs.
-    pub(crate) fn read_output(&mut self, part: Part) {
-        let Some(process) = &mut self.process else { return };
-        let (slot, kind) = match part {
-            Part::Stdout => (&mut process.stdio.stdout, Kind::Stdout),
-            Part::Stderr => (&mut process.stdio.stderr, Kind::Stderr),
-            Part::Terminal => (&mut process.stdio.terminal, Kind::Stdout),
-            Part::Host | Part::Stdin => return,
-        };
-        let Some(fd) = slot else { return };
-        match read_some(fd.as_fd()) {
-            Ok(Some(bytes)) if !bytes.is_empty() && !self.streams.output => {}
-            Ok(Some(bytes)) if !bytes.is_empty() => self.send(kind, &bytes),
-            Ok(None) => {}
-            Ok(Some(_)) | Err(_) => {
-                *slot = None;
-                // Whoever reads on the host learns of it, as from a pipe.
-                match part {
-                    Part::Stdout => self.send(Kind::StdoutEnd, &[]),
-                    Part::Stderr => self.send(Kind::StderrEnd, &[]),
-                    Part::Host | Part::Stdin | Part::Terminal => {}
+    /// Bytes of the host for a further stream: its number, then they. The same window holds.
+    pub(crate) fn take_stream(&mut self, payload: &[u8]) {
+        let Some((number, bytes)) = payload.split_first() else { return self.dead = true };
+        let waiting = self.further(*number).map(|f| f.input.as_ref().map_or(0, |i| i.waiting()));
+        match waiting {
+            Some(waiting) if waiting + bytes.len() <= STDIN_WINDOW => self.feed_stream(*number, bytes),
+            _ => self.dead = true,
+        }
+    }
+
+    pub(crate) fn end_stream(&mut self, payload: &[u8]) {
+        let &[number] = payload else { return self.dead = true };
+        match self.further(number) {
+            Some(further) => {
+                if let Some(input) = &mut further.input {
+                    input.ends = true;
                 }
+                self.feed_stream(number, &[]);
             }
+            None => self.dead = true,
+        }
+    }
+
+    fn further(&mut self, number: u8) -> Option<&mut crate::stdio::Further> {
+        self.process.as_mut()?.stdio.further.get_mut(usize::from(number))
+    }
+
+    /// As [`Self::feed_stdin`].
+    pub(crate) fn feed_stream(&mut self, number: u8, bytes: &[u8]) {
+        let count = self.further(number).map_or(0, |f| f.take(bytes)) as u32;
+        if count > 0 {
+            let [a, b, c, d] = count.to_le_bytes();
+            self.send(Kind::StreamCredit, &[number, a, b, c, d]);
+        }
+    }
+
+    /// Reads what one of the process's outputs has, as far as the host keeps up.
+    pub(crate) fn read_output(&mut self, part: Part) {
+        while self.read_once(part) == CHUNK && self.waiting() < OUTPUT_LIMIT {}
+    }
+
+    /// Reads once, straight into what goes to the host. Zero: nothing now, or the end.
+    fn read_once(&mut self, part: Part) -> usize {
+        let Some(Process { stdio, .. }) = &mut self.process else { return 0 };
+        if part == Part::Notify {
+            return self.read_notification();
+        }
+        // A further stream's frames begin with its number.
+        let (kind, number) = match part {
+            Part::Stdout | Part::Terminal => (Kind::Stdout, None),
+            Part::Stderr => (Kind::Stderr, None),
+            Part::Further(number) => (Kind::Stream, Some(number)),
+            Part::Host | Part::Stdin | Part::Notify => return 0,
+        };
+        let fd = match part {
+            Part::Stdout => stdio.stdout.as_ref(),
+            Part::Stderr => stdio.stderr.as_ref(),
+            Part::Terminal => stdio.terminal.as_ref(),
+            _ => {
+                let further = number.and_then(|n| stdio.further.get(usize::from(n)));
+                further.filter(|f| f.output).and_then(|f| f.fd.as_ref())
+            }
+        };
+        let Some(fd) = fd else { return 0 };
+        let space = self.out.space(CHUNK + 1);
+        let from = usize::from(number.is_some());
+        space[0] = number.unwrap_or_default();
+        match read_some(fd, &mut space[from..from + CHUNK]) {
+            Ok(Some(count)) if count > 0 => {
+                if self.streams.output {
+                    self.out.filled(kind, from + count);
+                }
+                count
+            }
+            Ok(None) => 0,
+            Ok(Some(_)) | Err(_) => {
+                self.end_output(part);
+                0
+            }
+        }
+    }
+
+    /// One message. What a sender passes along is closed, which is what one that waits for it waits for (`BARRIER=1`).
+    fn read_notification(&mut self) -> usize {
+        let fd = self.process.as_ref().and_then(|p| p.stdio.notify.as_ref());
+        let Some(fd) = fd else { return 0 };
+        // One byte more than is allowed, to see what is too long; that is left out, as systemd does.
+        let space = self.out.space(MAX_NOTIFICATION + 1);
+        let count = nix::sys::socket::recv(fd.as_raw_fd(), space, nix::sys::socket::MsgFlags::MSG_DONTWAIT);
+        let count = count.unwrap_or(0);
+        if (1..=MAX_NOTIFICATION).contains(&count) {
+            self.out.filled(Kind::Notification, count);
+        }
+        count
+    }
+
+    /// Whoever reads on the host learns of an output's end, as from a pipe.
+    fn end_output(&mut self, part: Part) {
+        let Some(Process { stdio, .. }) = &mut self.process else { return };
+        match part {
+            Part::Stdout => {
+                stdio.stdout = None;
+                self.send(Kind::StdoutEnd, &[]);
+            }
+            Part::Stderr => {
+                stdio.stderr = None;
+                self.send(Kind::StderrEnd, &[]);
+            }
+            Part::Terminal => stdio.terminal = None,
+            Part::Further(number) => {
+                if let Some(further) = stdio.further.get_mut(usize::from(number)) {
+                    further.end_output();
+                }
+                self.send(Kind::StreamEnd, &[number]);
+            }
+            Part::Host | Part::Stdin | Part::Notify => {}
         }
     }
 
@@ -281,14 +308,14 @@ impl Session {
         if self.finishing {
             return;
         }
-        for part in [Part::Stdout, Part::Stderr, Part::Terminal] {
+        let further = self.process.as_ref().map_or(0, |p| p.stdio.further.len());
+        let further = (0..further).map(|number| Part::Further(number as u8));
+        for part in [Part::Notify, Part::Stdout, Part::Stderr, Part::Terminal].into_iter().chain(further) {
             loop {
                 if self.waiting() >= OUTPUT_LIMIT {
                     return;
                 }
-                let before = self.out.len();
-                self.read_output(part);
-                if self.out.len() == before {
+                if self.read_once(part) == 0 {
                     break;
                 }
             }
@@ -298,16 +325,11 @@ impl Session {
     }
 }
 
-/// Makes a descriptor non-blocking.
-pub(crate) fn unblock(fd: &impl AsFd) -> nix::Result<()> {
-    use nix::fcntl::{FcntlArg, OFlag, fcntl};
-    let flags = OFlag::from_bits_truncate(fcntl(fd, FcntlArg::F_GETFL)?);
-    fcntl(fd, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK)).map(drop)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::stdio::{Stdio, unblock};
+    use coffer_protocol::Ended;
     use std::os::unix::net::UnixStream;
 
     #[test]

@@ -37,6 +37,15 @@ pub enum Kind {
     StdoutEnd = 11,
     /// Guest to host: nobody has stderr open any more; no payload.
     StderrEnd = 12,
+    /// Guest to host: what a process said to its service manager, one message of at most [`crate::MAX_NOTIFICATION`] bytes
+    /// (sd_notify(3)).
+    Notification = 13,
+    /// Either way: bytes of one of the process's further streams, after one byte with its number ([`crate::Stream`]).
+    Stream = 14,
+    /// Either way: no more of it; one byte with its number.
+    StreamEnd = 15,
+    /// Guest to host: the process has read this many more bytes of a further stream; its number, u32 little endian.
+    StreamCredit = 16,
 }
 
 impl Kind {
@@ -54,6 +63,10 @@ impl Kind {
             10 => Self::Ended,
             11 => Self::StdoutEnd,
             12 => Self::StderrEnd,
+            13 => Self::Notification,
+            14 => Self::Stream,
+            15 => Self::StreamEnd,
+            16 => Self::StreamCredit,
             _ => return None,
         })
     }
@@ -94,21 +107,44 @@ pub fn encode(kind: Kind, payload: &[u8], out: &mut Vec<u8>) {
     out.extend_from_slice(payload);
 }
 
-/// Turns a byte stream into frames.
+/// Turns a byte stream into frames. Bytes are read straight into its buffer and lent out of it, so that a stream costs no
+/// copy here.
 #[derive(Debug, Default)]
 pub struct Decoder {
+    /// Zeroed once, then used again and again.
     buffer: Vec<u8>,
+    /// What of it was received and not handed out yet.
     start: usize,
+    end: usize,
 }
 
 impl Decoder {
     /// Adds received bytes.
     pub fn push(&mut self, bytes: &[u8]) {
-        if self.start > 0 {
-            self.buffer.drain(..self.start);
+        self.space(bytes.len())[..bytes.len()].copy_from_slice(bytes);
+        self.filled(bytes.len());
+    }
+
+    /// Where to read to: at least this many bytes. Say with [`Self::filled`] how many came.
+    pub fn space(&mut self, least: usize) -> &mut [u8] {
+        if self.start > 0 && (self.start == self.end || self.buffer.len() - self.end < least) {
+            self.buffer.copy_within(self.start..self.end, 0);
+            self.end -= self.start;
             self.start = 0;
         }
-        self.buffer.extend_from_slice(bytes);
+        if self.buffer.len() - self.end < least {
+            self.buffer.resize(self.end + least, 0);
+        }
+        &mut self.buffer[self.end..]
+    }
+
+    /// This many bytes of [`Self::space`] were received.
+    ///
+    /// # Panics
+    /// When there was less space.
+    pub fn filled(&mut self, count: usize) {
+        assert!(count <= self.buffer.len() - self.end, "{count} bytes in less space");
+        self.end += count;
     }
 
     /// The next complete frame, or `None` when more bytes are needed.
@@ -116,7 +152,15 @@ impl Decoder {
     /// # Errors
     /// [`FrameError`] when the stream is not frames; every later call returns the same error.
     pub fn next_frame(&mut self) -> Result<Option<Frame>, FrameError> {
-        let rest = &self.buffer[self.start..];
+        Ok(self.lend()?.map(|(kind, payload)| Frame { kind, payload: payload.to_vec() }))
+    }
+
+    /// The same, without a copy of the payload.
+    ///
+    /// # Errors
+    /// As [`Self::next_frame`].
+    pub fn lend(&mut self) -> Result<Option<(Kind, &[u8])>, FrameError> {
+        let rest = &self.buffer[self.start..self.end];
         let Some((header, body)) = rest.split_first_chunk::<HEADER>() else { return Ok(None) };
         let kind = Kind::from_byte(header[0]).ok_or(FrameError::UnknownKind(header[0]))?;
         let length = u32::from_le_bytes([header[1], header[2], header[3], header[4]]) as usize;
@@ -124,9 +168,76 @@ impl Decoder {
             return Err(FrameError::TooLong(length));
         }
         let Some(payload) = body.get(..length) else { return Ok(None) };
-        let frame = Frame { kind, payload: payload.to_vec() };
         self.start += HEADER + length;
-        Ok(Some(frame))
+        Ok(Some((kind, payload)))
+    }
+}
+
+/// Frames that wait to be sent. A stream's bytes are read straight into it.
+#[derive(Debug, Default)]
+pub struct Outbox {
+    /// Zeroed once, then used again and again.
+    buffer: Vec<u8>,
+    /// What of it was not sent yet.
+    start: usize,
+    end: usize,
+}
+
+impl Outbox {
+    /// Adds a frame.
+    ///
+    /// # Panics
+    /// As [`encode`].
+    pub fn push(&mut self, kind: Kind, payload: &[u8]) {
+        self.space(payload.len())[..payload.len()].copy_from_slice(payload);
+        self.filled(kind, payload.len());
+    }
+
+    /// Where to put a payload of up to `most` bytes. [`Self::filled`] makes it a frame; without it, it is none.
+    ///
+    /// # Panics
+    /// When `most` is over [`MAX_PAYLOAD`].
+    pub fn space(&mut self, most: usize) -> &mut [u8] {
+        assert!(most <= MAX_PAYLOAD, "frame payload of {most} bytes");
+        if self.start == self.end {
+            (self.start, self.end) = (0, 0);
+        } else if self.start > 0 && self.buffer.len() - self.end < HEADER + most {
+            self.buffer.copy_within(self.start..self.end, 0);
+            self.end -= self.start;
+            self.start = 0;
+        }
+        let from = self.end + HEADER;
+        if self.buffer.len() < from + most {
+            self.buffer.resize(from + most, 0);
+        }
+        &mut self.buffer[from..from + most]
+    }
+
+    /// The first `count` bytes of the space that was given are a frame's payload.
+    ///
+    /// # Panics
+    /// When there was less space.
+    pub fn filled(&mut self, kind: Kind, count: usize) {
+        let whole = self.end + HEADER + count;
+        assert!(whole <= self.buffer.len(), "{count} bytes in less space");
+        self.buffer[self.end] = kind as u8;
+        self.buffer[self.end + 1..self.end + HEADER].copy_from_slice(&(count as u32).to_le_bytes());
+        self.end = whole;
+    }
+
+    /// What waits, in the order to send it.
+    #[must_use]
+    pub fn waiting(&self) -> &[u8] {
+        &self.buffer[self.start..self.end]
+    }
+
+    /// This many bytes of [`Self::waiting`] were sent.
+    ///
+    /// # Panics
+    /// When that is more than waits.
+    pub fn sent(&mut self, count: usize) {
+        assert!(count <= self.end - self.start, "{count} bytes sent of fewer");
+        self.start += count;
     }
 }
 
@@ -136,7 +247,7 @@ mod tests {
     use proptest::prelude::*;
 
     fn any_kind() -> impl Strategy<Value = Kind> {
-        (1u8..=12).prop_map(|byte| Kind::from_byte(byte).expect("1 to 12 are kinds"))
+        (1u8..=16).prop_map(|byte| Kind::from_byte(byte).expect("1 to 16 are kinds"))
     }
 
     proptest! {
@@ -158,6 +269,27 @@ mod tests {
                 }
             }
             prop_assert_eq!(seen, frames);
+        }
+
+        #[test]
+        fn an_outbox_holds_what_encode_makes_however_it_is_emptied(
+            frames in prop::collection::vec((any_kind(), prop::collection::vec(any::<u8>(), 0..300), 0usize..400), 0..20),
+        ) {
+            let (mut wanted, mut sent) = (Vec::new(), Vec::new());
+            let mut outbox = Outbox::default();
+            for (kind, payload, now) in &frames {
+                encode(*kind, payload, &mut wanted);
+                // Space that is not used, and more than is used, leave nothing behind.
+                outbox.space(7);
+                let space = outbox.space(payload.len() + 9);
+                space[..payload.len()].copy_from_slice(payload);
+                outbox.filled(*kind, payload.len());
+                let now = outbox.waiting().len().min(*now);
+                sent.extend_from_slice(&outbox.waiting()[..now]);
+                outbox.sent(now);
+            }
+            sent.extend_from_slice(outbox.waiting());
+            prop_assert_eq!(sent, wanted);
         }
 
         #[test]

@@ -14,14 +14,14 @@ mod message;
 pub mod signal;
 
 pub use account::{CpuStats, Device, MemoryStats, ProcessInfo, Stats};
-pub use frame::{Decoder, Frame, FrameError, Kind, MAX_PAYLOAD, encode};
+pub use frame::{Decoder, Frame, FrameError, Kind, MAX_PAYLOAD, Outbox, encode};
 pub use message::{
     BindSource, CreateContainer, Ended, ErrorKind, Exec, ImageSource, Interface, NamespaceKind, Network,
-    Reply, Request, Route, Sandbox, SharedNamespace, SignalTarget, WindowSize,
+    Reply, Request, Route, Sandbox, SharedNamespace, SignalTarget, Stream, WindowSize,
 };
 
 /// Version of everything in this crate; sent in [`Sandbox`] and refused by init when it differs.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// Guest port on which init listens for the host.
 pub const CONTROL_PORT: u32 = 1024;
@@ -43,5 +43,11 @@ pub fn template_mac(position: usize) -> String {
 }
 
 /// The guest may have received this many bytes of stdin that its process has not read yet; the host stops sending
-/// there and goes on after [`Kind::StdinCredit`].
+/// there and goes on after [`Kind::StdinCredit`]. The same for each further stream, and [`Kind::StreamCredit`].
 pub const STDIN_WINDOW: usize = 256 * 1024;
+
+/// Longest notification, in bytes: what systemd takes (PIPE_BUF).
+pub const MAX_NOTIFICATION: usize = 4096;
+
+/// Most further descriptors of a process.
+pub const MAX_STREAMS: usize = 64;

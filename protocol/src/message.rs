@@ -141,6 +141,23 @@ pub struct CreateContainer {
     /// The image that the root file system and the process come from, in place of what `spec` says of them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub image: Option<ImageSource>,
+    /// Path in the container of the socket to which its processes send notifications (sd_notify(3)). `spec` has a file system
+    /// of the guest's own for it, and says so in the environment.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub notify: Option<String>,
+    /// Descriptors of the process from 3 on.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub streams: Vec<Stream>,
+}
+
+/// A further descriptor of a process: bytes that its stub relays to and from an open file of the host. At most
+/// [`crate::MAX_STREAMS`]; the first has number 0 in frames and is the process's descriptor 3.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize, PartialEq, Eq)]
+pub struct Stream {
+    /// The process may read it.
+    pub read: bool,
+    /// The process may write it.
+    pub write: bool,
 }
 
 /// A namespace of another container.
@@ -197,6 +214,9 @@ pub struct Exec {
     pub process: Value,
     /// Window size to start with, for a terminal.
     pub window: Option<WindowSize>,
+    /// As in [`CreateContainer`].
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub streams: Vec<Stream>,
 }
 
 /// Whom a signal is for.

@@ -8,7 +8,13 @@ use coffer_protocol::{BindSource, ImageSource, SHARE_DIR};
 use oci_spec::runtime::{LinuxDeviceType, LinuxNamespaceType, Spec};
 use serde_json::Value;
 
-use crate::{confidential::Confidential, error::Error, image, support};
+use crate::{
+    confidential::Confidential,
+    error::Error,
+    image,
+    notify::{self, Notify},
+    support,
+};
 
 /// MiB of a guest without a memory limit.
 pub(crate) const DEFAULT_MEMORY_MIB: u64 = 512;
@@ -56,6 +62,8 @@ pub struct Plan {
     pub terminal: bool,
     /// The IGVM file to boot from, where the configuration names one (`vm.kernel.path`).
     pub igvm: Option<PathBuf>,
+    /// The container notifies a service manager, as far as the configuration says.
+    pub notify: Option<Notify>,
 }
 
 /// Reads `config.json` and plans.
@@ -82,7 +90,9 @@ pub fn plan(bundle: &Path, id: &str, config: &[u8]) -> Result<Plan, Error> {
     let terminal = process.terminal().unwrap_or(false);
     devices(&mut value, &spec)?;
     let config = value.clone();
-    let (mut binds, bind_sources) = rewrite(&mut value, &spec, bundle, id, &rootfs);
+    let notify = notify::mounted(&mut value, &spec, bundle);
+    let (mut binds, bind_sources) =
+        rewrite(&mut value, &spec, bundle, id, &rootfs, notify.as_ref().map(|(mount, _)| *mount));
     let image = image::source(&spec, id)?.map(|(image, blobs)| {
         binds.push(blobs);
         image
@@ -104,17 +114,19 @@ pub fn plan(bundle: &Path, id: &str, config: &[u8]) -> Result<Plan, Error> {
         },
         terminal,
         igvm: config["vm"]["kernel"]["path"].as_str().map(PathBuf::from),
+        notify: notify.map(|(_, notify)| notify),
         spec,
     })
 }
 
-/// Puts the configuration into the guest's terms.
+/// Puts the configuration into the guest's terms. The mount `own` is that already.
 fn rewrite(
     value: &mut Value,
     spec: &Spec,
     bundle: &Path,
     id: &str,
     rootfs: &Path,
+    own: Option<usize>,
 ) -> (Vec<Bind>, Vec<BindSource>) {
     value["root"]["path"] = Value::from(format!("{SHARE_DIR}/{id}/rootfs"));
     let target = PathBuf::from(id).join("rootfs");
@@ -123,7 +135,8 @@ fn rewrite(
     for (index, mount) in spec.mounts().iter().flatten().enumerate() {
         let options = mount.options().clone().unwrap_or_default();
         let has = |word: &str| options.iter().any(|o| o == word);
-        if !(has("bind") || has("rbind") || mount.typ().as_deref() == Some("bind")) {
+        let bind = has("bind") || has("rbind") || mount.typ().as_deref() == Some("bind");
+        if !bind || own == Some(index) {
             continue;
         }
         let Some(source) = mount.source() else { continue };

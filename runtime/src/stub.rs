@@ -11,7 +11,7 @@ use std::{
     time::Duration,
 };
 
-use coffer_protocol::{Ended, Frame, Kind, STDIN_WINDOW, WindowSize, encode};
+use coffer_protocol::{Ended, Kind, Outbox, STDIN_WINDOW, WindowSize};
 use nix::{
     mount::{MntFlags, MsFlags, mount, umount2},
     sys::{
@@ -20,11 +20,12 @@ use nix::{
     },
 };
 
-use crate::{client::Connection, error::Error, pid, plan::Bind};
+use crate::{client::Connection, descriptors::Carried, error::Error, notify::Teller, pid, plan::Bind};
 
 /// Exit code when the VM is gone before its process ended, as if it had been killed.
 const VM_GONE: i32 = 137;
-const CHUNK: usize = 64 * 1024;
+/// Read at once.
+const CHUNK: usize = 256 * 1024;
 /// How long a VMM may take from closing its connections to its end.
 pub const VMM_END_LIMIT: Duration = Duration::from_secs(10);
 const NONE: Option<&str> = None;
@@ -96,6 +97,8 @@ pub fn drop_rights() {
 
 /// What a stub works with.
 pub struct Relay {
+    /// Frames on their way to the guest.
+    pub out: Outbox,
     /// The process's connection.
     pub connection: Connection,
     /// All signals.
@@ -108,6 +111,47 @@ pub struct Relay {
     pub vmm: Option<OwnedFd>,
     /// Where callers look for the file `oom`, for a container's first process; opened before the root changed.
     pub bundle: Option<File>,
+    /// Who hears what the container's processes notify.
+    pub teller: Option<Teller>,
+    /// Open files of the caller, the process's from 3 on.
+    pub further: Vec<Further>,
+}
+
+/// An open file of the caller and what of it still goes on.
+#[derive(Debug)]
+pub struct Further {
+    fd: Option<OwnedFd>,
+    /// The guest may have this many bytes more; none after the end.
+    credit: Option<usize>,
+    /// The process may still write.
+    output: bool,
+}
+
+impl From<Carried> for Further {
+    fn from(carried: Carried) -> Self {
+        let credit = carried.stream.read.then_some(STDIN_WINDOW);
+        Self { fd: Some(carried.fd), credit, output: carried.stream.write }
+    }
+}
+
+impl Further {
+    fn end_input(&mut self) {
+        self.credit = None;
+        if !self.output {
+            self.fd = None;
+        }
+    }
+
+    fn end_output(&mut self) {
+        self.output = false;
+        match (&self.fd, self.credit) {
+            (Some(fd), Some(_)) => {
+                // Only a socket has two directions to end one after the other.
+                let _ = nix::sys::socket::shutdown(fd.as_raw_fd(), nix::sys::socket::Shutdown::Write);
+            }
+            _ => self.fd = None,
+        }
+    }
 }
 
 enum Step {
@@ -123,6 +167,7 @@ impl Relay {
         let _ = self.connection.stream.set_read_timeout(None);
         let mut credit = STDIN_WINDOW;
         let mut stdin_open = true;
+        let mut waits = Vec::new();
         loop {
             // The terminal's size may have been set before anybody listened.
             match self.frames(&mut credit) {
@@ -133,13 +178,18 @@ impl Relay {
             let input = self.terminal.as_ref().map_or(0, AsRawFd::as_raw_fd);
             let entry = |fd, events| libc::pollfd { fd, events, revents: 0 };
             let reads = if stdin_open && credit > 0 { input } else { -1 };
-            let mut waits = [
+            waits.clear();
+            waits.extend([
                 entry(self.connection.stream.as_raw_fd(), libc::POLLIN),
                 entry(self.signals.as_raw_fd(), libc::POLLIN),
                 entry(reads, libc::POLLIN),
-            ];
-            // SAFETY: three valid entries.
-            if unsafe { libc::poll(waits.as_mut_ptr(), 3, -1) } < 0 {
+            ]);
+            waits.extend(self.further.iter().map(|further| {
+                let fd = further.fd.as_ref().filter(|_| further.credit.is_some_and(|credit| credit > 0));
+                entry(fd.map_or(-1, AsRawFd::as_raw_fd), libc::POLLIN)
+            }));
+            // SAFETY: a vector of valid entries of this length.
+            if unsafe { libc::poll(waits.as_mut_ptr(), waits.len() as libc::nfds_t, -1) } < 0 {
                 continue;
             }
             if waits[1].revents != 0 {
@@ -147,6 +197,11 @@ impl Relay {
             }
             if waits[2].revents != 0 {
                 stdin_open = self.forward_stdin(input, &mut credit);
+            }
+            for number in 0..self.further.len() {
+                if waits[3 + number].revents != 0 {
+                    self.forward_further(number);
+                }
             }
             if waits[0].revents != 0 && !self.read() {
                 return match self.frames(&mut credit) {
@@ -175,19 +230,22 @@ impl Relay {
     }
 
     fn send(&mut self, kind: Kind, payload: &[u8]) {
-        let mut bytes = Vec::new();
-        encode(kind, payload, &mut bytes);
+        self.out.push(kind, payload);
+        self.flush();
+    }
+
+    fn flush(&mut self) {
         // When the VM is gone the next read says so.
-        let _ = self.connection.stream.write_all(&bytes);
+        let _ = self.connection.stream.write_all(self.out.waiting());
+        self.out.sent(self.out.waiting().len());
     }
 
     /// Reads from the guest. False at the end.
     fn read(&mut self) -> bool {
-        let mut buffer = vec![0; CHUNK];
-        match self.connection.stream.read(&mut buffer) {
+        match self.connection.stream.read(self.connection.decoder.space(CHUNK)) {
             Ok(0) => false,
             Ok(count) => {
-                self.connection.decoder.push(&buffer[..count]);
+                self.connection.decoder.filled(count);
                 true
             }
             Err(e) => e.kind() == io::ErrorKind::Interrupted,
@@ -195,24 +253,67 @@ impl Relay {
     }
 
     fn frames(&mut self, credit: &mut usize) -> Step {
+        let word = |bytes: &[u8]| <[u8; 4]>::try_from(bytes).map_or(0, u32::from_le_bytes) as usize;
         loop {
-            match self.connection.decoder.next_frame() {
-                Ok(Some(Frame { kind, payload })) => match kind {
-                    Kind::Stdout => write(self.terminal.as_ref().map_or(1, AsRawFd::as_raw_fd), &payload),
-                    Kind::Stderr => write(2, &payload),
+            match self.connection.decoder.lend() {
+                Ok(Some((kind, payload))) => match kind {
+                    Kind::Stdout => write(self.terminal.as_ref().map_or(1, AsRawFd::as_raw_fd), payload),
+                    Kind::Stderr => write(2, payload),
                     // Readers of a pipe see its end when a daemon closes what it inherited, though its stub lives on.
                     Kind::StdoutEnd => close(1),
                     Kind::StderrEnd => close(2),
-                    Kind::StdinCredit => {
-                        let more = <[u8; 4]>::try_from(payload.as_slice()).map_or(0, u32::from_le_bytes);
-                        *credit = credit.saturating_add(more as usize).min(STDIN_WINDOW);
+                    Kind::StdinCredit => *credit = credit.saturating_add(word(payload)).min(STDIN_WINDOW),
+                    Kind::Notification => {
+                        if let Some(teller) = &self.teller {
+                            teller.tell(payload);
+                        }
                     }
-                    Kind::Ended => return Ended::from_payload(&payload).map_or(Step::VmGone, Step::Ended),
+                    Kind::Stream | Kind::StreamEnd | Kind::StreamCredit => {
+                        let Some((number, rest)) = payload.split_first() else { return Step::VmGone };
+                        let Some(further) = self.further.get_mut(usize::from(*number)) else {
+                            return Step::VmGone;
+                        };
+                        match kind {
+                            Kind::Stream => {
+                                if let (Some(fd), true) = (&further.fd, further.output) {
+                                    write(fd.as_raw_fd(), rest);
+                                }
+                            }
+                            Kind::StreamEnd => further.end_output(),
+                            _ => {
+                                if let Some(credit) = &mut further.credit {
+                                    *credit = credit.saturating_add(word(rest)).min(STDIN_WINDOW);
+                                }
+                            }
+                        }
+                    }
+                    Kind::Ended => return Ended::from_payload(payload).map_or(Step::VmGone, Step::Ended),
                     _ => return Step::VmGone,
                 },
                 Ok(None) => return Step::Goes,
                 Err(_) => return Step::VmGone,
             }
+        }
+    }
+
+    /// Takes what is there of one of the caller's further files.
+    fn forward_further(&mut self, number: usize) {
+        let Some(further) = self.further.get_mut(number) else { return };
+        let (Some(fd), Some(credit)) = (&further.fd, further.credit) else { return };
+        let most = CHUNK.min(credit);
+        let space = self.out.space(1 + most);
+        space[0] = number as u8;
+        match read(fd.as_raw_fd(), &mut space[1..]) {
+            Some(0) => {
+                further.end_input();
+                self.send(Kind::StreamEnd, &[number as u8]);
+            }
+            Some(count) => {
+                further.credit = Some(credit - count);
+                self.out.filled(Kind::Stream, 1 + count);
+                self.flush();
+            }
+            None => {}
         }
     }
 
@@ -236,27 +337,18 @@ impl Relay {
 
     /// Takes what is there of stdin. False at its end.
     fn forward_stdin(&mut self, fd: RawFd, credit: &mut usize) -> bool {
-        let mut buffer = vec![0; CHUNK.min(*credit)];
-        // SAFETY: the buffer is as long as is said.
-        let count = unsafe { libc::read(fd, buffer.as_mut_ptr().cast(), buffer.len()) };
-        match usize::try_from(count) {
-            Ok(0) => {
+        match read(fd, self.out.space(CHUNK.min(*credit))) {
+            Some(0) => {
                 self.send(Kind::StdinEnd, &[]);
                 false
             }
-            Ok(count) => {
-                self.send(Kind::Stdin, &buffer[..count]);
+            Some(count) => {
+                self.out.filled(Kind::Stdin, count);
+                self.flush();
                 *credit -= count;
                 true
             }
-            Err(_) => {
-                let error = io::Error::last_os_error().kind();
-                if matches!(error, io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock) {
-                    return true;
-                }
-                self.send(Kind::StdinEnd, &[]);
-                false
-            }
+            None => true,
         }
     }
 
@@ -296,6 +388,16 @@ pub fn window(terminal: &impl AsRawFd) -> Option<WindowSize> {
 fn close(fd: RawFd) {
     // SAFETY: later writes to it fail, and nothing else depends on it.
     unsafe { libc::close(fd) };
+}
+
+/// Reads what is there; zero at the end, which an error is too.
+fn read(fd: RawFd, buffer: &mut [u8]) -> Option<usize> {
+    // SAFETY: the buffer is as long as is said.
+    let count = unsafe { libc::read(fd, buffer.as_mut_ptr().cast(), buffer.len()) };
+    usize::try_from(count).ok().or_else(|| match io::Error::last_os_error().kind() {
+        io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock => None,
+        _ => Some(0),
+    })
 }
 
 /// Writes everything; a reader that is gone loses it.

@@ -19,21 +19,13 @@ use nix::{
 use oci_spec::runtime::{Process, Spec};
 
 use super::{
-    ContainerError, hooks, mounts,
-    process::{Shared, fork, message},
+    ContainerError, hooks, mounts, notify,
+    process::{Shared, Theirs, fork, message},
     scheduling, security, user,
 };
 
 /// The container's first process.
-pub(super) fn first(
-    id: &str,
-    shared: &[Shared],
-    spec: &Spec,
-    process: &Process,
-    stdio: &[OwnedFd],
-    window: Option<WindowSize>,
-    sync: &OwnedFd,
-) -> ! {
+pub(super) fn first(id: &str, shared: &[Shared], spec: &Spec, process: &Process, theirs: &Theirs) -> ! {
     let result = (|| {
         // What is made for the container has the modes that are said; the process gets its own mask later.
         nix::sys::stat::umask(nix::sys::stat::Mode::empty());
@@ -51,21 +43,18 @@ pub(super) fn first(
             let file = Path::new("/proc/sys").join(key.replace('.', "/"));
             fs::write(&file, value).map_err(|e| ContainerError::guest(&format!("set sysctl {key}"), e))?;
         }
+        if let Some(path) = &theirs.notify {
+            let socket = notify::bind(path)?;
+            say(&theirs.sync, message::NOTIFY, "", Some(socket.as_raw_fd()));
+        }
         mounts::protect(spec)?;
-        become_program(Some(id), process, spec, stdio, window, sync)
+        become_program(Some(id), process, spec, theirs)
     })();
-    give_up(sync, result)
+    give_up(&theirs.sync, result)
 }
 
 /// One more process: joins the namespaces of `target`, whose child it cannot be, so that a child of its own must run.
-pub(super) fn further(
-    process: &Process,
-    spec: &Spec,
-    target: i32,
-    stdio: &[OwnedFd],
-    window: Option<WindowSize>,
-    sync: &OwnedFd,
-) -> ! {
+pub(super) fn further(process: &Process, spec: &Spec, target: i32, theirs: &Theirs) -> ! {
     let result = (|| {
         let namespaces = [
             ("ipc", CloneFlags::CLONE_NEWIPC),
@@ -91,13 +80,13 @@ pub(super) fn further(
         // own namespace is still that one.
         match fork(libc::CLONE_PARENT, None, 0).map_err(|e| ContainerError::guest("fork", e))? {
             Some(pid) => {
-                say(sync, message::PID, &pid.to_string(), None);
+                say(&theirs.sync, message::PID, &pid.to_string(), None);
                 std::process::exit(0)
             }
-            None => become_program(None, process, spec, stdio, window, sync),
+            None => become_program(None, process, spec, theirs),
         }
     })();
-    give_up(sync, result)
+    give_up(&theirs.sync, result)
 }
 
 fn give_up(sync: &OwnedFd, result: Result<Infallible, ContainerError>) -> ! {
@@ -130,14 +119,13 @@ fn become_program(
     first: Option<&str>,
     process: &Process,
     spec: &Spec,
-    stdio: &[OwnedFd],
-    window: Option<WindowSize>,
-    sync: &OwnedFd,
+    theirs: &Theirs,
 ) -> Result<Infallible, ContainerError> {
+    let sync = &theirs.sync;
     nix::unistd::setsid().map_err(|e| ContainerError::guest("start a session", e))?;
-    let terminal = match stdio {
-        [] => Some(open_terminal(window, user::outside(spec, process.user().uid()))?),
-        _ => {
+    let terminal = match theirs.stdio.as_slice() {
+        [] => Some(open_terminal(theirs.window, user::outside(spec, process.user().uid()))?),
+        stdio => {
             for (target, fd) in stdio.iter().enumerate() {
                 duplicate(fd.as_raw_fd(), target as RawFd)?;
             }
@@ -185,6 +173,10 @@ fn become_program(
     reset_signals();
     let path = CString::new(std::os::unix::ffi::OsStrExt::as_bytes(program.as_os_str()))
         .map_err(|e| ContainerError::guest("program", e))?;
+    // Last: what else is open below has done its work, and everything that is still needed is above.
+    for (number, fd) in theirs.further.iter().enumerate() {
+        duplicate(fd.as_raw_fd(), 3 + number as RawFd)?;
+    }
     nix::unistd::execve(&path, &args, &env).map_err(|e| {
         let kind = if e == nix::Error::ENOENT { ErrorKind::NotFound } else { ErrorKind::NotExecutable };
         ContainerError::new(kind, format!("exec {}: {}", program.display(), words(e)))
@@ -223,7 +215,7 @@ fn words(error: nix::Error) -> &'static str {
 }
 
 fn duplicate(from: RawFd, to: RawFd) -> Result<(), ContainerError> {
-    // SAFETY: both are descriptors of this process; `to` is 0, 1 or 2, which nothing else here owns.
+    // SAFETY: both are descriptors of this process; `to` is 0, 1 or 2, which nothing else here owns, or one right before exec.
     if unsafe { libc::dup2(from, to) } < 0 {
         return Err(ContainerError::guest("set up stdio", std::io::Error::last_os_error()));
     }

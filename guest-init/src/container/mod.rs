@@ -11,6 +11,7 @@ mod child;
 mod devices;
 mod hooks;
 mod mounts;
+mod notify;
 mod options;
 mod path;
 mod process;
@@ -22,7 +23,7 @@ mod user;
 
 pub use cgroup::Cgroup;
 pub(crate) use child::set_window;
-pub use process::{Launched, Shared, Sync, SyncError, exec, launch};
+pub use process::{Files, Launched, Shared, Sync, SyncError, exec, launch};
 
 use coffer_protocol::ErrorKind;
 use oci_spec::runtime::{Process, Spec};

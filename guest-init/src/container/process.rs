@@ -8,7 +8,7 @@ use std::{
     os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd},
 };
 
-use coffer_protocol::{ErrorKind, NamespaceKind, WindowSize};
+use coffer_protocol::{ErrorKind, MAX_STREAMS, NamespaceKind, Stream, WindowSize};
 use nix::{
     sched::{CloneFlags, setns},
     sys::socket::{
@@ -18,8 +18,8 @@ use nix::{
 };
 use oci_spec::runtime::{LinuxNamespaceType, Process, Spec};
 
-use super::{Cgroup, ContainerError, child, user};
-use crate::session::{Stdio, unblock};
+use super::{Cgroup, ContainerError, child, notify, user};
+use crate::stdio::{Further, Input, Stdio, unblock};
 
 /// From <linux/sched.h>; libc's constant is of a type that cannot hold it.
 const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
@@ -86,12 +86,36 @@ pub struct Launched {
     pub(crate) stdio: Stdio,
 }
 
+/// What a process's open files are to be, beside stdin, stdout and stderr.
+#[derive(Debug, Default)]
+pub struct Files {
+    /// A terminal's first size.
+    pub window: Option<WindowSize>,
+    /// From 3 on.
+    pub streams: Vec<Stream>,
+    /// Path of the notification socket.
+    pub notify: Option<String>,
+}
+
+/// A child's ends.
+pub(super) struct Theirs {
+    /// 0, 1 and 2; none for a terminal.
+    pub(super) stdio: Vec<OwnedFd>,
+    /// From 3 on.
+    pub(super) further: Vec<OwnedFd>,
+    pub(super) window: Option<WindowSize>,
+    pub(super) notify: Option<String>,
+    pub(super) sync: OwnedFd,
+}
+
 /// What a child says: one byte of kind, then text.
 pub(super) mod message {
     pub(in super::super) const READY: u8 = b'r';
     pub(in super::super) const PID: u8 = b'p';
     /// In a new user namespace, whose maps are to be written.
     pub(in super::super) const MAP: u8 = b'm';
+    /// With the notification socket.
+    pub(in super::super) const NOTIFY: u8 = b's';
     pub(in super::super) const NOT_FOUND: u8 = b'n';
     pub(in super::super) const NOT_EXECUTABLE: u8 = b'x';
     pub(in super::super) const FAILED: u8 = b'f';
@@ -101,26 +125,80 @@ fn system(stage: &str) -> impl FnOnce(nix::Error) -> ContainerError {
     move |e| ContainerError::guest(stage, io::Error::from(e))
 }
 
-/// Descriptors of both sides: ours to keep, the child's to have as 0, 1 and 2 (none for a terminal).
-fn pipes(terminal: bool) -> Result<(Stdio, Vec<OwnedFd>), ContainerError> {
+/// A descriptor of a child that must not be where its further streams will be.
+fn above(fd: OwnedFd, streams: usize) -> Result<OwnedFd, ContainerError> {
+    use nix::fcntl::{FcntlArg, fcntl};
+    if streams == 0 {
+        return Ok(fd);
+    }
+    let least = 3 + streams as RawFd;
+    let moved = fcntl(&fd, FcntlArg::F_DUPFD_CLOEXEC(least)).map_err(system("move a descriptor"))?;
+    // SAFETY: fcntl returned a new descriptor that nobody else has.
+    Ok(unsafe { OwnedFd::from_raw_fd(moved) })
+}
+
+/// Descriptors of both sides: ours to keep, and the child's.
+fn files(terminal: bool, wanted: &Files) -> Result<(Stdio, OwnedFd, Theirs), ContainerError> {
     use nix::fcntl::OFlag;
-    if terminal {
-        return Ok((Stdio::default(), Vec::new()));
+    let count = wanted.streams.len();
+    if count > MAX_STREAMS {
+        let message = format!("{count} further streams: at most {MAX_STREAMS} are possible");
+        return Err(ContainerError::new(ErrorKind::Invalid, message));
     }
+    wanted.notify.as_deref().map_or(Ok(()), notify::check)?;
     let pipe = || pipe2(OFlag::O_CLOEXEC).map_err(system("make a pipe"));
-    let (stdin, our_stdin) = pipe()?;
-    let (our_stdout, stdout) = pipe()?;
-    let (our_stderr, stderr) = pipe()?;
-    for fd in [&our_stdin, &our_stdout, &our_stderr] {
-        unblock(fd).map_err(system("make a pipe non-blocking"))?;
-    }
     // A process that opens /dev/stdout again must be allowed to, whoever it is.
-    for fd in [&stdin, &stdout, &stderr] {
+    let open_up = |fd: &OwnedFd| {
         let _ = nix::sys::stat::fchmod(fd, nix::sys::stat::Mode::from_bits_truncate(0o666));
+    };
+    let (sync, their_sync) = socket_pair()?;
+    let mut ours = Stdio::default();
+    let mut stdio = Vec::new();
+    if !terminal {
+        let (stdin, our_stdin) = pipe()?;
+        let (our_stdout, stdout) = pipe()?;
+        let (our_stderr, stderr) = pipe()?;
+        for fd in [&our_stdin, &our_stdout, &our_stderr] {
+            unblock(fd).map_err(system("make a pipe non-blocking"))?;
+        }
+        for fd in [stdin, stdout, stderr] {
+            open_up(&fd);
+            stdio.push(above(fd, count)?);
+        }
+        ours = Stdio {
+            stdin: Some(our_stdin),
+            stdout: Some(our_stdout),
+            stderr: Some(our_stderr),
+            ..Stdio::default()
+        };
     }
-    let ours =
-        Stdio { stdin: Some(our_stdin), stdout: Some(our_stdout), stderr: Some(our_stderr), terminal: None };
-    Ok((ours, vec![stdin, stdout, stderr]))
+    let mut further = Vec::new();
+    for stream in &wanted.streams {
+        let (our, their) = match stream {
+            Stream { read: true, write: true } => {
+                socketpair(AddressFamily::Unix, SockType::Stream, None, SockFlag::SOCK_CLOEXEC)
+                    .map_err(system("make a socket pair"))?
+            }
+            Stream { read: true, .. } => pipe().map(|(reads, writes)| (writes, reads))?,
+            Stream { .. } => pipe()?,
+        };
+        unblock(&our).map_err(system("make a stream non-blocking"))?;
+        open_up(&their);
+        ours.further.push(Further {
+            fd: Some(our),
+            input: stream.read.then(Input::default),
+            output: stream.write || !stream.read,
+        });
+        further.push(above(their, count)?);
+    }
+    let theirs = Theirs {
+        stdio,
+        further,
+        window: wanted.window,
+        notify: wanted.notify.clone(),
+        sync: above(their_sync, count)?,
+    };
+    Ok((ours, sync, theirs))
 }
 
 /// Forks with these clone flags, into a cgroup. `None` in the child. PID 1 has one thread, so this is as safe as fork.
@@ -155,15 +233,14 @@ pub fn launch(
     id: &str,
     spec: &Spec,
     cgroup: &Cgroup,
-    window: Option<WindowSize>,
     shared: &[Shared],
+    wanted: &Files,
 ) -> Result<Launched, ContainerError> {
     let process = spec
         .process()
         .as_ref()
         .ok_or_else(|| ContainerError::new(ErrorKind::Invalid, "config.json: no process"))?;
-    let (stdio, theirs) = pipes(process.terminal().unwrap_or(false))?;
-    let (ours, sync) = socket_pair()?;
+    let (stdio, ours, theirs) = files(process.terminal().unwrap_or(false), wanted)?;
     let directory =
         std::fs::File::open(cgroup.path()).map_err(|e| ContainerError::guest("open the cgroup", e))?;
     let mut flags = libc::CLONE_NEWNS;
@@ -192,11 +269,12 @@ pub fn launch(
     match forked.map_err(|e| ContainerError::guest("fork", e))? {
         None => {
             drop(ours);
-            child::first(id, shared, spec, process, &theirs, window, &sync)
+            child::first(id, shared, spec, process, &theirs)
         }
         Some(pid) => {
-            drop((sync, theirs));
-            let terminal = wait_ready(&ours, pid, spec)?;
+            drop(theirs);
+            let mut stdio = stdio;
+            let terminal = wait_ready(&ours, pid, spec, &mut stdio.notify)?;
             finish(pid, ours, stdio, terminal)
         }
     }
@@ -211,19 +289,18 @@ pub fn exec(
     target: i32,
     cgroup: &Cgroup,
     spec: &Spec,
-    window: Option<WindowSize>,
+    wanted: &Files,
 ) -> Result<Launched, ContainerError> {
-    let (stdio, theirs) = pipes(process.terminal().unwrap_or(false))?;
-    let (ours, sync) = socket_pair()?;
+    let (stdio, ours, theirs) = files(process.terminal().unwrap_or(false), wanted)?;
     let directory =
         std::fs::File::open(cgroup.path()).map_err(|e| ContainerError::guest("open the cgroup", e))?;
     match fork(0, Some(directory.as_raw_fd()), libc::SIGCHLD).map_err(|e| ContainerError::guest("fork", e))? {
         None => {
             drop(ours);
-            child::further(process, spec, target, &theirs, window, &sync)
+            child::further(process, spec, target, &theirs)
         }
         Some(middle) => {
-            drop((sync, theirs));
+            drop(theirs);
             let (pid, terminal) = wait_child(&ours, middle)?;
             finish(pid, ours, stdio, terminal)
         }
@@ -297,10 +374,16 @@ fn refusal(kind: u8, text: String) -> ContainerError {
     ContainerError::new(kind, text)
 }
 
-fn wait_ready(socket: &OwnedFd, pid: i32, spec: &Spec) -> Result<Option<OwnedFd>, ContainerError> {
+fn wait_ready(
+    socket: &OwnedFd,
+    pid: i32,
+    spec: &Spec,
+    notify: &mut Option<OwnedFd>,
+) -> Result<Option<OwnedFd>, ContainerError> {
     loop {
         match receive(socket, pid)? {
             (message::READY, _, terminal) => return Ok(terminal),
+            (message::NOTIFY, _, socket) => *notify = socket,
             (message::MAP, ..) => {
                 user::write_maps(spec, pid)?;
                 send(socket.as_raw_fd(), b"m", MsgFlags::MSG_NOSIGNAL).map_err(system("answer the child"))?;

@@ -12,7 +12,7 @@ use std::{
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
-use coffer_protocol::{CreateContainer, Network, Request, Sandbox, VERSION};
+use coffer_protocol::{CreateContainer, Network, Outbox, Request, Sandbox, Stream, VERSION};
 use nix::{
     fcntl::OFlag,
     sched::{CloneFlags, setns},
@@ -21,16 +21,18 @@ use nix::{
 };
 use oci_spec::runtime::{LinuxNamespaceType as Kind, Spec};
 
-use super::{boot_chart, config, delete, foreground, hooks, pod, start, terminal};
+use super::{Ready, boot_chart, config, delete, foreground, hooks, pod, start, terminal};
 use crate::{
     cgroup,
     cli::Call,
     client::{self, Connection},
     clock,
+    descriptors::{self, Carried},
     error::{Error, host},
     home::Home,
     image,
     network::{self, Tap},
+    notify::{self, Teller, Whom},
     pid::{self, Pid},
     plan::{self, Plan, namespace},
     spawn,
@@ -42,17 +44,13 @@ use crate::{
 /// Makes a container.
 pub(super) fn create(call: &Call, root: &Path) -> Result<(), Error> {
     let id = call.id()?.to_owned();
+    let count = descriptors::count(call.value("preserve-fds"), true)?;
+    let carried = descriptors::take(count)?;
     let bundle = std::path::absolute(call.value("bundle").unwrap_or(".")).map_err(host("find the bundle"))?;
     let path = bundle.join(call.value("config").unwrap_or("config.json"));
     let text = std::fs::read(&path).map_err(|e| Error::Bundle(format!("{}: {e}", path.display())))?;
     let text = plan::annotate(text, &call.global.annotations)?;
     let mut plan = plan::plan(&bundle, &id, &text)?;
-    if call.value("preserve-fds").is_some_and(|n| n != "0") {
-        return Err(Error::Usage(format!(
-            "{}: --preserve-fds: open files of the host cannot be given to a VM",
-            call.command
-        )));
-    }
     pod::sweep(root);
     let vm = pod::find(root, &plan.spec, &id);
     template::wanted(&plan)?;
@@ -64,6 +62,13 @@ pub(super) fn create(call: &Call, root: &Path) -> Result<(), Error> {
     });
     if let Some(name) = &share {
         plan = plan::plan(&bundle, name, &text)?;
+    }
+    if plan.notify.is_none() && notify::manager().is_some() {
+        plan.notify = Some(notify::added(&mut plan.guest_spec));
+    }
+    if count.listen > 0 {
+        // As runc: the process that reads them is the container's first.
+        descriptors::tell(&mut plan.guest_spec, count.listen);
     }
     let console = call.value("console-socket").map(PathBuf::from);
     if call.global.systemd_cgroup {
@@ -89,10 +94,15 @@ pub(super) fn create(call: &Call, root: &Path) -> Result<(), Error> {
     let directory = Directory::of(root, &id)?;
     directory.create()?;
     state::write_whole(&directory.file("config.json"), &text)?;
+    if plan.notify.as_ref().is_some_and(|notify| notify.whom == Whom::Starter) {
+        directory.mark("notifies", true)?;
+    }
     let share = vm.as_ref().zip(share).map(|(vm, name)| vm.directory.file("share").join(name));
     let config = call.value("config").map(|_| path);
-    let made = Making { root, plan: &plan, directory: &directory, bundle, id: &id, vm, share, config }
-        .all(console.as_deref());
+    let streams = carried.iter().map(|c| c.stream).collect();
+    let made =
+        Making { root, plan: &plan, directory: &directory, bundle, id: &id, vm, share, config, streams }
+            .all(console.as_deref(), carried);
     let result = made.and_then(|pid| match call.value("pid-file") {
         // Last: callers take create for done as soon as it is there.
         Some(path) => state::write_whole(Path::new(path), pid.to_string().as_bytes()),
@@ -109,7 +119,8 @@ pub(super) fn run(call: &Call, root: &Path) -> Result<i32, Error> {
     // A stub must be our child to be waited for.
     create(call, root)?;
     let id = call.id()?;
-    let started = start(root, id);
+    let waits = if call.has("detach") { Ready::Awaited } else { Ready::Behind };
+    let started = start(root, id, waits);
     let record = Directory::of(root, id)?.read()?;
     if let Err(error) = started {
         let _ = delete(root, id, true);
@@ -140,6 +151,8 @@ struct Making<'a> {
     share: Option<PathBuf>,
     /// As in [`Record`].
     config: Option<PathBuf>,
+    /// The process's descriptors from 3 on.
+    streams: Vec<Stream>,
 }
 
 /// The VM's process, and what this container has of it.
@@ -167,7 +180,7 @@ fn pipe(stage: &str) -> Result<(OwnedFd, OwnedFd), Error> {
 
 impl Making<'_> {
     /// Everything up to the pid file; the stub's pid.
-    fn all(&self, console: Option<&Path>) -> Result<i32, Error> {
+    fn all(&self, console: Option<&Path>, carried: Vec<Carried>) -> Result<i32, Error> {
         let group = cgroup::path(&self.plan.spec)?;
         let mut vm = match &self.vm {
             Some(running) => Vm {
@@ -216,7 +229,7 @@ impl Making<'_> {
         }
         let connection = self.ask_guest(&mut vm, pty.as_ref().map(|(_, slave)| slave).or(own.as_ref()))?;
         let (slave, master) = pty.map_or((own, None), |(master, slave)| (Some(slave), Some(master)));
-        let stub = self.fork_stub(connection, slave, vm.hold, &mut record)?;
+        let stub = self.fork_stub(connection, slave, vm.hold, carried, &mut record)?;
         if let (Some(master), Some(console)) = (master, console) {
             terminal::give(console, &master)?;
         }
@@ -309,6 +322,8 @@ impl Making<'_> {
                 image::find_signatures(&mut image, &self.plan.binds);
                 image
             }),
+            notify: self.plan.notify.as_ref().map(|n| n.inside.clone()),
+            streams: self.streams.clone(),
         };
         let mut talk = || {
             if vm.child.is_some() {
@@ -348,8 +363,11 @@ impl Making<'_> {
         connection: Connection,
         slave: Option<OwnedFd>,
         hold: OwnedFd,
+        carried: Vec<Carried>,
         record: &mut Record,
     ) -> Result<Pid, Error> {
+        let teller = self.plan.notify.as_ref();
+        let teller = teller.map(|notify| Teller::open(&notify.whom, &self.directory.file(""))).transpose()?;
         let (ready, tell_ready) = pipe("make a pipe")?;
         let (go, tell_go) = pipe("make a pipe")?;
         let spec = &self.plan.spec;
@@ -398,7 +416,7 @@ impl Making<'_> {
                 if processes.is_some() {
                     setns(&own, CloneFlags::CLONE_NEWPID).map_err(host("leave the pod's processes"))?;
                 }
-                drop((tell_ready, go, hold, slave, connection));
+                drop((tell_ready, go, hold, slave, connection, carried));
                 if let Some(path) = &record.cgroup {
                     cgroup::join(path, pid)?;
                 }
@@ -438,6 +456,8 @@ impl Making<'_> {
                         .map(AsRawFd::as_raw_fd)
                         .chain(reports.iter().chain(&bundle).map(AsRawFd::as_raw_fd))
                         .chain(vmm.iter().map(AsRawFd::as_raw_fd))
+                        .chain(teller.iter().map(Teller::fd))
+                        .chain(carried.iter().map(|c| c.fd.as_raw_fd()))
                         .chain(joins.iter().map(|(file, ..)| file.as_raw_fd()));
                     close_others(&kept.into_iter().chain(others).collect::<Vec<_>>());
                     for (file, flag, path) in &joins {
@@ -470,7 +490,17 @@ impl Making<'_> {
                     Ok(signals) => {
                         let _ = ready.write_all(b"k");
                         drop(ready);
-                        let relay = Relay { connection, signals, terminal: slave, reports, vmm, bundle };
+                        let relay = Relay {
+                            out: Outbox::default(),
+                            connection,
+                            signals,
+                            terminal: slave,
+                            reports,
+                            vmm,
+                            bundle,
+                            teller,
+                            further: carried.into_iter().map(Into::into).collect(),
+                        };
                         let code = relay.run();
                         drop(hold);
                         std::process::exit(code)

@@ -7,7 +7,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use coffer_protocol::{Exec, Request};
+use coffer_protocol::{Exec, Outbox, Request};
 use nix::{
     fcntl::OFlag,
     sched::{CloneFlags, setns},
@@ -20,6 +20,7 @@ use crate::{
     cgroup,
     cli::Call,
     client::Connection,
+    descriptors,
     error::{Error, host},
     state::{self, Status},
     stub::{self, Relay},
@@ -27,6 +28,7 @@ use crate::{
 
 /// Runs it. With `--detach` this returns when the process runs; otherwise its exit code is ours.
 pub(super) fn exec(call: &Call, root: &Path) -> Result<i32, Error> {
+    let carried = descriptors::take(descriptors::count(call.value("preserve-fds"), false)?)?;
     let (directory, record) = find(root, call.id()?)?;
     match directory.status(&record) {
         Status::Created | Status::Running => {}
@@ -37,11 +39,6 @@ pub(super) fn exec(call: &Call, root: &Path) -> Result<i32, Error> {
             ));
         }
         Status::Stopped => return Err(Error::State("cannot exec in a stopped container".into())),
-    }
-    if call.value("preserve-fds").is_some_and(|n| n != "0") {
-        return Err(Error::Usage(
-            "exec: --preserve-fds: open files of the host cannot be given to a VM".into(),
-        ));
     }
     let owner = record.stub.ok_or(Error::NotRunning)?;
     let process = process(call, &directory)?;
@@ -66,7 +63,9 @@ pub(super) fn exec(call: &Call, root: &Path) -> Result<i32, Error> {
     let mut connection = Connection::open(&directory.socket(), || false)?;
     let window = pty.as_ref().map(|(_, slave)| slave).or(own.as_ref()).and_then(stub::window);
     let exec_id = format!("{}", std::process::id());
-    connection.ask(&Request::Exec(Box::new(Exec { id: record.id.clone(), exec_id, process, window })))?;
+    let streams = carried.iter().map(|c| c.stream).collect();
+    let id = record.id.clone();
+    connection.ask(&Request::Exec(Box::new(Exec { id, exec_id, process, window, streams })))?;
     let (ready, tell_ready) = pipe2(OFlag::O_CLOEXEC).map_err(host("make a pipe"))?;
     let reports = File::open(directory.file("")).ok();
     let vmm = record.vmm.open().ok();
@@ -85,6 +84,7 @@ pub(super) fn exec(call: &Call, root: &Path) -> Result<i32, Error> {
             let kept = [ready.as_raw_fd(), connection.stream.as_raw_fd()];
             let others = slave.iter().chain(&vmm).map(AsRawFd::as_raw_fd);
             let others = others.chain(reports.iter().map(AsRawFd::as_raw_fd));
+            let others = others.chain(carried.iter().map(|c| c.fd.as_raw_fd()));
             create::close_others(
                 &kept
                     .into_iter()
@@ -107,9 +107,18 @@ pub(super) fn exec(call: &Call, root: &Path) -> Result<i32, Error> {
             Ok(signals) => {
                 let _ = ready.write_all(b"k");
                 drop((ready, namespaces));
-                std::process::exit(
-                    Relay { connection, signals, terminal: slave, reports, vmm, bundle: None }.run(),
-                )
+                let relay = Relay {
+                    out: Outbox::default(),
+                    connection,
+                    signals,
+                    terminal: slave,
+                    reports,
+                    vmm,
+                    bundle: None,
+                    teller: None,
+                    further: carried.into_iter().map(Into::into).collect(),
+                };
+                std::process::exit(relay.run())
             }
             Err(error) => {
                 let _ = ready.write_all(error.to_string().as_bytes());
@@ -117,7 +126,7 @@ pub(super) fn exec(call: &Call, root: &Path) -> Result<i32, Error> {
             }
         }
     };
-    drop((tell_ready, connection, slave));
+    drop((tell_ready, connection, slave, carried));
     if let Some(path) = &record.cgroup {
         cgroup::join(path, pid)?;
     }

@@ -26,14 +26,15 @@ use std::{
 };
 
 use coffer_protocol::{ErrorKind, Request, SignalTarget, signal};
+use nix::sys::signal::SigSet;
 use oci_spec::runtime::Spec;
 
 use crate::{
     cgroup,
     cli::Call,
     client,
-    error::Error,
-    network,
+    error::{self, Error},
+    network, notify,
     state::{self, DEFAULT_ROOT, Directory, Record, Status},
 };
 
@@ -50,7 +51,7 @@ pub fn run(call: &Call) -> Result<i32, Error> {
         "create" => create::create(call, &root).map(|()| 0),
         "run" => create::run(call, &root),
         "exec" => exec::exec(call, &root),
-        "start" => start(&root, call.id()?).map(|()| 0),
+        "start" => start(&root, call.id()?, Ready::Awaited).map(|()| 0),
         "state" => {
             let (directory, record) = find(&root, call.id()?)?;
             print(&state::json(&record, directory.status(&record)))
@@ -91,7 +92,38 @@ fn config(directory: &Directory) -> Result<Vec<u8>, Error> {
     std::fs::read(&path).map_err(|e| Error::Bundle(format!("{}: {e}", path.display())))
 }
 
-fn start(root: &Path, id: &str) -> Result<(), Error> {
+/// Who waits for the container to say that it is ready, where a service manager is to be told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Ready {
+    /// This command, which ends then.
+    Awaited,
+    /// A thread of this command, which goes on.
+    Behind,
+}
+
+/// Tells the manager of `NOTIFY_SOCKET` when the container is ready, as runc does. One that ends before is nothing to tell.
+fn ready(directory: &Directory, record: &Record, ready: Ready) -> Result<(), Error> {
+    let (Some(manager), Some(stub)) = (notify::manager(), record.stub) else { return Ok(()) };
+    if !directory.file("notifies").exists() {
+        return Ok(());
+    }
+    let directory = directory.file("");
+    let tell = move || match notify::wait_ready(&directory, || stub.is_alive()) {
+        true => notify::tell_manager(&manager, stub.pid),
+        false => Ok(()),
+    };
+    match ready {
+        Ready::Awaited => tell(),
+        Ready::Behind => {
+            // Signals are for this thread, which waits for the container.
+            SigSet::all().thread_block().map_err(error::host("take signals"))?;
+            std::thread::spawn(tell);
+            Ok(())
+        }
+    }
+}
+
+fn start(root: &Path, id: &str, waits: Ready) -> Result<(), Error> {
     let (directory, record) = find(root, id)?;
     match directory.status(&record) {
         Status::Created => {}
@@ -116,7 +148,8 @@ fn start(root: &Path, id: &str) -> Result<(), Error> {
         // The container is stopped then (OCI runtime specification, runtime.md, "Lifecycle", step 9).
         let target = SignalTarget::All(id.to_owned());
         let _ = client::ask(&directory.socket(), &Request::Signal { target, signal: libc::SIGKILL as u32 });
-    })
+    })?;
+    ready(&directory, &record, waits)
 }
 
 fn kill(call: &Call, root: &Path) -> Result<(), Error> {

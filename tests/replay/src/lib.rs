@@ -2,7 +2,7 @@
 //!
 //! Owns: making and removing all of that. Does not own: what is expected of the calls.
 //!
-//! It needs root, as `coffer` does, and Debian's `busybox-static` for the containers' programs.
+//! It needs root, as `coffer` does, and Debian's `busybox-static` and `python3` for the containers' programs.
 
 use std::{
     fs,

@@ -1,0 +1,230 @@
+//! What else crosses into a VM: notifications to a service manager, and the caller's open files.
+
+use std::{
+    fs::{self, File},
+    io::{Read, Write},
+    os::{
+        fd::{AsRawFd, OwnedFd},
+        unix::{net::UnixDatagram, process::CommandExt},
+    },
+    process::{Command, Stdio},
+    time::Duration,
+};
+
+use coffer_replay::{Bench, PATIENCE, config, finish, gave, until};
+use serde_json::json;
+
+/// Gives a command these descriptors, from 3 on, and no others. They are open as long as the command is kept.
+fn with(command: &mut Command, files: Vec<OwnedFd>) {
+    // SAFETY: plain system calls between fork and exec. First to places where none of the last ones is.
+    unsafe {
+        command.pre_exec(move || {
+            for (at, fd) in files.iter().enumerate() {
+                libc::fcntl(fd.as_raw_fd(), libc::F_DUPFD_CLOEXEC, 100 + at as i32);
+            }
+            let count = files.len() as i32;
+            for at in 0..count {
+                if libc::dup2(100 + at, 3 + at) < 0 {
+                    return Err(std::io::Error::last_os_error());
+                }
+            }
+            libc::close_range(3 + count as u32, u32::MAX, libc::CLOSE_RANGE_CLOEXEC as i32);
+            Ok(())
+        })
+    };
+}
+
+fn received(socket: &UnixDatagram) -> String {
+    let mut bytes = [0; 5000];
+    let count = socket.recv(&mut bytes).expect("a message");
+    String::from_utf8_lossy(&bytes[..count]).into_owned()
+}
+
+fn manager(bench: &Bench) -> UnixDatagram {
+    let socket = UnixDatagram::bind(bench.path("manager")).unwrap();
+    socket.set_read_timeout(Some(PATIENCE)).unwrap();
+    socket
+}
+
+/// A container whose program is this test's own, statically linked or with its libraries: `python3` of the host, to send datagrams.
+fn notifier(script: &str) -> serde_json::Value {
+    let mut config = config(&["/usr/bin/python3", "-c", &format!("{SEND}{script}")]);
+    for directory in ["/usr", "/lib", "/lib64"] {
+        config["mounts"].as_array_mut().unwrap().push(json!({
+            "destination": directory, "type": "bind", "source": directory, "options": ["rbind", "ro"]
+        }));
+    }
+    config
+}
+
+const SEND: &str = "
+import os, socket, time
+def say(*words):
+    s = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    s.sendto('\\n'.join(words).encode(), os.environ['NOTIFY_SOCKET'])
+";
+
+#[test]
+fn podmans_socket_hears_how_the_service_is_and_not_who_it_is() {
+    let bench = Bench::new();
+    let script = "
+say('READY=1', 'MAINPID=1', 'STATUS=up')
+r, w = os.pipe()
+s = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+s.connect(os.environ['NOTIFY_SOCKET'])
+socket.send_fds(s, [b'BARRIER=1'], [w])
+os.close(w)
+os.read(r, 1)
+print('past the barrier', flush=True)
+say('x' * 5000)
+say('STOPPING=1')
+";
+    let mut config = notifier(script);
+    let path = bench.path("notify/notify.sock");
+    fs::create_dir(bench.path("notify")).unwrap();
+    let socket = UnixDatagram::bind(&path).unwrap();
+    socket.set_read_timeout(Some(PATIENCE)).unwrap();
+    config["process"]["env"].as_array_mut().unwrap().push(json!("NOTIFY_SOCKET=/run/notify/notify.sock"));
+    // As podman 4.3.1 writes it.
+    config["mounts"].as_array_mut().unwrap().push(json!({
+        "destination": "/run/notify", "type": "bind", "source": bench.path("notify"), "options": ["bind", "rprivate"]
+    }));
+    bench.start("c", &config);
+    assert_eq!(received(&socket), "READY=1\nSTATUS=up\n");
+    // What is too long, and what is for the guest alone, is not heard.
+    assert_eq!(received(&socket), "STOPPING=1\n");
+    bench.wait_stopped("c");
+    assert_eq!(bench.read("c.out"), "past the barrier\n", "{}", bench.read("c.err"));
+}
+
+#[test]
+fn start_returns_when_the_container_is_ready_and_has_told_the_manager() {
+    let bench = Bench::new();
+    let manager = manager(&bench);
+    let bundle = bench.bundle(
+        "c",
+        &notifier(
+            "
+while not os.path.exists('/srv/go'): time.sleep(0.01)
+say('READY=1')
+time.sleep(1000)
+",
+        ),
+    );
+    let command = |words: &[&str]| {
+        let mut command = bench.command(words);
+        command.env("NOTIFY_SOCKET", bench.path("manager")).stdout(Stdio::null()).stderr(Stdio::null());
+        command
+    };
+    let mut create = command(&["create", "--bundle"]);
+    create.arg(&bundle).arg("--pid-file").arg(bench.path("c.pid")).arg("c");
+    assert_eq!(finish(&mut create.spawn().unwrap()), 0);
+    let mut start = command(&["start", "c"]).spawn().unwrap();
+    until(|| bench.status("c") == "running");
+    std::thread::sleep(Duration::from_millis(300));
+    assert_eq!(start.try_wait().unwrap(), None, "it waits for the container");
+    fs::write(bundle.join("rootfs/srv/go"), "").unwrap();
+    assert_eq!(received(&manager), format!("READY=1\nMAINPID={}\n", bench.pid("c")));
+    assert_eq!(received(&manager), "BARRIER=1");
+    assert_eq!(finish(&mut start), 0);
+}
+
+#[test]
+fn start_does_not_wait_for_a_container_that_ends_without_a_word() {
+    let bench = Bench::new();
+    let manager = manager(&bench);
+    let bundle = bench.bundle("c", &config(&["true"]));
+    let mut run = bench.command(&["run", "-d", "-b"]);
+    run.arg(&bundle).arg("c").env("NOTIFY_SOCKET", bench.path("manager"));
+    run.stdout(Stdio::null()).stderr(Stdio::null());
+    assert_eq!(finish(&mut run.spawn().unwrap()), 0);
+    manager.set_nonblocking(true).unwrap();
+    assert!(manager.recv(&mut [0]).is_err());
+}
+
+#[test]
+fn preserved_files_are_the_processs_from_3_on() {
+    let bench = Bench::new();
+    bench.start("c", &config(&["sleep", "1000"]));
+    let (input, mut to_guest) = std::io::pipe().unwrap();
+    let file = bench.path("file");
+    fs::write(&file, "of a file\n").unwrap();
+    let script = "cat <&4; echo to a file >&5; cat <&3; echo closed; ls /proc/self/fd";
+    let mut command = bench.command(&["exec", "--preserve-fds", "3", "c", "sh", "-c", script]);
+    let out = File::create(bench.path("out")).unwrap();
+    with(&mut command, vec![input.into(), File::open(&file).unwrap().into(), out.into()]);
+    let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    drop(command);
+    to_guest.write_all(b"rest").unwrap();
+    drop(to_guest);
+    let output = child.wait_with_output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert_eq!(output.status.code(), Some(0), "{}", String::from_utf8_lossy(&output.stderr));
+    // ls has its own directory open beside them, and nothing else is there.
+    assert_eq!(text, "of a file\nrestclosed\n0\n1\n2\n3\n4\n5\n6\n");
+    assert_eq!(bench.read("out"), "to a file\n");
+}
+
+#[test]
+fn preserved_streams_are_whole_both_ways_at_once() {
+    let bench = Bench::new();
+    let mut config = config(&["sh", "-c", "cat <&3 >&4"]);
+    config["process"]["rlimits"] = json!([]);
+    let bundle = bench.bundle("c", &config);
+    let (input, mut into) = std::io::pipe().unwrap();
+    let (mut from, output) = std::io::pipe().unwrap();
+    let data: Vec<u8> = (0..8 << 20).map(|n: u32| (n.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
+    let mut command = bench.command(&["run", "--preserve-fds=2", "-b"]);
+    command.arg(&bundle).arg("c");
+    with(&mut command, vec![input.into(), output.into()]);
+    let mut child = command.spawn().unwrap();
+    drop(command);
+    let sent = data.clone();
+    let writer = std::thread::spawn(move || into.write_all(&sent).unwrap());
+    let mut got = Vec::new();
+    from.read_to_end(&mut got).unwrap();
+    writer.join().unwrap();
+    assert!(got == data, "{} of {} bytes", got.len(), data.len());
+    assert_eq!(finish(&mut child), 0);
+}
+
+#[test]
+fn what_is_no_stream_fails_in_one_line_and_makes_nothing() {
+    let bench = Bench::new();
+    let bundle = bench.bundle("c", &config(&["true"]));
+    let mut command = bench.command(&["create", "--preserve-fds=1", "-b"]);
+    command.arg(&bundle).arg("c");
+    with(&mut command, vec![File::open("/").unwrap().into()]);
+    let said = gave(&mut command).failed(1);
+    assert_eq!(
+        said,
+        "coffer: open file 3 cannot be given to a VM: a directory is no stream: mount it as a volume\n"
+    );
+    assert!(bench.state("c").is_err());
+    let mut command = bench.command(&["create", "--preserve-fds=2", "-b"]);
+    command.arg(&bundle).arg("c");
+    with(&mut command, Vec::new());
+    let said = gave(&mut command).failed(1);
+    assert_eq!(said, "coffer: open file 3 cannot be given to a VM: it is not open\n");
+}
+
+#[test]
+fn files_by_listen_fds_come_first_and_are_announced() {
+    let bench = Bench::new();
+    let bundle = bench.bundle("c", &config(&["sh", "-c", "echo $LISTEN_FDS $LISTEN_PID; cat <&3; cat <&4"]));
+    let files = ["one\n", "two\n"].map(|text| {
+        fs::write(bench.path("text"), text).unwrap();
+        let file = File::open(bench.path("text")).unwrap();
+        fs::remove_file(bench.path("text")).unwrap();
+        OwnedFd::from(file)
+    });
+    // LISTEN_PID must be the runtime's own number: a shell that becomes it knows.
+    let mut command = Command::new("/bin/sh");
+    command.args(["-c", "export LISTEN_PID=$$; exec \"$0\" \"$@\""]);
+    let inner = bench.command(&["run", "--preserve-fds=1", "-b"]);
+    command.arg(inner.get_program()).args(inner.get_args()).arg(&bundle).arg("c").env_clear();
+    command.envs(inner.get_envs().filter_map(|(name, value)| Some((name, value?)))).env("LISTEN_FDS", "1");
+    with(&mut command, files.into());
+    let gave = gave(command.stdin(Stdio::null()));
+    assert_eq!(gave.ok(), "1 1\none\ntwo\n");
+}
