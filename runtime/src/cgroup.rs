@@ -14,7 +14,8 @@ use oci_spec::runtime::{LinuxResources, Spec};
 
 use crate::error::{Error, host};
 
-const ROOT: &str = "/sys/fs/cgroup";
+/// Where the hierarchy is.
+pub const ROOT: &str = "/sys/fs/cgroup";
 /// What a VM needs of the host beside the container's own limit: guest kernel, page cache of shared files, the VMM.
 const OVERHEAD: i64 = 192 << 20;
 
@@ -31,8 +32,13 @@ pub fn path(spec: &Spec) -> Result<Option<PathBuf>, Error> {
             wanted.display()
         )));
     }
-    let unified = Path::new(ROOT).join("cgroup.controllers").exists();
-    Ok(unified.then(|| Path::new(ROOT).join(inside)))
+    Ok(is_unified().then(|| Path::new(ROOT).join(inside)))
+}
+
+/// The host has version 2 alone.
+#[must_use]
+pub fn is_unified() -> bool {
+    Path::new(ROOT).join("cgroup.controllers").exists()
 }
 
 /// Makes a cgroup of [`path`], and its limits.
@@ -73,7 +79,9 @@ pub fn apply(path: &Path, resources: &LinuxResources) -> Result<(), Error> {
     Ok(())
 }
 
-fn settings(resources: &LinuxResources) -> Vec<(&'static str, String)> {
+/// Files and what is written into them.
+#[must_use]
+pub fn settings(resources: &LinuxResources) -> Vec<(&'static str, String)> {
     let mut list = Vec::new();
     if let Some(limit) = resources.memory().as_ref().and_then(|m| m.limit()).filter(|l| *l != 0) {
         let whole = if limit < 0 { "max".to_owned() } else { limit.saturating_add(OVERHEAD).to_string() };

@@ -23,4 +23,5 @@ pub mod spawn;
 pub mod state;
 pub mod stub;
 pub mod support;
+pub mod systemd;
 pub mod template;

@@ -305,7 +305,9 @@ fn memory_mib(spec: &Spec) -> Result<u64, Error> {
     Ok(mib.next_multiple_of(2).clamp(LEAST_MEMORY_MIB, 1 << 20))
 }
 
-fn resources(spec: &Spec) -> Option<&oci_spec::runtime::LinuxResources> {
+/// The limits.
+#[must_use]
+pub fn resources(spec: &Spec) -> Option<&oci_spec::runtime::LinuxResources> {
     spec.linux().as_ref()?.resources().as_ref()
 }
 

@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     error::{Error, host},
     pid::Pid,
+    systemd::Scope,
 };
 
 /// Default of `--root`.
@@ -59,6 +60,9 @@ pub struct Record {
     pub stub: Option<Pid>,
     pub vmm: Pid,
     pub cgroup: Option<PathBuf>,
+    /// The unit of systemd's that the cgroup is, with `--systemd-cgroup`.
+    #[serde(default)]
+    pub scope: Option<Scope>,
     /// Of a container in another's VM: its files below that VM's shared directory.
     #[serde(default)]
     pub share: Option<PathBuf>,

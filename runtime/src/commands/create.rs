@@ -38,6 +38,7 @@ use crate::{
     spawn,
     state::{self, Directory, Record, Status},
     stub::{self, Relay},
+    systemd::Scope,
     template,
 };
 
@@ -71,12 +72,7 @@ pub(super) fn create(call: &Call, root: &Path) -> Result<(), Error> {
         descriptors::tell(&mut plan.guest_spec, count.listen);
     }
     let console = call.value("console-socket").map(PathBuf::from);
-    if call.global.systemd_cgroup {
-        return Err(Error::Usage(
-            "--systemd-cgroup is not supported: use podman --cgroup-manager=cgroupfs, or SystemdCgroup = false of containerd"
-                .into(),
-        ));
-    }
+    let scope = call.global.systemd_cgroup.then(|| Scope::of(&plan.spec, &id)).transpose()?;
     if plan.terminal && console.is_none() && (call.command == "create" || call.has("detach")) {
         return Err(Error::Usage("cannot allocate a terminal without --console-socket".into()));
     }
@@ -100,9 +96,19 @@ pub(super) fn create(call: &Call, root: &Path) -> Result<(), Error> {
     let share = vm.as_ref().zip(share).map(|(vm, name)| vm.directory.file("share").join(name));
     let config = call.value("config").map(|_| path);
     let streams = carried.iter().map(|c| c.stream).collect();
-    let made =
-        Making { root, plan: &plan, directory: &directory, bundle, id: &id, vm, share, config, streams }
-            .all(console.as_deref(), carried);
+    let made = Making {
+        root,
+        plan: &plan,
+        directory: &directory,
+        bundle,
+        id: &id,
+        vm,
+        share,
+        config,
+        streams,
+        scope,
+    }
+    .all(console.as_deref(), carried);
     let result = made.and_then(|pid| match call.value("pid-file") {
         // Last: callers take create for done as soon as it is there.
         Some(path) => state::write_whole(Path::new(path), pid.to_string().as_bytes()),
@@ -153,6 +159,8 @@ struct Making<'a> {
     config: Option<PathBuf>,
     /// The process's descriptors from 3 on.
     streams: Vec<Stream>,
+    /// systemd makes the cgroup.
+    scope: Option<Scope>,
 }
 
 /// The VM's process, and what this container has of it.
@@ -174,6 +182,17 @@ impl Vm {
     }
 }
 
+/// A process that keeps a cgroup from being empty, until this is dropped.
+struct Holder(i32);
+
+impl Drop for Holder {
+    fn drop(&mut self) {
+        // SAFETY: signals a child of this process, which was not reaped.
+        unsafe { libc::kill(self.0, libc::SIGKILL) };
+        let _ = waitpid(NixPid::from_raw(self.0), None);
+    }
+}
+
 fn pipe(stage: &str) -> Result<(OwnedFd, OwnedFd), Error> {
     pipe2(OFlag::O_CLOEXEC).map_err(host(stage))
 }
@@ -181,7 +200,10 @@ fn pipe(stage: &str) -> Result<(OwnedFd, OwnedFd), Error> {
 impl Making<'_> {
     /// Everything up to the pid file; the stub's pid.
     fn all(&self, console: Option<&Path>, carried: Vec<Carried>) -> Result<i32, Error> {
-        let group = cgroup::path(&self.plan.spec)?;
+        let group = match &self.scope {
+            Some(scope) => Some(scope.path()),
+            None => cgroup::path(&self.plan.spec)?,
+        };
         let mut vm = match &self.vm {
             Some(running) => Vm {
                 process: running.record.vmm,
@@ -201,14 +223,21 @@ impl Making<'_> {
             stub: None,
             vmm: vm.process,
             cgroup: group,
+            scope: self.scope.clone(),
             share: self.share.clone(),
             conmon: Pid::parent_named("conmon"),
             config: self.config.clone(),
         };
         // From here on `delete --force` can take everything down, even if this process is killed.
         self.directory.write(&record)?;
+        // Until the stub is in it, so that there is a scope.
+        let _holder = self.scope.as_ref().map(|scope| self.make_scope(scope)).transpose()?;
         if let Some(path) = &record.cgroup {
-            cgroup::create(path, &self.plan.spec)?;
+            if self.scope.is_none() {
+                cgroup::create(path, &self.plan.spec)?;
+            } else if let Some(resources) = plan::resources(&self.plan.spec) {
+                cgroup::apply(path, resources)?;
+            }
             if vm.child.is_some() {
                 self.confine(&mut vm, path)?;
             }
@@ -262,6 +291,21 @@ impl Making<'_> {
         })?;
         let process = Pid::of(vmm.id() as i32).ok_or_else(|| Error::Vm("it ended at once".into()))?;
         Ok(Vm { process, child: Some(vmm), hold, network })
+    }
+
+    /// Has systemd make the cgroup, with a process that does nothing.
+    fn make_scope(&self, scope: &Scope) -> Result<Holder, Error> {
+        let Some(pid) = clone(0).map_err(host("fork a process for the scope"))? else {
+            // SAFETY: asks the kernel to end this process along with its parent.
+            unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL, 0, 0, 0) };
+            close_others(&[]);
+            loop {
+                nix::unistd::pause();
+            }
+        };
+        let holder = Holder(pid);
+        scope.start(pid, self.id, plan::resources(&self.plan.spec))?;
+        Ok(holder)
     }
 
     /// Puts the VMM into the pod's cgroup once it has what it needs of /dev: podman's cgroup of a pod allows its processes

@@ -208,6 +208,10 @@ fn delete(root: &Path, id: &str, force: bool) -> Result<(), Error> {
             return Err(Error::State(format!("process {} does not end", process.pid)));
         }
     }
+    // The VM of a pod is in its first container's scope: that goes by itself when it is empty.
+    if let (Some(scope), false) = (&record.scope, others) {
+        scope.stop();
+    }
     if let Some(path) = &record.cgroup {
         cgroup::remove(path);
     }

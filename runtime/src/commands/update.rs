@@ -49,7 +49,8 @@ pub(super) fn update(call: &Call, root: &Path) -> Result<(), Error> {
     }
     client::ask(&directory.socket(), &Request::Update { id: record.id, resources: resources.clone() })?;
     let parsed = serde_json::from_value(resources).map_err(|e| Error::Usage(format!("update: {e}")))?;
-    record.cgroup.map_or(Ok(()), |path| cgroup::apply(&path, &parsed))
+    record.cgroup.map_or(Ok(()), |path| cgroup::apply(&path, &parsed))?;
+    record.scope.map_or(Ok(()), |scope| scope.update(&parsed))
 }
 
 /// What the file says, or else the flags; never both, as with runc.

@@ -122,11 +122,23 @@ fn checkpoint_and_restore_say_that_they_cannot() {
 }
 
 #[test]
-fn systemds_cgroups_are_refused_where_they_matter_and_ignored_elsewhere() {
+fn systemds_cgroups_are_asked_for_where_they_matter_and_ignored_elsewhere() {
     let bench = Bench::new();
-    let bundle = bench.bundle("c", &config(&["true"]));
-    let said = gave(bench.command(&["--systemd-cgroup", "create", "c", "--bundle"]).arg(&bundle)).failed(1);
-    assert!(said.contains("cgroupfs"), "{said}");
+    let mut config = config(&["true"]);
+    let bundle = bench.bundle("c", &config);
+    let create = || {
+        let mut command = bench.command(&["--systemd-cgroup", "create", "c", "--bundle"]);
+        // No bus is there, whatever runs on this host.
+        command.arg(&bundle).env("DBUS_SYSTEM_BUS_ADDRESS", "unix:path=/no/such/bus");
+        gave(&mut command).failed(1)
+    };
+    let said = create();
+    assert!(said.starts_with("coffer: --systemd-cgroup: ") && said.contains("cgroupfs"), "{said}");
+    config["linux"]["cgroupsPath"] = "/libpod_parent/libpod-c".into();
+    bench.configure("c", &config);
+    let said = create();
+    assert!(said.contains("linux.cgroupsPath") && said.contains("SLICE:PREFIX:NAME"), "{said}");
+    assert!(bench.state("c").is_err());
     assert!(bench.call(&["--systemd-cgroup", "state", "c"]).failed(1).contains("container does not exist"));
 }
 
