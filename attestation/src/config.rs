@@ -6,7 +6,7 @@
 use serde::Deserialize;
 use thiserror::Error;
 
-use crate::{initdata::Initdata, key::KeyAlgorithm};
+use crate::{initdata::Initdata, kbs::ResourceUri, key::KeyAlgorithm};
 
 /// An entry that cannot be read.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
@@ -40,7 +40,12 @@ pub struct Kbs {
     pub key: KeyAlgorithm,
 }
 
-/// A resource to fetch into a file at boot.
+/// Below it are credentials, where upstream has them.
+pub const CREDENTIALS: &str = "/run/confidential-containers/cdh";
+/// Most credentials.
+const MOST_CREDENTIALS: usize = 64;
+
+/// A resource to fetch into a file before a container starts.
 #[derive(Clone, Debug, Deserialize, PartialEq, Eq)]
 pub struct Credential {
     /// Absolute path below `/run/confidential-containers/cdh/`.
@@ -171,7 +176,28 @@ impl Config {
             (Some(aa), Some(cdh)) => Some(Kbs { certificate: aa.certificate.or(cdh.certificate), ..aa }),
             (aa, cdh) => aa.or(cdh),
         };
+        let wrong = |message: String| ConfigError::Form { entry: "cdh.toml", message };
+        if cdh.credentials.len() > MOST_CREDENTIALS {
+            return Err(wrong(format!("more than {MOST_CREDENTIALS} credentials")));
+        }
+        cdh.credentials.iter().try_for_each(|credential| credential.check().map_err(wrong))?;
         Ok(Self { kbs, credentials: cdh.credentials, image: cdh.image, coffer })
+    }
+}
+
+impl Credential {
+    /// Its path is below the place and its resource is one.
+    fn check(&self) -> Result<(), String> {
+        let below = self.path.strip_prefix(CREDENTIALS).and_then(|rest| rest.strip_prefix('/'));
+        let clean =
+            |rest: &str| rest.split('/').all(|part| !matches!(part, "" | "." | "..") && !part.contains('\0'));
+        if !below.is_some_and(clean) {
+            return Err(format!("credentials: path {:?} is not a file below {CREDENTIALS}/", self.path));
+        }
+        match self.resource_uri.parse::<ResourceUri>() {
+            Ok(_) => Ok(()),
+            Err(error) => Err(format!("credentials: resource_uri: {error}")),
+        }
     }
 }
 
@@ -233,6 +259,34 @@ mod tests {
         assert!(message.contains("coffer.toml") && message.contains("atestation_api"), "{message}");
         let offline = config(&[("cdh.toml", "[kbc]\nname = 'offline_fs_kbc'\n")]).unwrap_err().to_string();
         assert!(offline.contains("offline_fs_kbc"));
+    }
+
+    #[test]
+    fn a_credential_is_a_resource_and_a_file_at_its_place() {
+        let with = |path: &str, uri: &str| {
+            config(&[("cdh.toml", &format!("[[credentials]]\npath = \"{path}\"\nresource_uri = '{uri}'\n"))])
+        };
+        assert_eq!(
+            with("/run/confidential-containers/cdh/kms/key", "kbs:///a/b/c").unwrap().credentials.len(),
+            1
+        );
+        for path in [
+            "/etc/passwd",
+            "/run/confidential-containers/cdh",
+            "/run/confidential-containers/cdh/",
+            "/run/confidential-containers/cdh/../x",
+            "/run/confidential-containers/cdhx/y",
+            "/run/confidential-containers/cdh/a//b",
+            "/run/confidential-containers/cdh/a\\u0000",
+        ] {
+            let message = with(path, "kbs:///a/b/c").unwrap_err().to_string();
+            assert!(message.contains("is not a file below"), "{path}: {message}");
+        }
+        assert!(with("/run/confidential-containers/cdh/a", "http://a").is_err());
+        let many =
+            "[[credentials]]\npath = '/run/confidential-containers/cdh/a'\nresource_uri = 'kbs:///a/b/c'\n"
+                .repeat(65);
+        assert!(config(&[("cdh.toml", &many)]).unwrap_err().to_string().contains("more than 64"));
     }
 
     #[test]

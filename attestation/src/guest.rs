@@ -3,18 +3,20 @@
 //! Owns: the order of checks, what initdata may ask for, one KBS session. It is the only place that decides whether initdata
 //! is used. Used by init, and by the process that serves the workload (`api`). Does not own: requests of the host.
 
+use std::net::IpAddr;
+
 use serde_json::Value;
 use thiserror::Error;
 use zeroize::Zeroizing;
 
 use crate::{
-    config::{Config, ConfigError, Kbs},
+    config::{Config, ConfigError, Credential, Kbs},
     encoding::to_hex,
     evidence::{Attesters, BoundData, EvidenceError},
     initdata::{Initdata, InitdataError},
     kbs::{
-        Client, ClientError, Credential, Outcome, ResourceUri, TlsError, Transport, TransportError, Url,
-        trusting,
+        Client, ClientError, Credential as Proof, Outcome, ResourceUri, TlsError, Transport, TransportError,
+        Url, trusting,
     },
     policy::{Policy, PolicyError},
     sealed::{self, SealedError},
@@ -64,9 +66,14 @@ pub enum GuestError {
     Kbs(#[from] ClientError),
     #[error("environment variable {name}: {source}")]
     Sealed { name: String, source: SealedError },
+    #[error("credential {path}: {message}")]
+    Credential { path: String, message: String },
     #[error("environment variable {0}: the secret is not text")]
     NotText(String),
 }
+
+/// A path in the guest, and what is to be there.
+pub type File = (String, Zeroizing<Vec<u8>>);
 
 /// A guest whose initdata is the one that it was launched with.
 pub struct Guest {
@@ -152,10 +159,17 @@ impl Guest {
             Some(client) => client,
             None => {
                 let raw = self.initdata.as_ref().map(|i| i.raw().to_owned());
-                Client::new(self.attesters.primary.tee(), kbs.key, raw, Credential::Cookie)?
+                Client::new(self.attesters.primary.tee(), kbs.key, raw, Proof::Cookie)?
             }
         };
         Ok((self.client.insert(client), transport, &mut self.attesters))
+    }
+
+    /// Tells who knows addresses of names. They are the host's: what they say is not believed beyond that.
+    pub fn ask_for_names(&mut self, servers: &[IpAddr]) {
+        if let Some(transport) = &mut self.transport {
+            transport.ask_for_names(servers);
+        }
     }
 
     /// A resource of the KBS. Attests if need be.
@@ -213,6 +227,31 @@ impl Guest {
         Ok(self.attesters.primary.evidence(data)?)
     }
 
+    /// The files that initdata's credentials are, fetched.
+    ///
+    /// # Errors
+    /// [`GuestError::Credential`], naming the file.
+    pub fn credentials(&mut self) -> Result<Vec<File>, GuestError> {
+        let mut files = Vec::new();
+        for Credential { path, resource_uri } in self.config.credentials.clone() {
+            let fetched = match resource_uri.parse() {
+                Ok(uri) => self.fetch(&uri).map_err(|e| e.to_string()),
+                Err(error) => Err(format!("{error}")),
+            };
+            let secret = fetched.map_err(|message| GuestError::Credential { path: path.clone(), message })?;
+            files.push((path, secret));
+        }
+        Ok(files)
+    }
+
+    /// Opens a sealed text.
+    ///
+    /// # Errors
+    /// [`SealedError`].
+    pub fn unseal(&mut self, text: &str) -> Result<Zeroizing<Vec<u8>>, SealedError> {
+        sealed::unseal(text, &mut |uri| self.fetch(uri).map_err(|e| e.to_string()))
+    }
+
     /// Opens the sealed values among `NAME=value` pairs.
     ///
     /// # Errors
@@ -224,8 +263,8 @@ impl Guest {
                 continue;
             }
             let name = name.to_owned();
-            let secret = sealed::unseal(value, &mut |uri| self.fetch(uri).map_err(|e| e.to_string()))
-                .map_err(|source| GuestError::Sealed { name: name.clone(), source })?;
+            let secret =
+                self.unseal(value).map_err(|source| GuestError::Sealed { name: name.clone(), source })?;
             match std::str::from_utf8(&secret) {
                 Ok(text) if !text.contains('\0') => *pair = format!("{name}={text}"),
                 _ => return Err(GuestError::NotText(name)),

@@ -1,17 +1,23 @@
 //! What init decides before it obeys: is initdata the launch's, and does its policy allow the request.
 //!
-//! Owns: requests in a policy's terms, sealed environment values, the process that serves the workload's REST calls. Does
+//! Owns: requests in a policy's terms, when sealed values and credentials are opened, the process that serves the workload's REST calls. Does
 //! not own: formats and protocols (`coffer-attestation`).
 //!
 //! A KBS is reached over the pod's own network: that needs nothing of the VMM, and the host sees TLS either way. A pod
 //! with `--network none` therefore gets no secrets.
 
-use std::{cell::RefCell, net::TcpListener, rc::Rc};
+use std::{
+    cell::RefCell,
+    net::{IpAddr, TcpListener},
+    path::PathBuf,
+    rc::Rc,
+};
 
 use coffer_attestation::{
     api,
     evidence::Attesters,
     guest::Guest,
+    kbs::MOST_SERVERS,
     policy::{Policy, Rule, VerifiedImage, create_input, process_input},
 };
 use coffer_protocol::{ErrorKind, ImageSource, Request, SignalTarget};
@@ -21,13 +27,15 @@ use nix::{
 };
 use serde_json::{Value, json};
 
-use crate::{container::ContainerError, image::Owner, owner};
+use crate::{container::ContainerError, image::Owner, owner, secrets};
 
 /// A pod that was set up.
 pub struct Confidential {
     /// The keys of images come through it too.
     guest: Rc<RefCell<Guest>>,
     policy: Policy,
+    /// The owner's files are there.
+    has_credentials: bool,
 }
 
 fn refused(error: impl std::fmt::Display) -> ContainerError {
@@ -49,7 +57,13 @@ impl Confidential {
     fn with(initdata: Option<&str>, attesters: Attesters) -> Result<Self, ContainerError> {
         let guest = Guest::new(initdata.map(str::as_bytes), attesters).map_err(refused)?;
         let policy = guest.policy().map_err(refused)?;
-        Ok(Self { guest: Rc::new(RefCell::new(guest)), policy })
+        Ok(Self { guest: Rc::new(RefCell::new(guest)), policy, has_credentials: false })
+    }
+
+    /// Takes the host's word for who knows addresses of names; what is not an address is none of them.
+    pub fn ask_for_names(&mut self, servers: &[String]) {
+        let servers: Vec<IpAddr> = servers.iter().filter_map(|s| s.parse().ok()).take(MOST_SERVERS).collect();
+        self.guest.borrow_mut().ask_for_names(&servers);
     }
 
     /// Which images run, and their keys.
@@ -123,6 +137,36 @@ impl Confidential {
             .map_err(|e| ContainerError::new(ErrorKind::Guest, e.to_string()))?;
         *list = environment.into_iter().map(Value::from).collect();
         Ok(())
+    }
+
+    /// Opens sealed files in what the host mounts, and shows the owner's credentials. The policy has seen the host's mounts.
+    ///
+    /// # Errors
+    /// [`ContainerError`], naming the file.
+    pub fn open_files(&mut self, id: &str, spec: &mut Value) -> Result<(), ContainerError> {
+        let failed = |e: &dyn std::fmt::Display| ContainerError::new(ErrorKind::Guest, e.to_string());
+        let mut guest = self.guest.borrow_mut();
+        if guest.config().kbs.is_some() {
+            secrets::open_volumes(id, spec, &mut |text| guest.unseal(text).map_err(|e| e.to_string()))
+                .map_err(|e| failed(&e))?;
+        }
+        if guest.config().credentials.is_empty() {
+            return Ok(());
+        }
+        if !self.has_credentials {
+            let files = guest.credentials().map_err(|e| failed(&e))?;
+            let files: Vec<_> =
+                files.into_iter().map(|(path, secret)| (PathBuf::from(path), secret)).collect();
+            secrets::write_credentials(&files).map_err(|e| failed(&e))?;
+            self.has_credentials = true;
+        }
+        secrets::show_credentials(spec);
+        Ok(())
+    }
+
+    /// Forgets what was opened for a container.
+    pub fn close_files(&self, id: &str) {
+        secrets::remove(id);
     }
 
     /// Forks the process that serves the workload, where initdata gives it something to serve.

@@ -15,6 +15,8 @@ pub mod owner;
 #[cfg(not(feature = "confidential"))]
 mod plain;
 mod random;
+#[cfg(feature = "confidential")]
+pub mod secrets;
 pub mod server;
 mod session;
 mod stdio;

@@ -327,6 +327,7 @@ impl Server {
             }
             let mut confidential = Confidential::new(sandbox.initdata.as_deref())?;
             confidential.check(&request)?;
+            confidential.ask_for_names(&sandbox.name_servers);
             self.images = Images::new(confidential.owner()?);
             self.confidential = Some(confidential);
         } else if self.confidential.is_some() || !matches!(request, Request::Shutdown) {
@@ -370,6 +371,7 @@ impl Server {
         if let Some(process) = spec.get_mut("process") {
             confidential.unseal(process)?;
         }
+        confidential.open_files(&id, &mut spec)?;
         container::prepare_shared_memory(&mut spec)?;
         let spec = container::parse_spec(spec)?;
         let shared = shared
@@ -524,6 +526,9 @@ impl Server {
         if let Some(container) = self.containers.remove(id) {
             container.cgroup.remove();
             self.images.remove(id);
+            if let Some(confidential) = &self.confidential {
+                confidential.close_files(id);
+            }
         }
     }
 }

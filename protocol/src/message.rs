@@ -83,6 +83,9 @@ pub struct Sandbox {
     /// The owner's initdata, to the byte: init checks it against what the launch is bound to.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub initdata: Option<String>,
+    /// Addresses of the pod's name servers, as its resolv.conf has them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub name_servers: Vec<String>,
 }
 
 /// All interfaces of the pod.

@@ -23,6 +23,8 @@ const GUEST_OVERHEAD_MIB: u64 = 64;
 /// MiB that no guest is smaller than.
 pub(crate) const LEAST_MEMORY_MIB: u64 = 128;
 pub(crate) const MOST_VCPUS: u32 = 64;
+/// As many as resolv.conf(5) has.
+const MOST_NAME_SERVERS: usize = 3;
 
 /// A host directory or file that the guest sees.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -52,6 +54,8 @@ pub struct Plan {
     pub image: Option<ImageSource>,
     /// What protects the pod.
     pub confidential: Confidential,
+    /// Addresses of the name servers in the resolv.conf that the container gets.
+    pub name_servers: Vec<String>,
     /// The root on the host.
     pub rootfs: PathBuf,
     /// Guest RAM.
@@ -103,6 +107,7 @@ pub fn plan(bundle: &Path, id: &str, config: &[u8]) -> Result<Plan, Error> {
         binds,
         image,
         confidential: Confidential::of(&spec)?,
+        name_servers: name_servers(&spec, bundle),
         rootfs,
         memory_mib: match hardware(&config, "memory") {
             Some(bytes) => bytes.div_ceil(1 << 20).next_multiple_of(2).clamp(LEAST_MEMORY_MIB, 1 << 20),
@@ -202,6 +207,17 @@ fn shared_memory(destination: &Path, source: &Path) -> Option<u64> {
     let system = nix::sys::statfs::statfs(source).ok()?;
     let bytes = system.blocks().checked_mul(u64::try_from(system.block_size()).ok()?)?;
     (system.filesystem_type() == nix::sys::statfs::TMPFS_MAGIC).then_some(bytes / 1024)
+}
+
+/// Who the guest asks for names before its container runs: as resolv.conf(5) says, of the file that callers make for it.
+fn name_servers(spec: &Spec, bundle: &Path) -> Vec<String> {
+    let mounts = spec.mounts().iter().flatten();
+    let file =
+        mounts.filter(|m| m.destination() == Path::new("/etc/resolv.conf")).find_map(|m| m.source().clone());
+    let text = file.and_then(|path| std::fs::read_to_string(bundle.join(path)).ok()).unwrap_or_default();
+    let words = text.lines().filter_map(|line| line.trim().strip_prefix("nameserver"));
+    let addresses = words.map(str::trim).filter(|word| word.parse::<std::net::IpAddr>().is_ok());
+    addresses.take(MOST_NAME_SERVERS).map(str::to_owned).collect()
 }
 
 /// The guest's own in its place.
@@ -401,6 +417,17 @@ mod tests {
             (512, 2)
         );
         assert_eq!(sized(json!({ "cpu": { "cpus": "0-2,5" } })), (512, 4));
+    }
+
+    #[test]
+    fn name_servers_are_those_of_the_containers_own_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let text =
+            "# nameserver 9.9.9.9\nsearch a\nnameserver 10.88.0.1\nnameserver\tfd00::1\nnameserver x\n";
+        std::fs::write(dir.path().join("resolv.conf"), text).unwrap();
+        let mounts = json!([{ "destination": "/etc/resolv.conf", "type": "bind", "source": "resolv.conf", "options": ["bind"] }]);
+        let plan = plan(dir.path(), "c1", &config(json!({ "mounts": mounts }))).unwrap();
+        assert_eq!(plan.name_servers, ["10.88.0.1", "fd00::1"]);
     }
 
     #[test]

@@ -10,7 +10,7 @@ use coffer_attestation::{
     initdata::Initdata,
     jwe::{self, Jwe},
     jws::Unverified,
-    kbs::{Client, Credential, Outcome, ResourceUri, Response, ResponseReader, Step, Url},
+    kbs::{self, AddressKind, Client, Credential, Outcome, ResourceUri, Response, ResponseReader, Step, Url},
     key::{KeyAlgorithm, PublicJwk, TeeKey},
     policy::{Policy, Rule, create_input},
     sealed,
@@ -21,9 +21,10 @@ use coffer_fuzz::Target;
 use serde_json::{Value, json};
 
 /// The targets.
-pub const TARGETS: [Target; 11] = [
+pub const TARGETS: [Target; 12] = [
     ("initdata", initdata),
     ("http", http),
+    ("dns", dns),
     ("session", session),
     ("uri", uri),
     ("jwe", open),
@@ -73,6 +74,19 @@ pub fn http(data: &[u8]) {
     }
     if let (Ok(Some(whole)), Ok(Some(pieces))) = (&whole, &pieces) {
         assert_eq!(whole, pieces);
+    }
+}
+
+/// A name server's answer to the seed's question: a handful of addresses, or a refusal.
+pub fn dns(data: &[u8]) {
+    let asked = kbs::question(0x1234, seeds::NAME, AddressKind::A).expect("a name");
+    if let Ok(found) = kbs::addresses(&asked, data) {
+        assert!(found.len() <= 16);
+    }
+    if let Ok(name) = std::str::from_utf8(data)
+        && let Ok(packet) = kbs::question(1, name, AddressKind::Aaaa)
+    {
+        assert!(packet.len() <= 12 + 255 + 4 && kbs::addresses(&packet, &packet).is_err());
     }
 }
 

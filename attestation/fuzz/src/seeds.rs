@@ -6,6 +6,8 @@ use serde_json::{Map, Value, json};
 
 /// What is inside of everything that is encrypted or signed here.
 pub const SECRET: &[u8] = b"only for an attested guest";
+/// What the seed of a name server's answer is an answer to.
+pub const NAME: &str = "kbs.example";
 /// What the signed payload of the sealed seed names.
 pub const SEALED_URI: &str = "kbs:///one/2/trois";
 
@@ -40,6 +42,15 @@ const SPEC: &str = r#"{"process":{"args":["sh"],"env":["A=1"],"cwd":"/w","termin
 "capabilities":{"bounding":["CAP_CHOWN"]}},"root":{"readonly":true},"hostname":"h","mounts":[{"destination":"/proc","type":"proc"},
 {"destination":"/d","type":"bind","source":"/x","options":["rbind","ro"]}],"linux":{"namespaces":[{"type":"pid"}],"sysctl":{"a":"b"},
 "devices":[{"path":"/dev/x","type":"c","major":1,"minor":3}],"maskedPaths":["/proc/kcore"],"seccomp":{}}}"#;
+
+/// An alias, and an address of each kind, as RFC 1035 writes them.
+fn answer() -> Vec<u8> {
+    let mut packet = b"\x12\x34\x81\x80\0\x01\0\x03\0\0\0\0\x03kbs\x07example\0\0\x01\0\x01".to_vec();
+    packet.extend(b"\xc0\x0c\0\x05\0\x01\0\0\0\x3c\0\x06\x03www\xc0\x0c");
+    packet.extend(b"\xc0\x29\0\x01\0\x01\0\0\0\x3c\0\x04\xc0\0\x02\x07");
+    packet.extend(b"\xc0\x29\0\x1c\0\x01\0\0\0\x3c\0\x10\x20\x01\x0d\xb8\0\0\0\0\0\0\0\0\0\0\0\x07");
+    packet
+}
 
 fn token(header: Value, payload: &[u8]) -> String {
     let header: Map<String, Value> = header.as_object().cloned().unwrap_or_default();
@@ -82,6 +93,8 @@ pub fn all() -> Vec<Seed> {
         ("initdata", "all", INITDATA.into()),
         ("http", "chunked", chunked.into()),
         ("http", "plain", plain.into()),
+        ("dns", "answer", answer()),
+        ("dns", "name", NAME.into()),
         ("session", "resource", format!("{handshake}200 0 {resource}\n").into()),
         ("session", "refused", format!("{handshake}401 0 {refused}\n{handshake}404 0 {refused}\n").into()),
         ("uri", "resource", SEALED_URI.into()),

@@ -1,6 +1,7 @@
 //! The KBS protocol, version 0.4.0: request, challenge, attestation, response, and then resources.
 //!
-//! Owns: the client as a state machine without I/O (`client`), HTTP/1.1 (`http`), and a blocking driver (`transport`).
+//! Owns: the client as a state machine without I/O (`client`), HTTP/1.1 (`http`), addresses of
+//! names (`resolve`), and a blocking driver (`transport`).
 //! Does not own: evidence, or what a resource is for.
 //!
 //! Source: kbs-types 0.18, guest-components `kbs_protocol` and Trustee's `kbs/src` as of August 2026.
@@ -8,6 +9,7 @@
 mod client;
 mod http;
 mod message;
+mod resolve;
 #[cfg(feature = "tls")]
 mod tls;
 mod transport;
@@ -16,6 +18,7 @@ mod uri;
 pub use client::{Client, ClientError, Credential, Outcome, Step};
 pub use http::{HttpError, MOST_BODY, Request, Response, ResponseReader};
 pub use message::{Challenge, ErrorBody, TokenBody};
+pub use resolve::{DnsError, Kind as AddressKind, MOST_SERVERS, addresses, question};
 #[cfg(feature = "tls")]
 pub use tls::{TlsError, trusting};
 pub use transport::{Connect, Stream, Tcp, Transport, TransportError, Url};

@@ -5,13 +5,15 @@
 
 use std::{
     io::{self, Read, Write},
-    net::{TcpStream, ToSocketAddrs},
+    net::{IpAddr, SocketAddr, TcpStream, ToSocketAddrs},
     time::Duration,
 };
 
 use thiserror::Error;
 
-use super::{Client, ClientError, HttpError, Request, Response, ResponseReader, Step, client::Outcome};
+use super::{
+    Client, ClientError, HttpError, Request, Response, ResponseReader, Step, client::Outcome, resolve::lookup,
+};
 use crate::evidence::Attesters;
 
 /// No single wait for the server is longer, as upstream's client.
@@ -50,6 +52,8 @@ pub struct Url {
     pub port: u16,
     /// Path before the protocol's own, without a `/` at its end.
     pub prefix: String,
+    /// Who knows the name's addresses; nobody: the system does.
+    pub name_servers: Vec<IpAddr>,
 }
 
 impl Url {
@@ -84,7 +88,8 @@ impl Url {
         if host.is_empty() || !host.chars().all(named) || !prefix.chars().all(pathed) {
             return Err(wrong());
         }
-        Ok(Self { tls, host: host.into(), port, prefix: prefix.trim_end_matches('/').into() })
+        let prefix = prefix.trim_end_matches('/').into();
+        Ok(Self { tls, host: host.into(), port, prefix, name_servers: Vec::new() })
     }
 
     /// As `Host:` has it.
@@ -92,6 +97,15 @@ impl Url {
     pub fn authority(&self) -> String {
         let host = if self.host.contains(':') { format!("[{}]", self.host) } else { self.host.clone() };
         format!("{host}:{}", self.port)
+    }
+
+    fn addresses(&self) -> io::Result<Vec<SocketAddr>> {
+        let host = self.host.as_str();
+        if self.name_servers.is_empty() || host.parse::<IpAddr>().is_ok() {
+            return Ok((host, self.port).to_socket_addrs()?.collect());
+        }
+        let found = lookup(host, &self.name_servers)?;
+        Ok(found.into_iter().map(|address| SocketAddr::new(address, self.port)).collect())
     }
 }
 
@@ -121,7 +135,7 @@ impl Connect for Tcp {
 /// A TCP connection with limits on every wait.
 pub(super) fn tcp(url: &Url) -> io::Result<TcpStream> {
     let mut last = io::Error::other("the name has no address");
-    for address in (url.host.as_str(), url.port).to_socket_addrs()? {
+    for address in url.addresses()? {
         match TcpStream::connect_timeout(&address, PATIENCE) {
             Ok(stream) => {
                 stream.set_read_timeout(Some(PATIENCE))?;
@@ -153,6 +167,11 @@ impl Transport {
     #[must_use]
     pub fn plain(url: Url) -> Self {
         Self::new(url, Box::new(Tcp))
+    }
+
+    /// Asks these for addresses of the KBS's name.
+    pub fn ask_for_names(&mut self, servers: &[IpAddr]) {
+        self.url.name_servers = servers.to_vec();
     }
 
     /// One request, one answer. A kept connection that the server has closed meanwhile is made anew, once.

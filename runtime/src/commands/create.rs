@@ -355,6 +355,7 @@ impl Making<'_> {
             network: vm.network.clone(),
             entropy: template::wanted(self.plan)?.then(template::entropy).transpose()?,
             initdata: self.plan.confidential.initdata()?,
+            name_servers: self.plan.name_servers.clone(),
         };
         let create = CreateContainer {
             id: self.id.to_owned(),
