@@ -16,6 +16,8 @@ pub mod owner;
 mod plain;
 mod random;
 #[cfg(feature = "confidential")]
+pub mod scratch;
+#[cfg(feature = "confidential")]
 pub mod secrets;
 pub mod server;
 mod session;

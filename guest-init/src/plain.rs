@@ -155,6 +155,15 @@ pub mod image {
     /// What nobody said.
     pub struct Owner;
 
+    /// There are no trees.
+    #[derive(Clone, Copy, Debug)]
+    pub enum Room {
+        /// As nobody asks.
+        Memory,
+        /// As nobody asks.
+        Disk,
+    }
+
     /// An image was asked for.
     #[derive(Debug, Error)]
     #[error("image {0}: this guest was built without the unpacking of images: boot images/smp.igvm")]
@@ -171,7 +180,7 @@ pub mod image {
     impl Images {
         /// Without an owner.
         #[must_use]
-        pub fn new(_: Owner) -> Self {
+        pub fn new(_: Owner, _: Room) -> Self {
             Self(())
         }
 

@@ -32,7 +32,7 @@ use crate::{
     boot,
     confidential::Confidential,
     container::{self, Cgroup, ContainerError, Files, Sync},
-    image::{self, Images},
+    image::{self, Images, Room},
     network, random,
     session::{Part, Session, Streams},
     stdio::{Process, Stdio, unblock},
@@ -328,7 +328,8 @@ impl Server {
             let mut confidential = Confidential::new(sandbox.initdata.as_deref())?;
             confidential.check(&request)?;
             confidential.ask_for_names(&sandbox.name_servers);
-            self.images = Images::new(confidential.owner()?);
+            let room = if sandbox.scratch { Room::Disk } else { Room::Memory };
+            self.images = Images::new(confidential.owner()?, room);
             self.confidential = Some(confidential);
         } else if self.confidential.is_some() || !matches!(request, Request::Shutdown) {
             // A machine in which nothing is yet may be ended by anybody.

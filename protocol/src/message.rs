@@ -86,6 +86,9 @@ pub struct Sandbox {
     /// Addresses of the pod's name servers, as its resolv.conf has them.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub name_servers: Vec<String>,
+    /// The VM has a disk for unpacked images, which the guest encrypts.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub scratch: bool,
 }
 
 /// All interfaces of the pod.

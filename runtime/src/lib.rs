@@ -19,6 +19,7 @@ pub mod notify;
 pub mod pid;
 pub mod plan;
 pub mod program;
+pub mod scratch;
 pub mod spawn;
 pub mod state;
 pub mod stub;

@@ -13,7 +13,7 @@ use crate::{
     error::Error,
     image,
     notify::{self, Notify},
-    support,
+    scratch, support,
 };
 
 /// MiB of a guest without a memory limit.
@@ -56,6 +56,8 @@ pub struct Plan {
     pub confidential: Confidential,
     /// Addresses of the name servers in the resolv.conf that the container gets.
     pub name_servers: Vec<String>,
+    /// Bytes of a disk for what the guest unpacks.
+    pub scratch: Option<u64>,
     /// The root on the host.
     pub rootfs: PathBuf,
     /// Guest RAM.
@@ -108,6 +110,7 @@ pub fn plan(bundle: &Path, id: &str, config: &[u8]) -> Result<Plan, Error> {
         image,
         confidential: Confidential::of(&spec)?,
         name_servers: name_servers(&spec, bundle),
+        scratch: scratch::wanted(&spec)?,
         rootfs,
         memory_mib: match hardware(&config, "memory") {
             Some(bytes) => bytes.div_ceil(1 << 20).next_multiple_of(2).clamp(LEAST_MEMORY_MIB, 1 << 20),
@@ -317,7 +320,8 @@ fn memory_mib(spec: &Spec) -> Result<u64, Error> {
     let pod =
         annotation(spec, "io.kubernetes.cri.sandbox-memory").and_then(|t| t.parse().ok()).filter(|l| *l > 0);
     let Some(limit) = pod.or(limit) else { return Ok(DEFAULT_MEMORY_MIB) };
-    let mib = (limit as u64).div_ceil(1 << 20).saturating_add(GUEST_OVERHEAD_MIB);
+    let overhead = GUEST_OVERHEAD_MIB + scratch::wanted(spec)?.map_or(0, scratch::memory_mib);
+    let mib = (limit as u64).div_ceil(1 << 20).saturating_add(overhead);
     Ok(mib.next_multiple_of(2).clamp(LEAST_MEMORY_MIB, 1 << 20))
 }
 
@@ -417,6 +421,14 @@ mod tests {
             (512, 2)
         );
         assert_eq!(sized(json!({ "cpu": { "cpus": "0-2,5" } })), (512, 4));
+    }
+
+    #[test]
+    fn what_a_scratch_disk_takes_of_memory_is_added_to_the_limit() {
+        let with = json!({ "annotations": { "io.coffer.scratch": "2G" },
+            "linux": { "resources": { "memory": { "limit": 268435456 } } } });
+        let plan = plan(Path::new("/b"), "c1", &config(with)).unwrap();
+        assert_eq!((plan.scratch, plan.memory_mib), (Some(2 << 30), 256 + 64 + 14));
     }
 
     #[test]

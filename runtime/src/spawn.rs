@@ -24,6 +24,7 @@ use crate::{
     home::Home,
     network::Tap,
     plan::{Bind, Plan},
+    scratch,
     state::Directory,
 };
 
@@ -75,7 +76,7 @@ fn show(share: &Path, binds: &[Bind]) -> io::Result<()> {
 /// The IGVM file that a pod boots from.
 #[must_use]
 pub fn image(plan: &Plan, home: &Home) -> PathBuf {
-    let owner = plan.image.is_some() || plan.confidential.file.is_some();
+    let owner = plan.image.is_some() || plan.confidential.file.is_some() || plan.scratch.is_some();
     let usual = || home.image(plan.vcpus, plan.confidential.tee.as_deref(), owner);
     plan.igvm.clone().unwrap_or_else(usual)
 }
@@ -108,6 +109,11 @@ pub fn vmm(start: &Start<'_>) -> Result<Child, Error> {
     if let Some(template) = &start.template {
         command.arg("--template").arg(template);
     }
+    let scratch = start.plan.scratch.map(scratch::make).transpose()?;
+    if let Some(file) = &scratch {
+        // The VMM opens it anew, by the descriptor that it inherits.
+        command.args(["--disk", &format!("/proc/self/fd/{}", file.as_raw_fd())]);
+    }
     if let Some(trace) = &start.trace {
         command.arg("--trace").arg(trace);
     }
@@ -115,6 +121,7 @@ pub fn vmm(start: &Start<'_>) -> Result<Child, Error> {
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).current_dir("/");
     let kept: Vec<i32> = std::iter::once(start.lifeline.as_raw_fd())
         .chain(start.taps.iter().map(|t| t.fd.as_raw_fd()))
+        .chain(scratch.as_ref().map(File::as_raw_fd))
         .collect();
     let network =
         start.network.map(File::open).transpose().map_err(host("open the pod's network namespace"))?;

@@ -69,11 +69,18 @@ impl Shape {
 /// Whether a pod is to start from a template: what its annotation says, else what the operator's file says.
 ///
 /// # Errors
-/// [`Error::Bundle`] for other words, and for a pod in a TEE that asks for one.
+/// [`Error::Bundle`] for other words, and for a pod in a TEE or with a scratch disk that asks for one.
 pub fn wanted(plan: &Plan) -> Result<bool, Error> {
     let annotation = plan.spec.annotations().as_ref().and_then(|a| a.get(ANNOTATION)).map(String::as_str);
     let tee = plan.confidential.tee.as_deref().filter(|tee| *tee != "none");
-    decide(annotation, fs::read_to_string(CONFIGURATION).ok().as_deref(), tee)
+    let wanted = decide(annotation, fs::read_to_string(CONFIGURATION).ok().as_deref(), tee)?;
+    match (wanted && plan.scratch.is_some(), annotation) {
+        (true, Some(_)) => Err(Error::Bundle(format!(
+            "annotation {ANNOTATION}=template with io.coffer.scratch: a template has no disk"
+        ))),
+        (true, None) => Ok(false),
+        (false, _) => Ok(wanted),
+    }
 }
 
 fn decide(annotation: Option<&str>, operator: Option<&str>, tee: Option<&str>) -> Result<bool, Error> {

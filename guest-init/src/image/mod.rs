@@ -1,13 +1,13 @@
 //! Images that the guest unpacks itself: the host shows blobs, this makes of them a root file system and a process.
 //!
-//! Owns: where trees lie (encrypted memory), what the owner said of images, and that a container's program, user and
+//! Owns: where trees lie (encrypted memory, or the scratch disk), what the owner said of images, and that a container's program, user and
 //! environment come from the verified image and not from the host. Does not own: the formats (coffer-layers).
 
 mod user;
 
 use std::{
     fs, io,
-    os::fd::OwnedFd,
+    os::{fd::OwnedFd, unix::fs::PermissionsExt},
     path::{Path, PathBuf},
     sync::atomic::AtomicU64,
 };
@@ -28,6 +28,8 @@ use coffer_protocol::{ImageSource, SHARE_DIR, signal};
 use nix::mount::{MsFlags, mount};
 use serde_json::{Value, json};
 use thiserror::Error;
+
+use crate::scratch::{self, ScratchError};
 
 /// Where trees lie.
 const PLACE: &str = "/run/coffer/images";
@@ -70,6 +72,9 @@ pub enum ImageError {
     /// Its user.
     #[error("image: user {0:?}: {1}")]
     User(String, &'static str),
+    /// The disk for it.
+    #[error("image: {0}")]
+    Scratch(#[from] ScratchError),
     /// The system.
     #[error("image: {0}: {1}")]
     System(&'static str, io::Error),
@@ -105,12 +110,25 @@ pub trait SignaturePolicy {
 /// The images of the pod.
 pub struct Images {
     owner: Owner,
+    room: Room,
     mounted: bool,
+}
+
+/// What trees lie in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Room {
+    /// A tmpfs.
+    Memory,
+    /// The host's disk, encrypted.
+    Disk,
 }
 
 impl Default for Images {
     fn default() -> Self {
-        Self::new(Owner { allowed: None, confidential: true, keys: Box::new(NoKeys), signatures: None })
+        Self::new(
+            Owner { allowed: None, confidential: true, keys: Box::new(NoKeys), signatures: None },
+            Room::Memory,
+        )
     }
 }
 
@@ -125,8 +143,8 @@ pub struct Unpacked {
 impl Images {
     /// With an owner's word.
     #[must_use]
-    pub fn new(owner: Owner) -> Self {
-        Self { owner, mounted: false }
+    pub fn new(owner: Owner, room: Room) -> Self {
+        Self { owner, room, mounted: false }
     }
 
     /// Unpacks a container's image. Nothing of it can be seen by anybody before all of it held.
@@ -149,7 +167,11 @@ impl Images {
         };
         self.mount()?;
         let root = Path::new(PLACE).join(id);
-        let options = Options { privileged: true, budget: available()?.saturating_sub(RESERVE) };
+        let budget = match self.room {
+            Room::Memory => available()?.saturating_sub(RESERVE),
+            Room::Disk => scratch::free(Path::new(PLACE))?,
+        };
+        let options = Options { privileged: true, budget };
         image.unpack(&blobs, &*self.owner.keys, &root, options, &AtomicU64::new(0))?;
         Ok(Unpacked { root, process, stop_signal })
     }
@@ -194,6 +216,13 @@ impl Images {
             return Ok(());
         }
         fs::create_dir_all(PLACE).map_err(|e| ImageError::System("make a place", e))?;
+        if self.room == Room::Disk {
+            scratch::mount_on(PLACE)?;
+            fs::set_permissions(PLACE, fs::Permissions::from_mode(0o700))
+                .map_err(|e| ImageError::System("close a place", e))?;
+            self.mounted = true;
+            return Ok(());
+        }
         // The budget is counted while unpacking; tmpfs' own half of memory would be less than what fits.
         let data = Some("mode=700,size=100%");
         mount(Some("tmpfs"), PLACE, Some("tmpfs"), MsFlags::MS_NODEV, data)
@@ -280,8 +309,10 @@ mod tests {
             assert!(matches!(images.unpack("a", &source(blobs)), Err(ImageError::Place(_))), "{blobs}");
         }
         let allowed = Some(vec![Digest::sha256(b"y")]);
-        let mut images =
-            Images::new(Owner { allowed, confidential: false, keys: Box::new(NoKeys), signatures: None });
+        let mut images = Images::new(
+            Owner { allowed, confidential: false, keys: Box::new(NoKeys), signatures: None },
+            Room::Memory,
+        );
         let refused = images.unpack("a", &source("/run/coffer/share/a/image"));
         assert!(matches!(refused, Err(ImageError::NotAllowed(_))));
     }

@@ -35,7 +35,7 @@ use crate::{
     notify::{self, Teller, Whom},
     pid::{self, Pid},
     plan::{self, Plan, namespace},
-    spawn,
+    scratch, spawn,
     state::{self, Directory, Record, Status},
     stub::{self, Relay},
     systemd::Scope,
@@ -55,7 +55,9 @@ pub(super) fn create(call: &Call, root: &Path) -> Result<(), Error> {
     pod::sweep(root);
     let vm = pod::find(root, &plan.spec, &id);
     template::wanted(&plan)?;
-    plan.confidential.check(vm.as_ref().map(|vm| &vm.record.annotations))?;
+    let pod = vm.as_ref().map(|vm| &vm.record.annotations);
+    plan.confidential.check(pod)?;
+    scratch::check(plan.scratch, pod)?;
     let share = vm.as_ref().map(|_| {
         // Not the name that an earlier container of this id had in this VM, which the guest may still know.
         let elapsed = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
@@ -356,6 +358,7 @@ impl Making<'_> {
             entropy: template::wanted(self.plan)?.then(template::entropy).transpose()?,
             initdata: self.plan.confidential.initdata()?,
             name_servers: self.plan.name_servers.clone(),
+            scratch: self.plan.scratch.is_some(),
         };
         let create = CreateContainer {
             id: self.id.to_owned(),
