@@ -18,6 +18,8 @@ skip() {
     echo "skipped: $*"
     exit 77
 }
+# long WHY: only when asked for, since it takes long the first time.
+long() { [ -n "${COFFER_TEST_LONG:-}" ] || skip "$*: COFFER_TEST_LONG=1 runs it"; }
 # same WHAT WANTED GOT
 same() {
     [ "$2" = "$3" ] || fail "$1: wanted \`$2\`, got \`$3\`"

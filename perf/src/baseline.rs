@@ -32,7 +32,7 @@ const GATES: [Gate; 8] = [
     gate("instructions-kernel", "kernel to PID 1", 0),
     gate("string-steps-guest", "copying and clearing memory in the guest", 0),
     gate("instructions-init-until-ready", "init to ready", 0),
-    gate("instructions-kernel-for-init-until-ready", "kernel's work for init to ready", 50_000),
+    gate("instructions-kernel-for-init-until-ready", "kernel's work for init to ready", 150_000),
     gate("vmm-private-kib", "VMM's own memory", 32),
 ];
 

@@ -1,16 +1,31 @@
 //! What this process can no longer ask of the host's kernel once its guest may run: a guest that takes it over starts no
-//! program, opens no socket, mounts nothing, looks into no other process, loads nothing into the kernel.
+//! program, opens no socket, mounts nothing, looks into no other process, loads nothing into the kernel, administers nothing.
 //!
-//! Owns: the list of refused calls, the filter (seccomp), the words of a violation. It names what is refused, not what is
-//! allowed: files can still be opened, as virtio-fs does, by whoever may open them; where the process runs is its caller's doing.
+//! Owns: the capabilities that stay, the list of refused calls, the filter (seccomp), the words of a violation. The filter names
+//! what is refused, not what is allowed: files can still be opened, as virtio-fs does, by whoever may open them; where the
+//! process runs is its caller's doing.
 
 use std::{collections::BTreeMap, io};
 
+use caps::{CapSet, Capability, CapsHashSet};
 use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, TargetArch};
 use syscalls::Sysno;
 
 /// Exit code after a refused call.
 pub const REFUSED: i32 = 76;
+
+/// What virtio-fs needs to act on files as the guest's users; of these the process keeps what it has.
+const CAPABILITIES: [Capability; 9] = [
+    Capability::CAP_CHOWN,
+    Capability::CAP_DAC_OVERRIDE,
+    Capability::CAP_DAC_READ_SEARCH,
+    Capability::CAP_FOWNER,
+    Capability::CAP_FSETID,
+    Capability::CAP_MKNOD,
+    Capability::CAP_SETFCAP,
+    Capability::CAP_SETGID,
+    Capability::CAP_SETUID,
+];
 
 /// Calls that neither devices nor processors make. Sockets that devices need are made before the guest runs.
 const CALLS: [Sysno; 69] = [
@@ -85,17 +100,26 @@ const CALLS: [Sysno; 69] = [
     Sysno::shmget,
 ];
 
-/// Refuses the calls to this thread and to all that it starts, for good. No program that it could start would gain rights
-/// either (no_new_privs).
+/// Takes capabilities from this thread and from all that it starts, and refuses them the calls, for good. No program that they
+/// could start would gain rights either (no_new_privs).
 ///
 /// # Errors
 /// The kernel has no seccomp.
 pub fn install() -> io::Result<()> {
+    give_up_capabilities().map_err(io::Error::other)?;
     say_which();
     let rules: BTreeMap<i64, _> = CALLS.iter().map(|call| (i64::from(call.id()), Vec::new())).collect();
     let filter = SeccompFilter::new(rules, SeccompAction::Allow, SeccompAction::Trap, TargetArch::x86_64);
     let program = filter.and_then(BpfProgram::try_from).map_err(io::Error::other)?;
     seccompiler::apply_filter(&program).map_err(io::Error::other)
+}
+
+fn give_up_capabilities() -> Result<(), caps::errors::CapsError> {
+    let has = caps::read(None, CapSet::Permitted)?;
+    let stays: CapsHashSet = CAPABILITIES.into_iter().filter(|c| has.contains(c)).collect();
+    caps::clear(None, CapSet::Inheritable)?;
+    caps::set(None, CapSet::Effective, &stays)?;
+    caps::set(None, CapSet::Permitted, &stays)
 }
 
 /// A refused call raises SIGSYS, whose handler ends the process with the call's name.
@@ -167,6 +191,15 @@ mod tests {
             std::thread::spawn(|| std::fs::read("/proc/thread-self/status").unwrap()).join().unwrap();
             let status = std::fs::read_to_string("/proc/thread-self/status").unwrap();
             assert!(status.contains("\nSeccomp:\t2\n") && status.contains("\nNoNewPrivs:\t1\n"), "{status}");
+            let capabilities = |set: &str| {
+                let line = status.lines().find_map(|line| line.strip_prefix(set)).unwrap();
+                u64::from_str_radix(line.trim(), 16).unwrap()
+            };
+            // Bits of linux/capability.h, by their numbers: chown 0 to fsetid 4, setgid 6, setuid 7, mknod 27, setfcap 31.
+            let files = 0b1_1111 | 1 << 6 | 1 << 7 | 1 << 27 | 1 << 31;
+            assert_eq!(capabilities("CapPrm:") & !files, 0, "{status}");
+            assert_eq!(capabilities("CapEff:") & !files, 0, "{status}");
+            assert_eq!(capabilities("CapInh:"), 0, "{status}");
             return;
         }
         let output = child("confine::tests::what_devices_do_still_works", "none");
