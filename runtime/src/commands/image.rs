@@ -6,7 +6,7 @@ mod arguments;
 mod progress;
 
 use std::{
-    io::Read,
+    io::{self, Read, Write},
     path::{Path, PathBuf},
     sync::atomic::AtomicU64,
 };
@@ -215,30 +215,34 @@ fn inspect(arguments: &Arguments) -> Result<(), Error> {
     let named = descriptor(&layout, &reference)?;
     // Only shown, never run: no pin is asked for.
     let image = Image::load(&layout, &named.digest, Trust::Pinned)?;
-    println!("image     {}", named.digest);
+    let mut text = format!("image     {}\n", named.digest);
     if image.digest != named.digest {
-        println!("manifest  {} (of the index, for this machine)", image.digest);
+        text += &format!("manifest  {} (of the index, for this machine)\n", image.digest);
     }
-    println!("size      {} bytes in {} layers", image.size(), image.manifest.layers.len());
+    text += &format!("size      {} bytes in {} layers\n", image.size(), image.manifest.layers.len());
     for layer in &image.manifest.layers {
         let (compression, encrypted) = layer_type(layer).map_err(ImageError::from)?;
         let packed = format!("{compression:?}").to_lowercase();
         let wraps: Vec<_> = layer.annotations.keys().filter_map(|name| name.strip_prefix(KEYS)).collect();
         let how = if encrypted { format!("encrypted for {}", wraps.join(", ")) } else { "plain".into() };
-        println!("layer     {} {} bytes, {packed}, {how}", layer.digest, layer.size);
+        text += &format!("layer     {} {} bytes, {packed}, {how}\n", layer.digest, layer.size);
     }
     match image.config.process(None, &[], &[]) {
         Ok(process) => {
-            println!("runs      {:?} as {:?} in {}", process.args, process.user, process.cwd);
-            process.env.iter().for_each(|entry| println!("env       {entry}"));
+            text += &format!("runs      {:?} as {:?} in {}\n", process.args, process.user, process.cwd);
+            process.env.iter().for_each(|entry| text += &format!("env       {entry}\n"));
             if let Some(signal) = process.stop_signal {
-                println!("stop      {signal}");
+                text += &format!("stop      {signal}\n");
             }
         }
-        Err(ConfigError::NoCommand) => println!("runs      nothing by itself"),
+        Err(ConfigError::NoCommand) => text += "runs      nothing by itself\n",
         Err(e) => return Err(e.into()),
     }
-    Ok(())
+    match io::stdout().write_all(text.as_bytes()).and_then(|()| io::stdout().flush()) {
+        // Its reader has seen enough.
+        Err(e) if e.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        done => done.map_err(|e| Error::File("standard output".into(), e)),
+    }
 }
 
 /// Keys from files.
