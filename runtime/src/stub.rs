@@ -77,6 +77,12 @@ pub fn take_signals() -> io::Result<SignalFd> {
     Ok(SignalFd::with_flags(&set, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?)
 }
 
+/// Makes a terminal this session's, so that its size changes are signalled.
+pub fn take_terminal(slave: &OwnedFd) {
+    // SAFETY: the descriptor is open for as long as it is borrowed; the request takes an integer.
+    unsafe { libc::ioctl(slave.as_raw_fd(), libc::TIOCSCTTY, 0) };
+}
+
 /// Lets go of everything that relaying does not need.
 pub fn drop_rights() {
     for capability in 0..64 {

@@ -528,8 +528,7 @@ impl Making<'_> {
                     let signals = stub::take_signals()?;
                     stub::enter_root(&self.plan.binds, &destinations)?;
                     if let Some(slave) = &slave {
-                        // SAFETY: makes the slave this session's terminal, so that its size changes are signalled.
-                        unsafe { libc::ioctl(slave.as_raw_fd(), libc::TIOCSCTTY, 0) };
+                        stub::take_terminal(slave);
                     }
                     stub::drop_rights();
                     Ok(signals)

@@ -97,8 +97,7 @@ pub(super) fn exec(call: &Call, root: &Path) -> Result<i32, Error> {
                 setns(file, CloneFlags::empty())?;
             }
             if let Some(slave) = &slave {
-                // SAFETY: makes the slave this session's terminal, so that its size changes are signalled.
-                unsafe { libc::ioctl(slave.as_raw_fd(), libc::TIOCSCTTY, 0) };
+                stub::take_terminal(slave);
             }
             stub::drop_rights();
             Ok(signals)

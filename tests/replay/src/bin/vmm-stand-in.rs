@@ -193,8 +193,8 @@ fn keep_the_hosts_clock() -> Result<(), Box<dyn std::error::Error>> {
     let mut filters: Vec<libc::sock_filter> =
         program.iter().map(|i| libc::sock_filter { code: i.code, jt: i.jt, jf: i.jf, k: i.k }).collect();
     let program = libc::sock_fprog { len: u16::try_from(filters.len())?, filter: filters.as_mut_ptr() };
-    // SAFETY: the program outlives the call. Without no_new_privs, which containers would inherit.
     let result =
+        // SAFETY: the program outlives the call. Without no_new_privs, which containers would inherit.
         unsafe { libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, 0, &raw const program) };
     if result < 0 { Err(io::Error::last_os_error().into()) } else { Ok(()) }
 }

@@ -263,8 +263,8 @@ fn protect(address: *mut u8, size: usize, rights: i32) -> io::Result<()> {
 
 fn map(address: *mut u8, size: usize, rights: i32, file: &File, offset: u64) -> io::Result<()> {
     let flags = libc::MAP_SHARED | libc::MAP_FIXED;
-    // SAFETY: replaces a part of our own mapping, to which nobody holds references.
     let mapped =
+        // SAFETY: replaces a part of our own mapping, to which nobody holds references.
         unsafe { libc::mmap(address.cast(), size, rights, flags, file.as_raw_fd(), offset as libc::off_t) };
     if mapped == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(()) }
 }

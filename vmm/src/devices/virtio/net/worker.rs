@@ -218,8 +218,8 @@ impl Worker {
             return false;
         }
         self.pending.resize(MAX_PACKET, 0);
-        // SAFETY: the buffer is ours and has the length given.
         let result =
+            // SAFETY: the buffer is ours and has the length given.
             unsafe { libc::read(self.link.as_raw_fd(), self.pending.as_mut_ptr().cast(), MAX_PACKET) };
         let length = match usize::try_from(result) {
             Ok(length) => length,

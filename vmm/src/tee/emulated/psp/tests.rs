@@ -11,27 +11,34 @@ use crate::{
     },
 };
 
-/// Launches a plan with processors, and what became of the guest.
-fn launch(plan: &LaunchPlan, file: &[u8], vcpus: u32) -> (Result<(), SnpError>, Guest) {
+/// Works with the security processor before it has had a command, and what became of the guest.
+fn with_host<T>(plan: &LaunchPlan, vcpus: u32, work: impl FnOnce(&mut Launching<'_>) -> T) -> (T, Guest) {
     let mut guest = Guest::new().unwrap();
     let mut rmp = Rmp::new(&plans::RAM);
     let views = Views::new(&plans::RAM, plan.window, 47).unwrap();
-    let mut host = Launching {
+    let done = work(&mut Launching {
         guest: &mut guest,
         rmp: &mut rmp,
         views: &views,
         vmsa: &plan.vmsa,
         vcpus,
         identity: plan.identity.as_ref(),
-    };
-    let mut launch = Launch::default();
-    let page = [0; PAGE as usize];
-    let needs = launch::Guest { ram: &plans::RAM, file, cpuid: &page };
-    let done = launch
-        .init(plan.vmsa.features(), &mut host)
-        .and_then(|()| launch.run(plan, &needs, &mut host, &mut |_| {}));
-    assert_eq!(launch.state() == State::Finished, done.is_ok());
+    });
     (done, guest)
+}
+
+/// Launches a plan with processors, and what became of the guest.
+fn launch(plan: &LaunchPlan, file: &[u8], vcpus: u32) -> (Result<(), SnpError>, Guest) {
+    with_host(plan, vcpus, |host| {
+        let mut launch = Launch::default();
+        let page = [0; PAGE as usize];
+        let needs = launch::Guest { ram: &plans::RAM, file, cpuid: &page };
+        let done = launch
+            .init(plan.vmsa.features(), host)
+            .and_then(|()| launch.run(plan, &needs, host, &mut |_| {}));
+        assert_eq!(launch.state() == State::Finished, done.is_ok());
+        done
+    })
 }
 
 fn plan_of(file: &[u8], id_block: Option<IdBlock>) -> LaunchPlan {
@@ -157,30 +164,21 @@ fn one_bit_of_a_signature_or_key_and_another_policy_are_refused() {
 fn commands_out_of_order_and_pages_launched_twice_are_refused() {
     let file = plans::file();
     let plan = plan_of(&file, None);
-    let mut guest = Guest::new().unwrap();
-    let mut rmp = Rmp::new(&plans::RAM);
-    let views = Views::new(&plans::RAM, plan.window, 47).unwrap();
-    let mut host = Launching {
-        guest: &mut guest,
-        rmp: &mut rmp,
-        views: &views,
-        vmsa: &plan.vmsa,
-        vcpus: 1,
-        identity: None,
-    };
-    let refused = |errno, status| Err(Failure { errno, status });
-    assert_eq!(host.launch_page(0x8000, PageType::Normal), refused(libc::EIO, INVALID_GUEST_STATE));
-    assert_eq!(host.finish([0; 32], false), refused(libc::EIO, INVALID_GUEST_STATE));
-    for wrong in [0, policy::ONE, policy::SMT, policy::ONE | policy::SMT | policy::SINGLE_SOCKET] {
-        assert_eq!(host.start(wrong), refused(libc::EIO, POLICY_FAILURE), "{wrong:#x}");
-    }
-    host.start(0x30000).unwrap();
-    assert_eq!(host.start(0x30000), refused(libc::EINVAL, 0));
-    host.launch_page(0x8000, PageType::Normal).unwrap();
-    assert_eq!(host.launch_page(0x8000, PageType::Normal), refused(libc::EEXIST, INVALID_PAGE_STATE));
-    assert_eq!(host.launch_page(0x9000, PageType::Vmsa), refused(libc::EIO, INVALID_PARAM));
-    assert_eq!(host.launch_page(64 << 20, PageType::Normal), refused(libc::EFAULT, 0));
-    host.finish([0; 32], false).unwrap();
-    assert_eq!(host.finish([0; 32], false), refused(libc::EIO, INVALID_GUEST_STATE));
-    assert_eq!(host.launch_page(0xb000, PageType::Normal), refused(libc::EIO, INVALID_GUEST_STATE));
+    with_host(&plan, 1, |host| {
+        let refused = |errno, status| Err(Failure { errno, status });
+        assert_eq!(host.launch_page(0x8000, PageType::Normal), refused(libc::EIO, INVALID_GUEST_STATE));
+        assert_eq!(host.finish([0; 32], false), refused(libc::EIO, INVALID_GUEST_STATE));
+        for wrong in [0, policy::ONE, policy::SMT, policy::ONE | policy::SMT | policy::SINGLE_SOCKET] {
+            assert_eq!(host.start(wrong), refused(libc::EIO, POLICY_FAILURE), "{wrong:#x}");
+        }
+        host.start(0x30000).unwrap();
+        assert_eq!(host.start(0x30000), refused(libc::EINVAL, 0));
+        host.launch_page(0x8000, PageType::Normal).unwrap();
+        assert_eq!(host.launch_page(0x8000, PageType::Normal), refused(libc::EEXIST, INVALID_PAGE_STATE));
+        assert_eq!(host.launch_page(0x9000, PageType::Vmsa), refused(libc::EIO, INVALID_PARAM));
+        assert_eq!(host.launch_page(64 << 20, PageType::Normal), refused(libc::EFAULT, 0));
+        host.finish([0; 32], false).unwrap();
+        assert_eq!(host.finish([0; 32], false), refused(libc::EIO, INVALID_GUEST_STATE));
+        assert_eq!(host.launch_page(0xb000, PageType::Normal), refused(libc::EIO, INVALID_GUEST_STATE));
+    });
 }

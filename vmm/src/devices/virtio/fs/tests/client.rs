@@ -210,8 +210,8 @@ pub(super) fn host_attribute(path: &Path, name: &str) -> Option<Vec<u8>> {
     let path = CString::new(path.as_os_str().as_bytes()).unwrap();
     let name = CString::new(name).unwrap();
     let mut value = vec![0; 256];
-    // SAFETY: both names end in NUL and `value` has the length given.
     let size =
+        // SAFETY: both names end in NUL and `value` has the length given.
         unsafe { libc::lgetxattr(path.as_ptr(), name.as_ptr(), value.as_mut_ptr().cast(), value.len()) };
     value.truncate(usize::try_from(size).ok()?);
     Some(value)

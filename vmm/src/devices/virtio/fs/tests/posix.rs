@@ -281,8 +281,8 @@ fn a_mount_that_appears_later_is_seen_and_marked_as_a_file_system_of_its_own() {
     let plain = client.walk("c1/rootfs").unwrap();
     assert_eq!(plain.attr.flags & 1, 0);
     let target = std::ffi::CString::new(client.host("c1/rootfs").as_os_str().as_bytes()).unwrap();
-    // SAFETY: all arguments are strings that end in NUL, or null.
     let mounted =
+        // SAFETY: all arguments are strings that end in NUL, or null.
         unsafe { libc::mount(c"none".as_ptr(), target.as_ptr(), c"tmpfs".as_ptr(), 0, std::ptr::null()) };
     assert_eq!(mounted, 0, "this test needs the right to mount: {}", std::io::Error::last_os_error());
     write_host(&client.host("c1/rootfs/inside"), "x");
