@@ -11,6 +11,7 @@ pub mod counts;
 pub mod figures;
 pub mod fingerprint;
 pub mod memory;
+pub mod parallel;
 pub mod peers;
 pub mod plan;
 pub mod record;

@@ -153,6 +153,12 @@ pub struct Plan {
     /// Starts at the same time.
     #[serde(default = "one_at_a_time")]
     pub parallel: Vec<usize>,
+    /// MiB of RAM of the emulated machine, when the plan runs in one: `perf/run` reads this line itself.
+    #[serde(default)]
+    pub rig_memory_mib: Option<u64>,
+    /// Processors of the emulated machine, likewise.
+    #[serde(default)]
+    pub rig_processors: Option<u32>,
     /// What starts them. The first one is what the others are compared with.
     pub runtime: Vec<Runtime>,
     /// What VMs boot. A container runtime takes none of them.

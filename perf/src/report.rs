@@ -8,6 +8,7 @@ use coffer_chart::{Bar, Curve, bars, cdf, lines, work_before};
 
 use crate::{
     fingerprint::Fingerprint,
+    parallel,
     plan::Kind,
     record::{Group, Record, Window},
     stats::{Samples, ratio},
@@ -49,6 +50,9 @@ pub fn summary(name: &str, print: &Fingerprint, records: &[Record], counted: boo
         }
         figures(&mut text, &runtimes);
     }
+    if !counted {
+        at_once(&mut text, records);
+    }
     let _ = writeln!(text, "## Machine\n");
     for (key, value) in print {
         let _ = writeln!(text, "- {key}: {value}");
@@ -84,6 +88,19 @@ fn times(text: &mut String, runtimes: &Runtimes<'_>) {
         }
     }
     let _ = writeln!(text);
+}
+
+/// For each runtime and what was started: the stages by number of starts at the same time.
+fn at_once(text: &mut String, records: &[Record]) {
+    let mut alike: BTreeMap<(Kind, Group), Vec<&Record>> = BTreeMap::new();
+    for record in records {
+        alike.entry((record.runtime, Group { parallel: 1, ..record.group() })).or_default().push(record);
+    }
+    for ((kind, group), records) in alike {
+        if let Some(table) = parallel::table(kind, &records) {
+            let _ = writeln!(text, "## Starts at the same time: {}\n\n{table}", group.words());
+        }
+    }
 }
 
 /// Medians with the smallest and the largest.
