@@ -3,6 +3,11 @@
 //! Owns: that everything is in RAM, nothing overlaps, every parameter fits. The plan is pure: it is made before any
 //! system call, and executing it only copies.
 
+use std::{
+    fs::File,
+    io::{Seek, SeekFrom},
+};
+
 use coffer_layout::{PAGE, boot::MapEntry};
 use thiserror::Error;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
@@ -85,13 +90,16 @@ pub fn plan(image: &Image, ram: &[(u64, u64)], vcpus: u32, file: &[u8]) -> Resul
         let holds = |(start, length): &(u64, u64)| gpa >= *start && gpa + size <= start + length;
         if ram.iter().any(holds) { Ok(()) } else { Err(LaunchError::NotRam { what, gpa, size }) }
     };
-    let (mut copies, mut used, mut areas) = (Vec::<Copy>::new(), Vec::new(), Vec::new());
+    let (mut copies, mut used, mut areas) = (Vec::<Copy>::new(), Vec::<(u64, u64)>::new(), Vec::new());
     let mut open = Areas::new(ram, vcpus, file);
     for directive in &image.directives {
         match *directive {
             Directive::Page(page) => {
                 in_ram("a page", page.gpa, PAGE)?;
-                used.push((page.gpa, PAGE));
+                match used.last_mut() {
+                    Some((start, size)) if *start + *size == page.gpa => *size += PAGE,
+                    _ => used.push((page.gpa, PAGE)),
+                }
                 match (page.offset, copies.last_mut()) {
                     (Some(offset), Some(last))
                         if last.gpa + last.size == page.gpa && last.offset + last.size == offset =>
@@ -194,23 +202,22 @@ fn memory_map(ram: &[(u64, u64)]) -> Vec<u8> {
     ram.iter().map(entry).chain([[0; size_of::<MapEntry>()]]).flatten().collect()
 }
 
-/// Copies everything into RAM.
+/// Copies everything into RAM. The kernel does it: through a mapping of the file, each 16 of its pages would cost a page fault.
 ///
 /// # Errors
-/// [`LaunchError::Write`].
-pub fn load(plan: &Plan, file: &[u8], memory: &GuestMemoryMmap<()>) -> Result<(), LaunchError> {
-    let write = |gpa: u64, bytes: &[u8]| {
-        memory
-            .write_slice(bytes, GuestAddress(gpa))
-            .map_err(|e| LaunchError::Write { gpa, reason: e.to_string() })
-    };
+/// [`LaunchError::Write`], also when the file became shorter since it was checked.
+pub fn load(plan: &Plan, mut file: &File, memory: &GuestMemoryMmap<()>) -> Result<(), LaunchError> {
+    let failed = |gpa, reason: String| LaunchError::Write { gpa, reason };
     for copy in &plan.copies {
-        let bytes = file.get(copy.offset as usize..(copy.offset + copy.size) as usize).ok_or_else(|| {
-            LaunchError::Write { gpa: copy.gpa, reason: "the file became shorter".to_owned() }
-        })?;
-        write(copy.gpa, bytes)?;
+        file.seek(SeekFrom::Start(copy.offset)).map_err(|e| failed(copy.gpa, e.to_string()))?;
+        memory
+            .read_exact_volatile_from(GuestAddress(copy.gpa), &mut file, copy.size as usize)
+            .map_err(|e| failed(copy.gpa, e.to_string()))?;
     }
-    plan.areas.iter().try_for_each(|(gpa, bytes)| write(*gpa, bytes))
+    let write = |(gpa, bytes): &(u64, Vec<u8>)| {
+        memory.write_slice(bytes, GuestAddress(*gpa)).map_err(|e| failed(*gpa, e.to_string()))
+    };
+    plan.areas.iter().try_for_each(write)
 }
 
 #[cfg(test)]

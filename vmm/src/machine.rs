@@ -209,7 +209,7 @@ impl Machine {
         trace.stage("vm-created");
         let mut restored = Vec::new();
         let Made { vcpus, memory, emulated, snp } = match planned {
-            Planned::Plain(plan) => make_plain(args, &vm, &base, &plan, &image, &path, &trace)?,
+            Planned::Plain(plan) => make_plain(args, &vm, &base, &plan, &file, &path, &trace)?,
             Planned::Saved(template) => {
                 let made = saved::make(args, &vm, &base, &template, &trace)?;
                 restored = template.state.windows;
@@ -332,7 +332,7 @@ fn make_plain(
     vm: &VmFd,
     base: &CpuId,
     plan: &launch::Plan,
-    image: &[u8],
+    image: &File,
     path: &str,
     trace: &Trace,
 ) -> Result<Made, MachineError> {

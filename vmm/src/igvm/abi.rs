@@ -7,6 +7,8 @@ pub(super) const VERSION: u32 = 2;
 pub(super) const ARCHITECTURE_X64: u32 = 0;
 /// Fixed header of version 2: magic, version, header offset, header size, file size, checksum, architecture, page size.
 pub(super) const FIXED_HEADER: usize = 32;
+/// A page's header: type, length and IGVM_VHS_PAGE_DATA.
+pub(super) const PAGE_HEADER: usize = 8 + 24;
 pub(super) const CHECKSUM_AT: usize = 20;
 
 pub(super) const SUPPORTED_PLATFORM: u32 = 0x1;

@@ -250,7 +250,8 @@ pub fn read(file: &[u8], platform: Platform) -> Result<Image, ImageError> {
         platform,
         mask: 0,
         index: 0,
-        directives: Vec::new(),
+        // Nearly all headers are pages', and one that grew step by step would be copied and faulted in again each time.
+        directives: Vec::with_capacity(headers.len() / abi::PAGE_HEADER),
         registers: None,
         snp: Snp::default(),
     };
