@@ -73,7 +73,7 @@ fn measure(plan_file: &Path, out: &Path, stamp: &Path) -> Result<()> {
     let files: Vec<String> = plan
         .image
         .iter()
-        .flat_map(|i| [&i.igvm, &i.kernel, &i.initramfs])
+        .flat_map(|i| i.igvm.iter().chain([&i.kernel, &i.initramfs]))
         .filter(|p| p.exists())
         .map(|p| p.display().to_string())
         .collect();

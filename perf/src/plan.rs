@@ -113,8 +113,9 @@ pub struct Runtime {
 pub struct Image {
     /// Name in tables.
     pub name: String,
-    /// The IGVM image made of the two files below.
-    pub igvm: PathBuf,
+    /// The IGVM image made of the two files below. Without one, only VMMs that read kernels boot it.
+    #[serde(default)]
+    pub igvm: Option<PathBuf>,
     /// Uncompressed ELF kernel.
     pub kernel: PathBuf,
     /// The initramfs.
@@ -231,6 +232,9 @@ impl Plan {
         if plan.image.iter().any(|i| i.acpi) && plan.runtime.iter().any(|r| r.kind != Kind::QemuMicrovm) {
             return wrong("acpi = true: only qemu-microvm has ACPI tables");
         }
+        if plan.image.iter().any(|i| i.igvm.is_none()) && only_ours {
+            return wrong("igvm is missing: coffer-vmm boots nothing else");
+        }
         if plan.image.is_empty() && plan.runtime.iter().any(|r| !r.kind.is_container_runtime()) {
             return wrong("a VMM wants an [[image]]");
         }
@@ -256,7 +260,11 @@ impl Plan {
                             runtimes: runtimes.iter().map(|r| &self.runtime[self.index(r)]).collect(),
                         };
                         if !vmms.is_empty() {
-                            cells.extend(self.image.iter().map(|image| cell(Some(image), &vmms)));
+                            cells.extend(self.image.iter().map(|image| {
+                                let mut able = vmms.clone();
+                                able.retain(|r| r.kind != Kind::CofferVmm || image.igvm.is_some());
+                                cell(Some(image), &able)
+                            }));
                         }
                         if !containers.is_empty() {
                             cells.push(cell(None, &containers));
@@ -306,6 +314,17 @@ mod tests {
         let kinds = |c: &Cell<'_>| c.runtimes.iter().map(|r| r.kind).collect::<Vec<_>>();
         assert_eq!((kinds(&cells[0]), cells[0].image.is_some()), (vec![Kind::CofferVmm], true));
         assert_eq!((kinds(&cells[1]), cells[1].image.is_some()), (vec![Kind::Crun], false));
+    }
+
+    #[test]
+    fn an_image_without_igvm_is_for_the_others() {
+        let without = TEXT.replace("igvm = \"i\"\n", "");
+        let plan = Plan::parse(&without.replace("kind = \"crun\"", "kind = \"qemu-microvm\"")).unwrap();
+        for cell in plan.cells() {
+            assert_eq!(cell.runtimes.iter().map(|r| r.kind).collect::<Vec<_>>(), [Kind::QemuMicrovm]);
+        }
+        let ours = without.replace("kind = \"crun\"", "kind = \"coffer-vmm\"");
+        assert!(Plan::parse(&ours).unwrap_err().to_string().contains("igvm is missing"));
     }
 
     #[test]

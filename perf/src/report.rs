@@ -2,7 +2,12 @@
 //!
 //! Owns: what is shown. Does not own: what was measured, and how a plot is drawn.
 
-use std::{collections::BTreeMap, fmt::Write, fs, io, path::Path};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt::Write,
+    fs, io,
+    path::Path,
+};
 
 use coffer_chart::{Bar, Curve, bars, cdf, lines, work_before};
 
@@ -16,6 +21,9 @@ use crate::{
 
 /// Records of one group by runtime, in the order in which they first appear.
 type Runtimes<'a> = Vec<(Kind, Vec<&'a Record>)>;
+
+/// Records by runtime and image.
+type Rows<'a> = Vec<(Kind, &'a str, Vec<&'a Record>)>;
 
 fn grouped(records: &[Record]) -> BTreeMap<Group, Runtimes<'_>> {
     let mut groups: BTreeMap<Group, Runtimes<'_>> = BTreeMap::new();
@@ -51,6 +59,7 @@ pub fn summary(name: &str, print: &Fingerprint, records: &[Record], counted: boo
         figures(&mut text, &runtimes);
     }
     if !counted {
+        across(&mut text, records);
         at_once(&mut text, records);
     }
     let _ = writeln!(text, "## Machine\n");
@@ -88,6 +97,51 @@ fn times(text: &mut String, runtimes: &Runtimes<'_>) {
         }
     }
     let _ = writeln!(text);
+}
+
+/// Each VMM with each image, where a plan has several: what the kernel's configuration and the VMM make together.
+fn across(text: &mut String, records: &[Record]) {
+    let mut alike: BTreeMap<Group, Rows<'_>> = BTreeMap::new();
+    for record in records.iter().filter(|r| !r.image.is_empty()) {
+        let rows = alike.entry(Group { image: String::new(), ..record.group() }).or_default();
+        match rows
+            .iter_mut()
+            .find(|(kind, image, _)| (*kind, *image) == (record.runtime, record.image.as_str()))
+        {
+            Some((_, _, list)) => list.push(record),
+            None => rows.push((record.runtime, &record.image, vec![record])),
+        }
+    }
+    for (group, mut rows) in alike {
+        rows.retain(|(_, _, list)| window(list, Window::Pid1).is_some());
+        rows.sort_by_key(|(kind, _, _)| *kind);
+        let images: BTreeSet<&str> = rows.iter().map(|(_, image, _)| *image).collect();
+        let Some(first) = rows.first().and_then(|(_, _, list)| window(list, Window::Pid1)) else { continue };
+        if images.len() < 2 {
+            continue;
+        }
+        let at = Group { image: "any".into(), ..group }.words();
+        let _ = writeln!(text, "## {}, {at}\n", Window::Pid1.words());
+        let _ = writeln!(
+            text,
+            "| runtime | image | n | p50 ms | first row / it, 95 % interval |\n|---|---|---|---|---|"
+        );
+        for (kind, image, list) in &rows {
+            let Some(samples) = window(list, Window::Pid1) else { continue };
+            let r = ratio(&first, &samples);
+            let _ = writeln!(
+                text,
+                "| {} | {image} | {} | {:.1} | {:.2} [{:.2}–{:.2}] |",
+                kind.word(),
+                samples.count(),
+                samples.median(),
+                r.value,
+                r.low,
+                r.high
+            );
+        }
+        let _ = writeln!(text);
+    }
 }
 
 /// For each runtime and what was started: the stages by number of starts at the same time.
@@ -282,5 +336,23 @@ mod tests {
             files.contains(&"parallel.svg".to_owned()) && files.contains(&"stages.svg".to_owned()),
             "{files:?}"
         );
+    }
+
+    #[test]
+    fn vmms_with_images_of_their_own_are_compared_too() {
+        let other = |mut r: Record| {
+            r.image = "theirs".into();
+            r
+        };
+        let records = [
+            record(Kind::CofferVmm, 1, 1, 10.0),
+            other(record(Kind::QemuMicrovm, 1, 1, 40.0)),
+            record(Kind::QemuMicrovm, 1, 1, 20.0),
+        ];
+        let text = summary("x", &Fingerprint::new(), &records, false);
+        assert!(text.contains("| qemu-microvm | theirs | 1 | 40.0 | 0.25 ["), "{text}");
+        assert!(text.contains("| qemu-microvm | up | 1 | 20.0 | 0.50 ["), "{text}");
+        let text = summary("x", &Fingerprint::new(), &records[..1], false);
+        assert!(!text.contains("| runtime | image |"), "{text}");
     }
 }

@@ -179,7 +179,7 @@ fn guest(image: &Image, cell: &Cell<'_>, directory: &Path) -> Result<Guest, Boot
     Ok(Guest {
         kernel,
         initramfs: image.initramfs.clone(),
-        image: image.igvm.clone(),
+        image: image.igvm.clone().unwrap_or_default(),
         command_line: command_line.trim().to_owned(),
         memory_mib: cell.memory_mib,
         vcpus: cell.vcpus,
