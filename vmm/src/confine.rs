@@ -1,14 +1,15 @@
 //! What this process can no longer ask of the host's kernel once its guest may run: a guest that takes it over starts no
 //! program, opens no socket, mounts nothing, looks into no other process, loads nothing into the kernel, administers nothing.
 //!
-//! Owns: the capabilities that stay, the list of refused calls, the filter (seccomp), the words of a violation. The filter names
+//! Owns: the capabilities that stay, the list of refused calls, the words of a violation. The filter (seccomp) names
 //! what is refused, not what is allowed: files can still be opened, as virtio-fs does, by whoever may open them; where the
 //! process runs is its caller's doing.
 
-use std::{collections::BTreeMap, io};
+mod filter;
+
+use std::io;
 
 use caps::{CapSet, Capability, CapsHashSet};
-use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, TargetArch};
 use syscalls::Sysno;
 
 /// Exit code after a refused call.
@@ -108,9 +109,9 @@ const CALLS: [Sysno; 69] = [
 pub fn install() -> io::Result<()> {
     give_up_capabilities().map_err(io::Error::other)?;
     say_which();
-    let rules: BTreeMap<i64, _> = CALLS.iter().map(|call| (i64::from(call.id()), Vec::new())).collect();
-    let filter = SeccompFilter::new(rules, SeccompAction::Allow, SeccompAction::Trap, TargetArch::x86_64);
-    let program = filter.and_then(BpfProgram::try_from).map_err(io::Error::other)?;
+    let refused: Vec<u32> = CALLS.iter().map(|call| call.id() as u32).collect();
+    let program =
+        filter::program(&refused).ok_or_else(|| io::Error::other("too many calls for one filter"))?;
     seccompiler::apply_filter(&program).map_err(io::Error::other)
 }
 

@@ -4,8 +4,10 @@
 //! system call, and executing it only copies.
 
 use std::{
+    fmt::Display,
     fs::File,
     io::{Seek, SeekFrom},
+    os::unix::fs::FileExt,
 };
 
 use coffer_layout::{PAGE, boot::MapEntry};
@@ -68,6 +70,15 @@ pub struct Copy {
     pub offset: u64,
     /// Bytes.
     pub size: u64,
+    /// How often, one behind the other: the kernel's text ends in hundreds of pages of the same filling, which the file has once.
+    pub times: u64,
+}
+
+impl Copy {
+    /// Where it ends in the guest.
+    fn end(&self) -> u64 {
+        self.gpa + self.size * self.times
+    }
 }
 
 /// Everything that a launch does.
@@ -102,11 +113,16 @@ pub fn plan(image: &Image, ram: &[(u64, u64)], vcpus: u32, file: &[u8]) -> Resul
                 }
                 match (page.offset, copies.last_mut()) {
                     (Some(offset), Some(last))
-                        if last.gpa + last.size == page.gpa && last.offset + last.size == offset =>
+                        if last.end() == page.gpa && last.times == 1 && last.offset + last.size == offset =>
                     {
                         last.size += PAGE;
                     }
-                    (Some(offset), _) => copies.push(Copy { gpa: page.gpa, offset, size: PAGE }),
+                    (Some(offset), Some(last))
+                        if last.end() == page.gpa && last.size == PAGE && last.offset == offset =>
+                    {
+                        last.times += 1;
+                    }
+                    (Some(offset), _) => copies.push(Copy { gpa: page.gpa, offset, size: PAGE, times: 1 }),
                     // RAM of a plain VM is zero.
                     (None, _) => {}
                 }
@@ -208,20 +224,29 @@ fn memory_map(ram: &[(u64, u64)]) -> Vec<u8> {
 /// [`LaunchError::Write`], also when the file became shorter since it was checked.
 pub fn load(plan: &Plan, mut file: &File, memory: &GuestMemoryMmap<()>) -> Result<(), LaunchError> {
     let failed = |gpa, reason: String| LaunchError::Write { gpa, reason };
-    for copy in &plan.copies {
-        file.seek(SeekFrom::Start(copy.offset)).map_err(|e| failed(copy.gpa, e.to_string()))?;
-        memory
-            .read_exact_volatile_from(GuestAddress(copy.gpa), &mut file, copy.size as usize)
-            .map_err(|e| failed(copy.gpa, e.to_string()))?;
-    }
-    let write = |(gpa, bytes): &(u64, Vec<u8>)| {
-        memory.write_slice(bytes, GuestAddress(*gpa)).map_err(|e| failed(*gpa, e.to_string()))
+    let write = |gpa: u64, bytes: &[u8]| {
+        memory.write_slice(bytes, GuestAddress(gpa)).map_err(|e| failed(gpa, e.to_string()))
     };
-    plan.areas.iter().try_for_each(write)
+    for copy in &plan.copies {
+        let failed = |e: &dyn Display| failed(copy.gpa, e.to_string());
+        if copy.times == 1 {
+            file.seek(SeekFrom::Start(copy.offset)).map_err(|e| failed(&e))?;
+            memory
+                .read_exact_volatile_from(GuestAddress(copy.gpa), &mut file, copy.size as usize)
+                .map_err(|e| failed(&e))?;
+        } else {
+            let mut bytes = vec![0; copy.size as usize];
+            file.read_exact_at(&mut bytes, copy.offset).map_err(|e| failed(&e))?;
+            (0..copy.times).try_for_each(|n| write(copy.gpa + n * copy.size, &bytes))?;
+        }
+    }
+    plan.areas.iter().try_for_each(|(gpa, bytes)| write(*gpa, bytes))
 }
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write;
+
     use super::*;
     use crate::igvm::{Page, PageKind, Snp};
 
@@ -249,10 +274,44 @@ mod tests {
         assert_eq!(
             plan.copies,
             [
-                Copy { gpa: 0x1000, offset: 0x400, size: 0x2000 },
-                Copy { gpa: 0x4000, offset: 0x2400, size: 0x1000 }
+                Copy { gpa: 0x1000, offset: 0x400, size: 0x2000, times: 1 },
+                Copy { gpa: 0x4000, offset: 0x2400, size: 0x1000, times: 1 }
             ]
         );
+    }
+
+    #[test]
+    fn the_same_page_again_and_again_is_read_once_and_lies_everywhere() {
+        let pages = [
+            page(0x1000, 0x400),
+            page(0x2000, 0x1400),
+            page(0x3000, 0x1400),
+            page(0x4000, 0x1400),
+            page(0x5000, 0x2400),
+        ];
+        let plan = plan(&image(&pages), &RAM, 1, &[]).unwrap();
+        let copy = |gpa, offset, size, times| Copy { gpa, offset, size, times };
+        let wanted = [
+            copy(0x1000, 0x400, 0x2000, 1),
+            copy(0x3000, 0x1400, 0x1000, 2),
+            copy(0x5000, 0x2400, 0x1000, 1),
+        ];
+        assert_eq!(plan.copies, wanted);
+
+        let mut file = tempfile::tempfile().unwrap();
+        let content: Vec<u8> = (0..0x3400u32).map(|at| (at * 7 / 0x100) as u8 ^ at as u8).collect();
+        file.write_all(&content).unwrap();
+        let memory = memory::reserve(32).unwrap();
+        load(&plan, &file, &memory).unwrap();
+        for page in &pages {
+            let Directive::Page(page) = page else { unreachable!() };
+            let (mut found, at) = (vec![0; PAGE as usize], page.offset.unwrap() as usize);
+            memory.read_slice(&mut found, GuestAddress(page.gpa)).unwrap();
+            assert_eq!(found, content[at..at + PAGE as usize], "{:#x}", page.gpa);
+        }
+        // A file that became shorter is an error, not the end of the process.
+        file.set_len(0x3000).unwrap();
+        assert!(matches!(load(&plan, &file, &memory), Err(LaunchError::Write { gpa: 0x5000, .. })));
     }
 
     #[test]

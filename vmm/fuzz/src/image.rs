@@ -56,7 +56,8 @@ fn read(file: &[u8]) {
         && let Ok(plan) = launch::plan(&image, &ram, 2, file)
     {
         for copy in &plan.copies {
-            assert!(inside(copy.gpa, copy.size) && copy.offset + copy.size <= file.len() as u64);
+            let size = copy.size.checked_mul(copy.times).unwrap();
+            assert!(inside(copy.gpa, size) && copy.offset + copy.size <= file.len() as u64);
         }
         assert!(plan.areas.iter().all(|(gpa, bytes)| inside(*gpa, bytes.len() as u64)));
         assert!(plan.areas.iter().map(|(_, bytes)| bytes.len()).sum::<usize>() <= 16 << 20);

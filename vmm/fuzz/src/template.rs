@@ -9,7 +9,12 @@ pub fn state(data: &[u8]) {
     let Ok(state) = read(&wrap(data)) else { return };
     assert_eq!(state.processors.len(), state.shape.vcpus as usize);
     let end = u64::MAX >> 1;
-    assert!(state.extents.iter().all(|e| e.size > 0 && e.gpa.checked_add(e.size).is_some_and(|after| after < end)));
+    assert!(
+        state
+            .extents
+            .iter()
+            .all(|e| e.size > 0 && e.gpa.checked_add(e.size).is_some_and(|after| after < end))
+    );
     // What was understood is understood again, and says the same.
     let again = write(&state);
     let state = read(&again).expect("what was written is read");
