@@ -162,4 +162,25 @@ mod tests {
         assert_eq!(CAPABILITIES.len(), 41);
         assert!(MOUNT_OPTIONS.is_sorted());
     }
+
+    #[test]
+    fn the_actions_of_a_filter_are_those_that_create_takes() {
+        let document = features();
+        let listed = document["linux"]["seccomp"]["actions"].as_array().unwrap();
+        let mut refused = Vec::new();
+        for name in ["ALLOW", "ERRNO", "KILL", "KILL_PROCESS", "KILL_THREAD", "LOG", "NOTIFY", "TRACE", "TRAP"] {
+            let action = format!("SCMP_ACT_{name}");
+            let config = json!({
+                "ociVersion": "1.2.0", "root": { "path": "rootfs" },
+                "linux": { "seccomp": { "defaultAction": "SCMP_ACT_ALLOW", "syscalls": [{ "names": ["mount"], "action": action }] } }
+            });
+            let spec = serde_json::from_value(config.clone()).unwrap();
+            let taken = crate::support::check(&spec, &config).is_ok();
+            assert_eq!(taken, listed.contains(&Value::from(action)), "{name}");
+            if !taken {
+                refused.push(name);
+            }
+        }
+        assert_eq!(refused, ["NOTIFY"]);
+    }
 }
