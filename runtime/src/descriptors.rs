@@ -6,6 +6,7 @@
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 
 use coffer_protocol::{MAX_STREAMS, Stream};
+use nix::sys::socket::{SockaddrStorage, getpeername};
 use serde_json::Value;
 
 use crate::error::Error;
@@ -109,10 +110,16 @@ fn check(fd: RawFd) -> Result<Stream, Error> {
             refused("a file that is read and written has places, and a stream has none: mount it as a volume")
         }
         libc::S_IFREG => Ok(stream),
-        libc::S_IFSOCK if option(fd, libc::SO_ACCEPTCONN) != 0 => {
-            refused("connections to a listening socket of the host end there: publish the port")
+        libc::S_IFSOCK if option(fd, libc::SO_ACCEPTCONN) != 0 => refused(
+            "connections to a listening socket of the host end there: publish the port, or pass each connection (Accept=yes of systemd's sockets)",
+        ),
+        libc::S_IFSOCK if option(fd, libc::SO_TYPE) != libc::SOCK_STREAM => refused(
+            "a socket of messages has bounds between them, and a stream has none: use a stream socket",
+        ),
+        libc::S_IFSOCK if getpeername::<SockaddrStorage>(fd).is_err() => {
+            refused("a socket of the host without a connection gets none in a VM: connect it first")
         }
-        libc::S_IFSOCK => refused("a socket is not carried yet: use a pipe for each direction"),
+        libc::S_IFSOCK => Ok(stream),
         libc::S_IFDIR => refused("a directory is no stream: mount it as a volume"),
         libc::S_IFBLK => refused("a block device has places, and a stream has none"),
         _ => refused("it is an object of the host's kernel and no stream"),
@@ -130,7 +137,11 @@ fn option(fd: RawFd, name: libc::c_int) -> libc::c_int {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::{fs::File, net::TcpListener, os::unix::net::UnixDatagram};
+    use std::{
+        fs::File,
+        net::TcpListener,
+        os::unix::net::{UnixDatagram, UnixStream},
+    };
 
     fn words(fd: &impl AsRawFd) -> String {
         check(fd.as_raw_fd()).unwrap_err().to_string()
@@ -146,6 +157,10 @@ mod tests {
         assert_eq!(check(read.as_raw_fd()).unwrap(), Stream { read: true, write: false });
         let append = File::options().append(true).open(file.path()).unwrap();
         assert_eq!(check(append.as_raw_fd()).unwrap(), Stream { read: false, write: true });
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        assert_eq!(check(ours.as_raw_fd()).unwrap(), Stream { read: true, write: true });
+        drop(theirs);
+        assert_eq!(check(ours.as_raw_fd()).unwrap(), Stream { read: true, write: true });
     }
 
     #[test]
@@ -159,7 +174,10 @@ mod tests {
             )
         );
         assert!(words(&TcpListener::bind("127.0.0.1:0").unwrap()).contains("publish the port"));
-        assert!(words(&UnixDatagram::unbound().unwrap()).contains("a socket is not carried yet"));
+        assert!(words(&UnixDatagram::unbound().unwrap()).contains("a socket of messages"));
+        // SAFETY: a new descriptor that nobody else has.
+        let lonely = unsafe { OwnedFd::from_raw_fd(libc::socket(libc::AF_INET, libc::SOCK_STREAM, 0)) };
+        assert!(words(&lonely).contains("without a connection"));
         assert!(words(&File::open("/").unwrap()).contains("directory"));
         // SAFETY: a new descriptor that nobody else has.
         let counter = unsafe { OwnedFd::from_raw_fd(libc::eventfd(0, 0)) };

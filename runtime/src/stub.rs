@@ -150,12 +150,12 @@ impl Further {
 
     fn end_output(&mut self) {
         self.output = false;
-        match (&self.fd, self.credit) {
-            (Some(fd), Some(_)) => {
-                // Only a socket has two directions to end one after the other.
-                let _ = nix::sys::socket::shutdown(fd.as_raw_fd(), nix::sys::socket::Shutdown::Write);
-            }
-            _ => self.fd = None,
+        if let Some(fd) = &self.fd {
+            // The caller may have it open as well, so that closing it here would end nothing. Only a socket can be shut.
+            let _ = nix::sys::socket::shutdown(fd.as_raw_fd(), nix::sys::socket::Shutdown::Write);
+        }
+        if self.credit.is_none() {
+            self.fd = None;
         }
     }
 }

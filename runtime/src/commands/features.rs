@@ -168,7 +168,9 @@ mod tests {
         let document = features();
         let listed = document["linux"]["seccomp"]["actions"].as_array().unwrap();
         let mut refused = Vec::new();
-        for name in ["ALLOW", "ERRNO", "KILL", "KILL_PROCESS", "KILL_THREAD", "LOG", "NOTIFY", "TRACE", "TRAP"] {
+        for name in
+            ["ALLOW", "ERRNO", "KILL", "KILL_PROCESS", "KILL_THREAD", "LOG", "NOTIFY", "TRACE", "TRAP"]
+        {
             let action = format!("SCMP_ACT_{name}");
             let config = json!({
                 "ociVersion": "1.2.0", "root": { "path": "rootfs" },

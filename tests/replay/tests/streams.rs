@@ -2,12 +2,17 @@
 
 use std::{
     fs::{self, File},
-    io::{Read, Write},
+    io::{BufRead, BufReader, Read, Write},
+    net::{Shutdown, TcpListener, TcpStream},
     os::{
         fd::{AsRawFd, OwnedFd},
-        unix::{net::UnixDatagram, process::CommandExt},
+        unix::{
+            net::{UnixDatagram, UnixStream},
+            process::CommandExt,
+        },
     },
-    process::{Command, Stdio},
+    path::Path,
+    process::{Child, Command, Stdio},
     time::Duration,
 };
 
@@ -173,7 +178,7 @@ fn preserved_streams_are_whole_both_ways_at_once() {
     let bundle = bench.bundle("c", &config);
     let (input, mut into) = std::io::pipe().unwrap();
     let (mut from, output) = std::io::pipe().unwrap();
-    let data: Vec<u8> = (0..8 << 20).map(|n: u32| (n.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
+    let data = bytes(8 << 20);
     let mut command = bench.command(&["run", "--preserve-fds=2", "-b"]);
     command.arg(&bundle).arg("c");
     with(&mut command, vec![input.into(), output.into()]);
@@ -186,6 +191,103 @@ fn preserved_streams_are_whole_both_ways_at_once() {
     writer.join().unwrap();
     assert!(got == data, "{} of {} bytes", got.len(), data.len());
     assert_eq!(finish(&mut child), 0);
+}
+
+/// So many, in no pattern that a lost or doubled piece would keep.
+fn bytes(count: u32) -> Vec<u8> {
+    (0..count).map(|n| (n.wrapping_mul(2_654_435_761) >> 13) as u8).collect()
+}
+
+/// A running `coffer run` whose container has one end of a socket as descriptor 3; the other end.
+fn with_a_socket(bench: &Bench, id: &str, script: &str) -> (Child, UnixStream) {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    ours.set_read_timeout(Some(PATIENCE)).unwrap();
+    (given(bench, id, script, theirs), ours)
+}
+
+fn given(bench: &Bench, id: &str, script: &str, socket: UnixStream) -> Child {
+    let bundle = bench.bundle(id, &config(&["sh", "-c", script]));
+    let mut command = bench.command(&["run", "--preserve-fds=1", "-b"]);
+    command.arg(&bundle).arg(id);
+    with(&mut command, vec![socket.into()]);
+    command.spawn().unwrap()
+}
+
+#[test]
+fn a_connected_socket_is_whole_both_ways_at_once_and_each_way_ends_by_itself() {
+    let bench = Bench::new();
+    for round in 0..4 {
+        let script = "cat <&3 >&3; echo and the rest >&3";
+        let (mut child, mut socket) = with_a_socket(&bench, &format!("c{round}"), script);
+        let data = bytes(8 << 20);
+        let (mut writes, sent) = (socket.try_clone().unwrap(), data.clone());
+        // A caller that did not read meanwhile would wait for itself.
+        let writer = std::thread::spawn(move || {
+            writes.write_all(&sent).unwrap();
+            writes.shutdown(Shutdown::Write).unwrap();
+        });
+        let mut got = Vec::new();
+        socket.read_to_end(&mut got).unwrap();
+        writer.join().unwrap();
+        assert!(got.ends_with(b"and the rest\n"), "{} bytes, round {round}", got.len());
+        assert!(got[..data.len()] == data, "{} bytes, round {round}", got.len());
+        assert_eq!(finish(&mut child), 0);
+    }
+}
+
+#[test]
+fn a_sockets_end_is_seen_although_the_caller_has_it_too() {
+    let bench = Bench::new();
+    for (id, script) in
+        [("ended-first", "cat <&3 >&3"), ("ends-first", "echo word >&3; exec 3<&-; sleep 1000")]
+    {
+        let (mut ours, theirs) = UnixStream::pair().unwrap();
+        ours.set_read_timeout(Some(PATIENCE)).unwrap();
+        let kept = theirs.try_clone().unwrap();
+        let mut child = given(&bench, id, script, theirs);
+        ours.write_all(b"word\n").unwrap();
+        if id == "ended-first" {
+            ours.shutdown(Shutdown::Write).unwrap();
+        }
+        let mut got = String::new();
+        ours.read_to_string(&mut got).unwrap();
+        assert_eq!(got, "word\n");
+        drop(kept);
+        let _ = bench.call(&["kill", id, "KILL"]);
+        finish(&mut child);
+    }
+}
+
+#[test]
+fn questions_and_answers_alternate_over_a_socket() {
+    let bench = Bench::new();
+    let (mut child, socket) = with_a_socket(
+        &bench,
+        "c",
+        "while read -r line <&3; do echo \"got $line\" >&3; [ \"$line\" != last ] || exit 7; done",
+    );
+    let mut answers = BufReader::new(socket.try_clone().unwrap()).lines();
+    for question in ["one", "two", "last"] {
+        writeln!(&socket, "{question}").unwrap();
+        assert_eq!(answers.next().unwrap().unwrap(), format!("got {question}"));
+    }
+    assert!(answers.next().is_none());
+    assert_eq!(finish(&mut child), 7);
+}
+
+#[test]
+fn what_a_process_has_answered_arrives_although_it_left_its_question_unread() {
+    let bench = Bench::new();
+    for round in 0..4 {
+        // Closing a socket with bytes in it is an error to its other end, which has the answer before it.
+        let script = "head -c 1 <&3 >/dev/null; head -c 300000 /dev/zero >&3";
+        let (mut child, mut socket) = with_a_socket(&bench, &format!("c{round}"), script);
+        socket.write_all(&bytes(100_000)).unwrap();
+        let mut got = Vec::new();
+        socket.read_to_end(&mut got).unwrap();
+        assert_eq!(got.len(), 300_000, "round {round}");
+        assert_eq!(finish(&mut child), 0);
+    }
 }
 
 #[test]
@@ -218,13 +320,38 @@ fn files_by_listen_fds_come_first_and_are_announced() {
         fs::remove_file(bench.path("text")).unwrap();
         OwnedFd::from(file)
     });
+    let gave = gave(&mut activated(&bench, &bundle, &["--preserve-fds=1"], files.into()));
+    assert_eq!(gave.ok(), "1 1\none\ntwo\n");
+}
+
+#[test]
+fn a_connection_that_systemd_accepted_is_the_processs_to_serve() {
+    let bench = Bench::new();
+    let script = "read -r word <&3; echo \"$LISTEN_FDS hello $word\" >&3";
+    let bundle = bench.bundle("c", &config(&["sh", "-c", script]));
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let mut client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    client.set_read_timeout(Some(PATIENCE)).unwrap();
+    let (accepted, _) = listener.accept().unwrap();
+    let mut command = activated(&bench, &bundle, &[], vec![accepted.into()]);
+    let mut child = command.spawn().unwrap();
+    drop(command);
+    client.write_all(b"world\n").unwrap();
+    let mut text = String::new();
+    client.read_to_string(&mut text).unwrap();
+    assert_eq!(text, "1 hello world\n");
+    assert_eq!(finish(&mut child), 0);
+}
+
+/// `run` as systemd starts a service with sockets: LISTEN_FDS=1, and whatever else these options say.
+fn activated(bench: &Bench, bundle: &Path, options: &[&str], files: Vec<OwnedFd>) -> Command {
     // LISTEN_PID must be the runtime's own number: a shell that becomes it knows.
     let mut command = Command::new("/bin/sh");
     command.args(["-c", "export LISTEN_PID=$$; exec \"$0\" \"$@\""]);
-    let inner = bench.command(&["run", "--preserve-fds=1", "-b"]);
-    command.arg(inner.get_program()).args(inner.get_args()).arg(&bundle).arg("c").env_clear();
+    let inner = bench.command(&["run", "-b"]);
+    command.arg(inner.get_program()).args(inner.get_args()).arg(bundle).args(options).arg("c").env_clear();
     command.envs(inner.get_envs().filter_map(|(name, value)| Some((name, value?)))).env("LISTEN_FDS", "1");
-    with(&mut command, files.into());
-    let gave = gave(command.stdin(Stdio::null()));
-    assert_eq!(gave.ok(), "1 1\none\ntwo\n");
+    with(&mut command, files);
+    command.stdin(Stdio::null());
+    command
 }
