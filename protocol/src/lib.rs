@@ -11,6 +11,7 @@
 mod account;
 mod frame;
 mod message;
+pub mod shell;
 pub mod signal;
 
 pub use account::{CpuStats, Device, MemoryStats, ProcessInfo, Stats};

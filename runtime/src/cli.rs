@@ -29,6 +29,8 @@ coffer: runs OCI containers in microVMs, with runc's command line
   boot-chart [-o FILE] ID                                   its last start, stage by stage, as an SVG
   template make [--memory MIB] [--vcpus N] [--nets N]       save a booted VM, from which pods of that shape start
   template list, template remove NAME                       (annotation io.coffer.start=template)
+  pool fill [--count N] [--image FILE]                      start VMMs that wait for pods, until there are N
+  pool list, pool drain                                     (annotation io.coffer.start=pool)
   features, spec, doctor, --version, --help                 about coffer and this host";
 
 /// Options before the command.

@@ -1,7 +1,8 @@
 //! Templates: machines that were saved when their init was ready, from which pods without a TEE start.
 //!
-//! Owns: where they are, which one a pod's start uses, making them. Does not own: what is saved, and whether it fits: the VMM
-//! decides that at each start, boots when it does not, and says why in its log (`vmm-log` of the container's directory).
+//! Owns: where they are, which one a pod's start uses, making them. Does not own: whether a pod starts from one (`start`), what is
+//! saved, and whether it fits: the VMM decides that at each start, boots when it does not, and says why in its log (`vmm-log` of
+//! the container's directory).
 
 use std::{
     fs::{self, File},
@@ -22,15 +23,9 @@ use nix::sched::{CloneFlags, unshare};
 use crate::{
     error::{Error, host},
     home::Home,
-    network,
-    plan::Plan,
-    spawn,
+    network, spawn,
 };
 
-/// Where the operator says how pods start: `boot` or `template`.
-pub const CONFIGURATION: &str = "/etc/coffer/start";
-/// The same for one pod.
-pub const ANNOTATION: &str = "io.coffer.start";
 /// Below the root directory; no container's id has such a letter.
 const DIRECTORY: &str = "@templates";
 /// A boot takes less than this everywhere.
@@ -63,41 +58,6 @@ impl Shape {
     #[must_use]
     pub fn directory(&self, root: &Path) -> PathBuf {
         root.join(DIRECTORY).join(self.name())
-    }
-}
-
-/// Whether a pod is to start from a template: what its annotation says, else what the operator's file says.
-///
-/// # Errors
-/// [`Error::Bundle`] for other words, and for a pod in a TEE or with a scratch disk that asks for one.
-pub fn wanted(plan: &Plan) -> Result<bool, Error> {
-    let annotation = plan.spec.annotations().as_ref().and_then(|a| a.get(ANNOTATION)).map(String::as_str);
-    let tee = plan.confidential.tee.as_deref().filter(|tee| *tee != "none");
-    let wanted = decide(annotation, fs::read_to_string(CONFIGURATION).ok().as_deref(), tee)?;
-    match (wanted && plan.scratch.is_some(), annotation) {
-        (true, Some(_)) => Err(Error::Bundle(format!(
-            "annotation {ANNOTATION}=template with io.coffer.scratch: a template has no disk"
-        ))),
-        (true, None) => Ok(false),
-        (false, _) => Ok(wanted),
-    }
-}
-
-fn decide(annotation: Option<&str>, operator: Option<&str>, tee: Option<&str>) -> Result<bool, Error> {
-    let is = |source: String, word: &str| match word.trim() {
-        "template" => Ok(true),
-        "boot" => Ok(false),
-        other => Err(Error::Bundle(format!("{source}: `{other}` is neither boot nor template"))),
-    };
-    match (annotation, tee) {
-        (Some(word), Some(tee)) if is(format!("annotation {ANNOTATION}"), word)? => {
-            Err(Error::Bundle(format!(
-                "annotation {ANNOTATION}=template with io.coffer.tee={tee}: a snapshot's state cannot be measured at launch"
-            )))
-        }
-        (Some(word), _) => is(format!("annotation {ANNOTATION}"), word),
-        (None, Some(_)) => Ok(false),
-        (None, None) => operator.map_or(Ok(false), |word| is(CONFIGURATION.into(), word)),
     }
 }
 
@@ -198,19 +158,6 @@ pub fn remove(root: &Path, name: &str) -> Result<(), Error> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_annotation_goes_before_the_operators_word_and_no_tee_gets_a_template() {
-        let is = |annotation, operator, tee| decide(annotation, operator, tee).map_err(|e| e.to_string());
-        assert_eq!(is(None, None, None), Ok(false));
-        assert_eq!(is(None, Some("template\n"), None), Ok(true));
-        assert_eq!(is(Some("boot"), Some("template"), None), Ok(false));
-        assert_eq!(is(Some("template"), None, None), Ok(true));
-        assert_eq!(is(None, Some("template"), Some("snp")), Ok(false));
-        assert!(is(Some("template"), None, Some("snp")).unwrap_err().contains("cannot be measured"));
-        assert!(is(Some("fast"), None, None).unwrap_err().contains("io.coffer.start: `fast`"));
-        assert!(is(None, Some("fast"), None).unwrap_err().contains(CONFIGURATION));
-    }
 
     #[test]
     fn templates_are_listed_and_removed_by_name_alone() {

@@ -27,6 +27,7 @@ coffer-vmm: boots an IGVM image in a microVM
   --tee KIND             none; snp: AMD SEV-SNP; snp-emulated: the same boot without the hardware, WHICH PROTECTS NOTHING
   --make-template DIR    saves the machine into DIR when its init is ready, and ends
   --template DIR         starts from the machine saved in DIR, when it fits; else boots, and says why
+  --shell DIR            with --image alone: makes what no pod decides, then waits on DIR/socket for the rest of these arguments
   --policy HEX           SNP guest policy, in place of the image's
   --host-data HEX        32 bytes that the guest's attestation reports carry
   --certificates FILE    certificate table that extended guest requests get
@@ -67,6 +68,9 @@ pub enum ArgsError {
         /// Why.
         why: &'static str,
     },
+    /// A shell is told the rest later.
+    #[error("--shell takes --image, --log and --log-format alone: the rest comes with the pod")]
+    Shell,
     /// A flag that must be there.
     #[error("{0} is missing: see coffer-vmm --help")]
     Missing(&'static str),
@@ -128,11 +132,23 @@ pub struct Args {
     pub template: Option<PathBuf>,
 }
 
+/// A shell's command line.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[expect(missing_docs, reason = "each is its flag")]
+pub struct ShellArgs {
+    pub directory: PathBuf,
+    pub image: PathBuf,
+    pub log: Option<PathBuf>,
+    pub log_json: bool,
+}
+
 /// What to do.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Command {
     /// Run a VM.
     Run(Box<Args>),
+    /// Prepare one and wait for a pod.
+    Shell(ShellArgs),
     /// Print [`USAGE`].
     Help,
     /// Print the version.
@@ -150,6 +166,7 @@ pub enum Command {
 pub fn parse(words: impl IntoIterator<Item = String>) -> Result<Command, ArgsError> {
     let mut words = words.into_iter();
     let mut args = Args { vcpus: 1, ..Args::default() };
+    let mut shell = None;
     while let Some(word) = words.next() {
         let (flag, inline) = match word.split_once('=') {
             Some((flag, value)) if flag.starts_with("--") => (flag.to_owned(), Some(value.to_owned())),
@@ -188,15 +205,23 @@ pub fn parse(words: impl IntoIterator<Item = String>) -> Result<Command, ArgsErr
             "--development-keys",
             "--make-template",
             "--template",
+            "--shell",
         ];
         if !known.contains(&flag.as_str()) {
             return Err(ArgsError::Unknown(flag));
         }
         let value = inline.or_else(|| words.next()).ok_or_else(|| ArgsError::NoValue(flag.clone()))?;
+        if flag == "--shell" {
+            shell = Some(PathBuf::from(value));
+            continue;
+        }
         args.set(&flag, &value)?;
     }
     if args.image.as_os_str().is_empty() {
         return Err(ArgsError::Missing("--image"));
+    }
+    if let Some(directory) = shell {
+        return args.shell(directory);
     }
     if args.memory_mib == 0 {
         return Err(ArgsError::Missing("--memory-mib"));
@@ -215,6 +240,15 @@ pub fn parse(words: impl IntoIterator<Item = String>) -> Result<Command, ArgsErr
 }
 
 impl Args {
+    fn shell(self, directory: PathBuf) -> Result<Command, ArgsError> {
+        let Self { image, log, log_json, .. } = self.clone();
+        if self != (Self { image, log, log_json, vcpus: 1, ..Self::default() }) {
+            return Err(ArgsError::Shell);
+        }
+        let Self { image, log, log_json, .. } = self;
+        Ok(Command::Shell(ShellArgs { directory, image, log, log_json }))
+    }
+
     /// Refuses a template of what cannot be saved, or not be told apart from what was saved.
     fn can_be_saved(&self) -> Result<(), ArgsError> {
         let flag = match (&self.make_template, &self.template) {
@@ -415,6 +449,16 @@ mod tests {
             panic!("refused")
         };
         assert_eq!(args.template, Some("/t".into()));
+    }
+
+    #[test]
+    fn a_shell_has_an_image_and_nothing_of_a_pods() {
+        let Ok(Command::Shell(shell)) = run("--shell /d --image /i --log /l") else { panic!("refused") };
+        assert_eq!((shell.directory, shell.image, shell.log), ("/d".into(), "/i".into(), Some("/l".into())));
+        for more in ["--memory-mib 64", "--vcpus 2", "--vsock /v", "--tee snp", "--template /t"] {
+            assert_eq!(run(&format!("--shell /d --image /i {more}")), Err(ArgsError::Shell), "{more}");
+        }
+        assert_eq!(run("--shell /d"), Err(ArgsError::Missing("--image")));
     }
 
     #[test]

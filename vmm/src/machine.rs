@@ -1,11 +1,12 @@
 //! The machine: made from checked arguments and a checked image, run until it ends.
 //!
 //! Owns: the order of making things. No VM is made before the whole image was checked, or a template in its place (`saved`).
+//! What no pod decides may have been made ahead (`prepared`).
 
+mod prepared;
 mod saved;
 
 use std::{
-    fs::File,
     io,
     os::fd::{AsRawFd, FromRawFd, OwnedFd},
     sync::{Arc, Mutex, atomic::Ordering, mpsc},
@@ -13,14 +14,14 @@ use std::{
 };
 
 use coffer_layout::{MMIO_IRQS, SERIAL_IRQ, mmio_address, slot};
-use kvm_bindings::{
-    CpuId, KVM_API_VERSION, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region,
-};
-use kvm_ioctls::{IoEventAddress, Kvm, VcpuFd, VmFd};
+use kvm_bindings::{CpuId, kvm_userspace_memory_region};
+use kvm_ioctls::{IoEventAddress, VcpuFd, VmFd};
 use thiserror::Error;
 use vm_memory::{GuestMemory, GuestMemoryMmap, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 
+pub use self::prepared::Prepared;
+use self::prepared::{EmptyVm, Host, ImageFile};
 use crate::{
     args::{Args, Tee},
     confine, cpuid,
@@ -38,7 +39,7 @@ use crate::{
         },
     },
     end::End,
-    igvm::{self, ImageError},
+    igvm::{Image, ImageError, Platform},
     launch::{self, LaunchError},
     log::{Level, Log},
     memory::{self, MemoryError},
@@ -153,70 +154,48 @@ pub struct Machine {
     _memory: Arc<GuestMemoryMmap<()>>,
 }
 
-/// KVM, and what its processors can do.
-struct Host {
-    kvm: Kvm,
-    cpuid: CpuId,
-}
-
-impl Host {
-    fn open() -> Result<Self, MachineError> {
-        let kvm = Kvm::new().map_err(|e| {
-            MachineError::Kvm(format!(
-                "open /dev/kvm: {e}; load kvm_amd or kvm_intel, or use the rig (tests/rig)"
-            ))
-        })?;
-        if kvm.get_api_version() != KVM_API_VERSION as i32 {
-            return Err(MachineError::Kvm(format!(
-                "/dev/kvm is not KVM's: API version {} where {KVM_API_VERSION} is wanted",
-                kvm.get_api_version()
-            )));
-        }
-        let cpuid = cpuid::supported(&kvm).map_err(kvm_error("KVM_GET_SUPPORTED_CPUID"))?;
-        Ok(Self { kvm, cpuid })
-    }
-}
-
 impl Machine {
-    /// Checks the image, then makes the VM.
+    /// Checks the image and makes the VM, unless that was done ahead; then makes all that a pod decides.
     ///
     /// # Errors
     /// [`MachineError`]; nothing is left behind.
-    pub fn new(args: &Args, trace: Trace, log: Log) -> Result<Self, MachineError> {
-        let path = args.image.display().to_string();
-        let file =
-            File::open(&args.image).map_err(|source| MachineError::Open { path: path.clone(), source })?;
-        // SAFETY: the file is the host's own and not written while it is an image; if it shrinks, this process ends.
-        let image = unsafe { memmap2::Mmap::map(&file) };
-        let image = image.map_err(|source| MachineError::Open { path: path.clone(), source })?;
-        let (template, host) = saved::find(args, &log)?;
+    pub fn new(
+        args: &Args,
+        prepared: Option<Prepared>,
+        trace: Trace,
+        log: Log,
+    ) -> Result<Self, MachineError> {
+        let (file, image, host, vm) = match prepared {
+            Some(Prepared { file, image, host, vm }) => (file, Some(image), Some(host), Some(vm)),
+            None => (ImageFile::open(&args.image)?, None, None, None),
+        };
+        let (template, host) = saved::find(args, host, &log)?;
         let planned = match template {
             Some(template) => Planned::Saved(Box::new(template)),
-            None => plan(args, &image, &path)?,
+            None => plan(args, &file, image)?,
         };
-        trace.stage("image-checked");
+        trace.stage(if vm.is_some() { "image-planned" } else { "image-checked" });
 
         let Host { kvm, cpuid: base } = host.map_or_else(Host::open, Ok)?;
-        let kind = if args.tee == Tee::Snp { u64::from(snp::abi::KVM_X86_SNP_VM) } else { 0 };
-        let vm = Arc::new(kvm.create_vm_with_type(kind).map_err(kvm_error("KVM_CREATE_VM"))?);
-        vm.set_tss_address(TSS_ADDRESS).map_err(kvm_error("KVM_SET_TSS_ADDR"))?;
-        vm.create_irq_chip().map_err(kvm_error("KVM_CREATE_IRQCHIP"))?;
-        if args.tee != Tee::None {
-            // The security processor lets no guest have the TSC deadline timer; Linux measures the local APIC's by this one.
-            let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
-            vm.create_pit2(pit).map_err(kvm_error("KVM_CREATE_PIT2"))?;
-        }
-        trace.stage("vm-created");
+        let mut empty = match vm {
+            Some(vm) => vm,
+            None => {
+                let vm = EmptyVm::new(&kvm, args.tee)?;
+                trace.stage("vm-created");
+                vm
+            }
+        };
+        let (image, vm) = (&file.bytes, Arc::clone(&empty.vm));
         let mut restored = Vec::new();
         let Made { vcpus, memory, emulated, snp } = match planned {
-            Planned::Plain(plan) => make_plain(args, &vm, &base, &plan, &file, &path, &trace)?,
+            Planned::Plain(plan) => make_plain(args, &mut empty, &base, &plan, &file, &trace)?,
             Planned::Saved(template) => {
-                let made = saved::make(args, &vm, &base, &template, &trace)?;
+                let made = saved::make(args, &mut empty, &base, &template, &trace)?;
                 restored = template.state.windows;
                 made
             }
-            Planned::Snp(plan) => make_snp(args, &vm, &base, &plan, &image, &trace, &log)?,
-            Planned::Emulated(plan) => make_emulated(args, &vm, &base, &plan, &image, &trace, &log)?,
+            Planned::Snp(plan) => make_snp(args, &vm, &base, &plan, image, &trace, &log)?,
+            Planned::Emulated(plan) => make_emulated(args, &vm, &base, &plan, image, &trace, &log)?,
         };
         trace.stage("vcpus-set");
 
@@ -294,16 +273,15 @@ impl Machine {
     }
 }
 
-/// Checks the image and plans its launch.
-fn plan(args: &Args, image: &[u8], path: &str) -> Result<Planned, MachineError> {
+/// Checks the image, unless it is `checked`, and plans its launch.
+fn plan(args: &Args, file: &ImageFile, checked: Option<Image>) -> Result<Planned, MachineError> {
     let ram = memory::layout(args.memory_mib << 20);
-    let read = |platform| {
-        igvm::read(image, platform).map_err(|source| MachineError::Image { path: path.to_owned(), source })
-    };
     match args.tee {
         Tee::None => {
-            let plan = launch::plan(&read(igvm::Platform::Native)?, &ram, args.vcpus, image);
-            plan.map(Planned::Plain).map_err(|source| MachineError::Launch { path: path.to_owned(), source })
+            let image = checked.map_or_else(|| file.read(Platform::Native), Ok)?;
+            let plan = launch::plan(&image, &ram, args.vcpus, &file.bytes);
+            plan.map(Planned::Plain)
+                .map_err(|source| MachineError::Launch { path: file.path.clone(), source })
         }
         Tee::Snp | Tee::SnpEmulated => {
             let emulated = args.tee == Tee::SnpEmulated;
@@ -320,8 +298,8 @@ fn plan(args: &Args, image: &[u8], path: &str) -> Result<Planned, MachineError> 
                 host_data: args.host_data.unwrap_or_default(),
                 c_bit: if emulated { emulated::C_BIT } else { snp::guest::c_bit() },
             };
-            let plan = snp::plan::plan(&read(igvm::Platform::Snp)?, image, &options);
-            let plan = plan.map_err(|source| MachineError::Plan { path: path.to_owned(), source })?;
+            let plan = snp::plan::plan(&file.read(Platform::Snp)?, &file.bytes, &options);
+            let plan = plan.map_err(|source| MachineError::Plan { path: file.path.clone(), source })?;
             Ok(if emulated { Planned::Emulated(plan) } else { Planned::Snp(plan) })
         }
     }
@@ -329,19 +307,18 @@ fn plan(args: &Args, image: &[u8], path: &str) -> Result<Planned, MachineError> 
 
 fn make_plain(
     args: &Args,
-    vm: &VmFd,
+    empty: &mut EmptyVm,
     base: &CpuId,
     plan: &launch::Plan,
-    image: &File,
-    path: &str,
+    file: &ImageFile,
     trace: &Trace,
 ) -> Result<Made, MachineError> {
     let ram = memory::reserve(args.memory_mib)?;
-    give_memory(vm, &ram)?;
-    launch::load(plan, image, &ram)
-        .map_err(|source| MachineError::Launch { path: path.to_owned(), source })?;
+    give_memory(&empty.vm, &ram)?;
+    launch::load(plan, &file.file, &ram)
+        .map_err(|source| MachineError::Launch { path: file.path.clone(), source })?;
     trace.stage("memory-loaded");
-    let vcpus = make_processors(args, vm, base, |vcpu, id, cpuid| Ok(vcpu::prepare(vcpu, id, cpuid)?))?;
+    let vcpus = make_processors(args, empty, base, |vcpu, id, cpuid| Ok(vcpu::prepare(vcpu, id, cpuid)?))?;
     vcpu::enter(&vcpus[0].0, &plan.registers)?;
     Ok(Made { vcpus, memory: Arc::new(ram), emulated: None, snp: None })
 }
@@ -349,14 +326,14 @@ fn make_plain(
 /// Processors of a machine without a TEE, each with the CPUID of its number.
 fn make_processors(
     args: &Args,
-    vm: &VmFd,
+    empty: &mut EmptyVm,
     base: &CpuId,
     prepare: impl Fn(&VcpuFd, u32, &CpuId) -> Result<(), MachineError>,
 ) -> Result<Vec<(VcpuFd, Option<Processor>)>, MachineError> {
     let base = &cpuid::without_memory_type_ranges(base);
     let mut vcpus = Vec::new();
     for id in 0..args.vcpus {
-        let vcpu = vm.create_vcpu(u64::from(id)).map_err(kvm_error("KVM_CREATE_VCPU"))?;
+        let vcpu = empty.processor(id)?;
         prepare(&vcpu, id, &cpuid::for_vcpu(base, id, args.vcpus))?;
         vcpus.push((vcpu, None));
     }

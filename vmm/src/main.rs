@@ -3,9 +3,10 @@
 use std::{fs, process::ExitCode};
 
 use coffer_vmm::{
-    args::{self, Args, Command},
+    args::{self, Args, Command, ShellArgs},
     log::{Level, Log},
-    machine::{Machine, MachineError},
+    machine::{Machine, MachineError, Prepared},
+    shell::{Door, Taken},
     tee::snp::preflight,
     trace::{self, Trace},
 };
@@ -35,7 +36,8 @@ fn main() -> ExitCode {
             missing.iter().for_each(|line| eprintln!("{line}"));
             if missing.is_empty() { ExitCode::SUCCESS } else { MachineError::NoSnp(missing).code().into() }
         }
-        Ok(Command::Run(args)) => run(&args, began),
+        Ok(Command::Run(args)) => run(&args, None, began),
+        Ok(Command::Shell(args)) => shell(&args),
         Err(error) => {
             eprintln!("coffer-vmm: {error}");
             ExitCode::from(USAGE_ERROR)
@@ -43,7 +45,30 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(args: &Args, began: u64) -> ExitCode {
+/// Does what no pod decides, and goes on as [`run`] when a pod has come.
+fn shell(args: &ShellArgs) -> ExitCode {
+    let fail = |words: &str, code: u8| {
+        if let Ok(log) = Log::open(args.log.as_deref(), args.log_json) {
+            log.write(Level::Error, words);
+        }
+        ExitCode::from(code)
+    };
+    let prepared = match Prepared::new(&args.image) {
+        Ok(prepared) => prepared,
+        Err(error) => return fail(&error.to_string(), error.code()),
+    };
+    let door = match Door::open(&args.directory) {
+        Ok(door) => door,
+        Err(error) => return fail(&error.to_string(), USAGE_ERROR),
+    };
+    match door.wait(|args| prepared.fits(args)) {
+        Ok(Some(Taken { args, began_ns })) => run(&args, Some(prepared), began_ns),
+        Ok(None) => ExitCode::SUCCESS,
+        Err(error) => fail(&error.to_string(), USAGE_ERROR),
+    }
+}
+
+fn run(args: &Args, prepared: Option<Prepared>, began: u64) -> ExitCode {
     let log = Log::open(args.log.as_deref(), args.log_json);
     let (log, second) = match (log, Log::open(args.log.as_deref(), args.log_json)) {
         (Ok(log), Ok(second)) => (log, second),
@@ -52,7 +77,7 @@ fn run(args: &Args, began: u64) -> ExitCode {
             return ExitCode::from(USAGE_ERROR);
         }
     };
-    let (code, report) = match start(args, began, second) {
+    let (code, report) = match start(args, prepared, began, second) {
         Ok(end) => {
             if end.code() != 0 {
                 log.write(Level::Error, &end.message());
@@ -75,9 +100,14 @@ fn run(args: &Args, began: u64) -> ExitCode {
     unsafe { libc::_exit(i32::from(code)) }
 }
 
-fn start(args: &Args, began: u64, log: Log) -> Result<coffer_vmm::end::End, MachineError> {
+fn start(
+    args: &Args,
+    prepared: Option<Prepared>,
+    began: u64,
+    log: Log,
+) -> Result<coffer_vmm::end::End, MachineError> {
     let failed = |source| MachineError::Host { what: "open --trace", source };
     let trace = Trace::open(args.trace.as_deref()).map_err(failed)?;
-    trace.stage_at("process-entry", began);
-    Machine::new(args, trace, log)?.run()
+    trace.stage_at(if prepared.is_some() { "shell-taken" } else { "process-entry" }, began);
+    Machine::new(args, prepared, trace, log)?.run()
 }

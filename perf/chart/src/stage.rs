@@ -5,6 +5,8 @@
 pub fn work_before(stage: &str) -> (&str, &'static str) {
     match stage {
         "process-entry" => ("exec", "coffer-vmm"),
+        "shell-taken" => ("take a shell", "coffer"),
+        "image-planned" => ("join the pod, plan the launch", "coffer-vmm"),
         "image-checked" => ("read and check the image", "coffer-vmm"),
         "vm-created" => ("make the VM", "coffer-vmm"),
         "memory-loaded" => ("map memory, load the image", "coffer-vmm"),

@@ -53,6 +53,7 @@ pub(super) fn of(command: &str) -> Option<&'static [Flag]> {
             ("ignore-paused", &[], false),
         ],
         "template" => &[("memory", &["-m"], true), ("vcpus", &[], true), ("nets", &[], true)],
+        "pool" => &[("count", &["-n"], true), ("image", &[], true)],
         "boot-chart" => &[("output", &["-o"], true)],
         "ps" => &[FORMAT],
         "list" => &[FORMAT, ("quiet", &["-q"], false)],

@@ -64,7 +64,7 @@ fn last_start(text: &str) -> Vec<(String, u64)> {
     let mut stages = Vec::new();
     for line in text.lines().filter_map(|l| serde_json::from_str::<Line>(l).ok()) {
         let (Some(stage), Some(ns)) = (line.stage, line.ns) else { continue };
-        if stage == "process-entry" {
+        if matches!(stage.as_str(), "process-entry" | "shell-taken") {
             stages.clear();
         }
         // The end of the VM belongs to no start.

@@ -21,7 +21,7 @@ use nix::{
 };
 use oci_spec::runtime::{LinuxNamespaceType as Kind, Spec};
 
-use super::{Ready, boot_chart, config, delete, foreground, hooks, pod, start, terminal};
+use super::{Ready, boot_chart, config, delete, foreground, hooks, pod, start as start_container, terminal};
 use crate::{
     cgroup,
     cli::Call,
@@ -35,7 +35,9 @@ use crate::{
     notify::{self, Teller, Whom},
     pid::{self, Pid},
     plan::{self, Plan, namespace},
-    scratch, spawn,
+    scratch,
+    spawn::{self, Started, clone},
+    start::{self, Start},
     state::{self, Directory, Record, Status},
     stub::{self, Relay},
     systemd::Scope,
@@ -54,7 +56,7 @@ pub(super) fn create(call: &Call, root: &Path) -> Result<(), Error> {
     let mut plan = plan::plan(&bundle, &id, &text)?;
     pod::sweep(root);
     let vm = pod::find(root, &plan.spec, &id);
-    template::wanted(&plan)?;
+    start::wanted(&plan)?;
     let pod = vm.as_ref().map(|vm| &vm.record.annotations);
     plan.confidential.check(pod)?;
     scratch::check(plan.scratch, pod)?;
@@ -128,7 +130,7 @@ pub(super) fn run(call: &Call, root: &Path) -> Result<i32, Error> {
     create(call, root)?;
     let id = call.id()?;
     let waits = if call.has("detach") { Ready::Awaited } else { Ready::Behind };
-    let started = start(root, id, waits);
+    let started = start_container(root, id, waits);
     let record = Directory::of(root, id)?.read()?;
     if let Err(error) = started {
         let _ = delete(root, id, true);
@@ -168,8 +170,10 @@ struct Making<'a> {
 /// The VM's process, and what this container has of it.
 struct Vm {
     process: Pid,
-    /// While it boots.
+    /// The process that this command started for it, if it did.
     child: Option<Child>,
+    /// It boots, and has no container yet.
+    fresh: bool,
     /// Keeps it alive.
     hold: OwnedFd,
     network: Network,
@@ -210,6 +214,7 @@ impl Making<'_> {
             Some(running) => Vm {
                 process: running.record.vmm,
                 child: None,
+                fresh: false,
                 hold: pod::share(running, self.directory)?,
                 network: Network::default(),
             },
@@ -240,7 +245,7 @@ impl Making<'_> {
             } else if let Some(resources) = plan::resources(&self.plan.spec) {
                 cgroup::apply(path, resources)?;
             }
-            if vm.child.is_some() {
+            if vm.fresh {
                 self.confine(&mut vm, path)?;
             }
         }
@@ -280,10 +285,11 @@ impl Making<'_> {
             vcpus: self.plan.vcpus,
             nets: taps.len(),
         };
-        let template = template::wanted(self.plan)?.then(|| shape.directory(self.root));
-        let vmm = spawn::vmm(&spawn::Start {
+        let start = start::wanted(self.plan)?;
+        let started = spawn::vmm(&spawn::Start {
             plan: self.plan,
-            template,
+            template: (start == Start::Template).then(|| shape.directory(self.root)),
+            pool: (start == Start::Pool).then_some(self.root),
             directory: self.directory,
             home: &home,
             network: pod_network.as_deref(),
@@ -291,8 +297,12 @@ impl Making<'_> {
             lifeline: &lifeline,
             trace,
         })?;
-        let process = Pid::of(vmm.id() as i32).ok_or_else(|| Error::Vm("it ended at once".into()))?;
-        Ok(Vm { process, child: Some(vmm), hold, network })
+        let (process, child) = match started {
+            Started::Child(child) => (Pid::of(child.id() as i32), Some(child)),
+            Started::Shell(process) => (Some(process), None),
+        };
+        let process = process.ok_or_else(|| Error::Vm("it ended at once".into()))?;
+        Ok(Vm { process, child, fresh: true, hold, network })
     }
 
     /// Has systemd make the cgroup, with a process that does nothing.
@@ -355,7 +365,7 @@ impl Making<'_> {
             hostname: self.plan.spec.hostname().clone(),
             unix_time_ns: u64::try_from(elapsed.as_nanos()).unwrap_or(u64::MAX),
             network: vm.network.clone(),
-            entropy: template::wanted(self.plan)?.then(template::entropy).transpose()?,
+            entropy: (start::wanted(self.plan)? == Start::Template).then(template::entropy).transpose()?,
             initdata: self.plan.confidential.initdata()?,
             name_servers: self.plan.name_servers.clone(),
             scratch: self.plan.scratch.is_some(),
@@ -374,7 +384,7 @@ impl Making<'_> {
             streams: self.streams.clone(),
         };
         let mut talk = || {
-            if vm.child.is_some() {
+            if vm.fresh {
                 Connection::open(&socket, || vm.is_alive())?.ask(&Request::Sandbox(sandbox.clone()))?;
             }
             let mut connection = Connection::open(&socket, || vm.is_alive())?;
@@ -578,20 +588,5 @@ pub(super) fn close_others(kept: &[RawFd]) {
     for fd in numbers.into_iter().filter(|fd| *fd > 2 && !kept.contains(fd)) {
         // SAFETY: this process, a fresh fork, uses none but those that are kept.
         unsafe { libc::close(fd) };
-    }
-}
-
-/// Forks into new namespaces. `None` in the child. This program has one thread.
-pub(super) fn clone(flags: i32) -> std::io::Result<Option<i32>> {
-    // SAFETY: clone_args is plain data for which zero is valid.
-    let mut args: libc::clone_args = unsafe { std::mem::zeroed() };
-    args.flags = flags as u64;
-    args.exit_signal = libc::SIGCHLD as u64;
-    // SAFETY: without CLONE_VM the child has a copy of everything, and there is no other thread whose locks it could miss.
-    let pid = unsafe { libc::syscall(libc::SYS_clone3, &raw const args, size_of::<libc::clone_args>()) };
-    match pid {
-        0 => Ok(None),
-        pid if pid > 0 => Ok(Some(pid as i32)),
-        _ => Err(std::io::Error::last_os_error()),
     }
 }

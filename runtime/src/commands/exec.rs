@@ -22,6 +22,7 @@ use crate::{
     client::Connection,
     descriptors,
     error::{Error, host},
+    spawn,
     state::{self, Status},
     stub::{self, Relay},
 };
@@ -76,7 +77,7 @@ pub(super) fn exec(call: &Call, root: &Path) -> Result<i32, Error> {
         (None, Some(own)) => (None, Some(own.try_clone().map_err(host("take this terminal"))?)),
         (None, None) => (None, None),
     };
-    let Some(pid) = create::clone(0).map_err(host("fork the stub"))? else {
+    let Some(pid) = spawn::clone(0).map_err(host("fork the stub"))? else {
         drop((ready, master));
         let mut ready = File::from(tell_ready);
         let set_up = || -> std::io::Result<_> {

@@ -14,6 +14,7 @@ mod listing;
 mod pod;
 pub mod policy;
 mod process;
+mod shells;
 mod templates;
 mod terminal;
 mod update;
@@ -68,6 +69,7 @@ pub fn run(call: &Call) -> Result<i32, Error> {
         "boot-chart" => boot_chart::boot_chart(call, &root).map(|()| 0),
         "spec" => spec(call).map(|()| 0),
         "template" => templates::template(call, &root),
+        "pool" => shells::pool(call, &root),
         "doctor" => Ok(crate::doctor::run()),
         other => Err(Error::Usage(format!("unknown command `{other}`: see coffer --help"))),
     }

@@ -29,11 +29,11 @@ use nix::{
 };
 use oci_spec::runtime::{LinuxNamespaceType as Kind, Spec};
 
-use super::create::clone;
 use crate::{
     error::{Error, host},
     pid::Pid,
     plan::{Bind, namespace},
+    spawn::clone,
     state::{self, Directory, Record},
 };
 

@@ -14,7 +14,7 @@ use kvm_bindings::CpuId;
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use vm_memory::GuestMemoryMmap;
 
-use super::{Host, MachineError, Made, give_memory, make_processors};
+use super::{EmptyVm, Host, MachineError, Made, give_memory, make_processors};
 use crate::{
     args::Args,
     devices::{board::Board, virtio::mmio::WindowState},
@@ -44,10 +44,15 @@ fn failed(args: &Args, of: Option<&PathBuf>) -> impl FnOnce(TemplateError) -> Ma
     move |source| MachineError::Template { path, source }
 }
 
-/// The template that the arguments name, when it fits. When it does not the log says why, and the machine is to boot.
-pub(super) fn find(args: &Args, log: &Log) -> Result<(Option<Template>, Option<Host>), MachineError> {
-    let Some(directory) = &args.template else { return Ok((None, None)) };
-    let host = Host::open()?;
+/// The template that the arguments name, when it fits. When it does not the log says why, and the machine is to boot. KVM is
+/// opened for that, unless it is open.
+pub(super) fn find(
+    args: &Args,
+    host: Option<Host>,
+    log: &Log,
+) -> Result<(Option<Template>, Option<Host>), MachineError> {
+    let Some(directory) = &args.template else { return Ok((None, host)) };
+    let host = host.map_or_else(Host::open, Ok)?;
     let found = template::find(directory, args, &host.cpuid).map_err(|error| {
         let words = format!("template {} is not used, the image is booted: {error}", directory.display());
         log.write(Level::Warning, &words);
@@ -58,7 +63,7 @@ pub(super) fn find(args: &Args, log: &Log) -> Result<(Option<Template>, Option<H
 /// Memory and processors as they were.
 pub(super) fn make(
     args: &Args,
-    vm: &VmFd,
+    empty: &mut EmptyVm,
     base: &CpuId,
     template: &Template,
     trace: &Trace,
@@ -67,14 +72,14 @@ pub(super) fn make(
     let memory = ram::reserve(args.memory_mib)?;
     memory::map(&memory, &state.extents, args.memory_mib, file)
         .map_err(|source| MachineError::Host { what: "map the template's memory", source })?;
-    give_memory(vm, &memory)?;
+    give_memory(&empty.vm, &memory)?;
     trace.stage("memory-loaded");
-    let vcpus = make_processors(args, vm, base, |vcpu, id, cpuid| {
+    let vcpus = make_processors(args, empty, base, |vcpu, id, cpuid| {
         // Memory types are not among the MSRs that KVM names.
         vcpu::prepare(vcpu, id, cpuid)?;
         processor::restore(vcpu, id, &state.processors[id as usize]).map_err(failed(args, None))
     })?;
-    template::restore_machine(vm, state).map_err(failed(args, None))?;
+    template::restore_machine(&empty.vm, state).map_err(failed(args, None))?;
     Ok(Made { vcpus, memory: Arc::new(memory), emulated: None, snp: None })
 }
 
