@@ -63,6 +63,12 @@ pub enum BootError {
         /// What it wrote on stderr.
         messages: String,
     },
+    /// A start from the pool was none, or there was no pool.
+    #[error("coffer: no start from a shell: {messages}")]
+    NoShell {
+        /// Why.
+        messages: String,
+    },
     /// A start from a template was none.
     #[error("{vmm}: it booted where it was to start from a template; its messages: {messages}")]
     Booted {

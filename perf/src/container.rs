@@ -17,7 +17,7 @@ use serde_json::json;
 use crate::{
     boot::{BootError, Started, system},
     counts, figures,
-    plan::Kind,
+    plan::{Class, Kind},
     record::{Stage, Window},
 };
 
@@ -25,7 +25,13 @@ use crate::{
 ///
 /// # Errors
 /// The system's.
-pub fn make_bundle(directory: &Path, program: &Path, trace: &Path, memory_mib: u64) -> Result<(), BootError> {
+pub fn make_bundle(
+    directory: &Path,
+    program: &Path,
+    trace: &Path,
+    memory_mib: u64,
+    class: Class,
+) -> Result<(), BootError> {
     let root = directory.join("rootfs");
     for name in ["bin", "proc", "dev", "sys", "tmp"] {
         fs::create_dir_all(root.join(name)).map_err(system("make the bundle"))?;
@@ -48,10 +54,38 @@ pub fn make_bundle(directory: &Path, program: &Path, trace: &Path, memory_mib: u
         "linux": { "namespaces": namespaces },
         "annotations": {
             "io.coffer.trace": trace.display().to_string(),
-            "io.coffer.memory-mib": memory_mib.to_string()
+            "io.coffer.memory-mib": memory_mib.to_string(),
+            "io.coffer.start": if class == Class::Pool { "pool" } else { "boot" }
         }
     });
     fs::write(directory.join("config.json"), config.to_string()).map_err(system("write config.json"))
+}
+
+/// Has one shell wait for the next start.
+///
+/// # Errors
+/// [`BootError::NoShell`], with the runtime's words.
+pub fn fill_pool(program: &Path, directory: &Path) -> Result<(), BootError> {
+    let mut command = Command::new(program);
+    command.arg("--root").arg(directory.join("state")).args(["pool", "fill"]).stdin(Stdio::null());
+    let output = command.output().map_err(system("start the runtime"))?;
+    if output.status.success() {
+        return Ok(());
+    }
+    Err(BootError::NoShell { messages: String::from_utf8_lossy(&output.stderr).trim().to_owned() })
+}
+
+/// Refuses a start that was of another class than its plan's.
+///
+/// # Errors
+/// [`BootError::NoShell`].
+pub fn check_class(class: Class, started: &Started) -> Result<(), BootError> {
+    let taken = started.stages.iter().any(|stage| stage.stage == "shell-taken");
+    if taken == (class == Class::Pool) {
+        return Ok(());
+    }
+    let messages = if taken { "a start of another class took one" } else { "the VM was started anew" };
+    Err(BootError::NoShell { messages: messages.to_owned() })
 }
 
 /// Runs one container; `directory` is scratch of this start alone and holds a bundle in `bundle`.
@@ -162,11 +196,25 @@ mod tests {
         fs::write(&runtime, "#!/bin/sh\nread up idle </proc/uptime\necho 1${up%.*}000000000\nsleep 0.05\n")
             .unwrap();
         fs::set_permissions(&runtime, fs::Permissions::from_mode(0o755)).unwrap();
-        make_bundle(&directory.path().join("bundle"), &runtime, Path::new("/t"), 128).unwrap();
+        make_bundle(&directory.path().join("bundle"), &runtime, Path::new("/t"), 128, Class::Warm).unwrap();
         let config = fs::read(directory.path().join("bundle/config.json")).unwrap();
         let config: serde_json::Value = serde_json::from_slice(&config).unwrap();
         assert_eq!(config["annotations"]["io.coffer.trace"], "/t");
         let started = measure(Kind::Crun, &runtime, directory.path(), "a", Duration::from_secs(60)).unwrap();
         assert!(started.windows[&Window::Deleted] >= started.windows[&Window::Output] + 40.0, "{started:?}");
+    }
+
+    #[test]
+    fn a_start_from_a_shell_is_of_no_other_class() {
+        let with = |stage: &str| Started {
+            stages: vec![Stage { stage: stage.to_owned(), ms: 1.0 }],
+            ..Started::default()
+        };
+        assert!(check_class(Class::Pool, &with("shell-taken")).is_ok());
+        assert!(check_class(Class::Warm, &with("process-entry")).is_ok());
+        assert!(check_class(Class::Pool, &with("process-entry")).is_err());
+        assert!(check_class(Class::Warm, &with("shell-taken")).is_err());
+        let error = fill_pool(Path::new("/bin/false"), Path::new("/nonexistent")).unwrap_err();
+        assert!(matches!(error, BootError::NoShell { .. }), "{error}");
     }
 }

@@ -30,6 +30,8 @@ pub enum Class {
     Warm,
     /// Restored from a snapshot.
     Template,
+    /// Booted by a VMM that waited in a pool.
+    Pool,
 }
 
 impl Class {
@@ -40,6 +42,7 @@ impl Class {
             Self::Cold => "cold",
             Self::Warm => "warm",
             Self::Template => "template",
+            Self::Pool => "pool",
         }
     }
 }
@@ -217,6 +220,9 @@ impl Plan {
                 "classes: template: only coffer-vmm starts from one, and until = \"ready\" is where it starts",
             );
         }
+        if plan.classes.contains(&Class::Pool) && plan.runtime.iter().any(|r| r.kind != Kind::Coffer) {
+            return wrong("classes: pool: only coffer has a pool");
+        }
         if plan.classes.is_empty() || plan.memory_mib.is_empty() || plan.vcpus.is_empty() {
             return wrong("classes, memory_mib and vcpus want one value each at least");
         }
@@ -332,6 +338,7 @@ mod tests {
         for (from, to, words) in [
             ("repetitions = 3", "repetitions = 0", "repetitions"),
             ("\"cold\", \"warm\"", "\"template\"", "only coffer-vmm starts from one"),
+            ("\"cold\", \"warm\"", "\"pool\"", "only coffer has a pool"),
             ("[1, 4]", "[0]", "parallel"),
             ("repetitions = 3", "repetitions = 3\nuntil = \"ready\"", "until"),
             ("igvm = \"i\"", "igvm = \"i\"\nacpi = true", "acpi"),

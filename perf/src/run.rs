@@ -140,9 +140,15 @@ fn start(
         }
         _ => {
             let trace = directory.join("trace");
-            container::make_bundle(&directory.join("bundle"), setting.stamp, &trace, cell.memory_mib)?;
+            let bundle = directory.join("bundle");
+            container::make_bundle(&bundle, setting.stamp, &trace, cell.memory_mib, cell.class)?;
+            if cell.class == Class::Pool {
+                container::fill_pool(&runtime.program, directory)?;
+            }
             let id = format!("bench-{}-{index}", std::process::id());
-            container::measure(runtime.kind, &runtime.program, directory, &id, setting.limit)
+            let started = container::measure(runtime.kind, &runtime.program, directory, &id, setting.limit)?;
+            container::check_class(cell.class, &started)?;
+            Ok(started)
         }
     }
 }

@@ -213,10 +213,8 @@ mod tests {
         let pid = child.id() as i32;
         let low = libc::rlimit { rlim_cur: 77, rlim_max: 100 };
         // SAFETY: the limit is whole, and only read.
-        assert_eq!(
-            unsafe { libc::prlimit(pid, libc::RLIMIT_NOFILE, &raw const low, std::ptr::null_mut()) },
-            0
-        );
+        let set = unsafe { libc::prlimit(pid, libc::RLIMIT_NOFILE, &raw const low, std::ptr::null_mut()) };
+        assert_eq!(set, 0);
         let limits = |pid: &str| fs::read_to_string(format!("/proc/{pid}/limits")).unwrap();
         let adopted = adopt(pid);
         let (ours, its) = (limits("self"), limits(&pid.to_string()));

@@ -133,7 +133,7 @@ fn one_that_does_not_fit_stays_and_one_that_refuses_goes() {
     let other = Source { path: "/other".into(), ..Source::of(&pool.image).unwrap() };
     fs::write(place.join(IMAGE), serde_json::to_vec(&other).unwrap()).unwrap();
     assert_eq!(pool.take(), Err(format!("shell {refusing}: it is too small")));
-    assert_eq!(pool.names(), [unfit.clone()]);
+    assert_eq!(pool.names().join(" "), unfit);
     assert!(pool.children[1].wait().unwrap().code().is_none(), "it was killed");
     let why = pool.take().unwrap_err();
     assert!(why.starts_with(&format!("shell {unfit}: it has /other")), "{why}");
