@@ -307,6 +307,7 @@ mod tests {
             digest: "sha256:00".into(),
             name: None,
             signatures: Vec::new(),
+            simple_signatures: Vec::new(),
         };
         pod.check_container("c", &json!({}), Some(&image)).unwrap();
         let message = pod.check_container("c", &json!({}), None).unwrap_err().message;

@@ -198,6 +198,9 @@ pub struct ImageSource {
     /// Digests of manifests that list signatures of it, among the blobs.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub signatures: Vec<String>,
+    /// Its OpenPGP signatures (simple signing) themselves, in base64.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub simple_signatures: Vec<String>,
 }
 
 /// A bind mount's source as the host sees it: init must know whether to make a file or a directory to mount on.

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use coffer_layers::{
     image::resolve,
     layout::Layout,
-    policy::{Name, sigstore},
+    policy::{Name, sigstore, simple},
     reference::Reference,
 };
 use coffer_protocol::{ImageSource, SHARE_DIR};
@@ -71,6 +71,7 @@ pub fn source(spec: &Spec, id: &str) -> Result<Option<(ImageSource, Bind)>, Erro
         digest: digest.to_string(),
         name: name.map(str::to_owned),
         signatures: Vec::new(),
+        simple_signatures: Vec::new(),
     };
     Ok(Some((source, blobs)))
 }
@@ -79,12 +80,14 @@ pub fn source(spec: &Spec, id: &str) -> Result<Option<(ImageSource, Bind)>, Erro
 /// out: the guest says what it misses.
 pub fn find_signatures(image: &mut ImageSource, binds: &[Bind]) {
     let Some(path) = binds.last().and_then(|blobs| blobs.source.parent()) else { return };
-    let found = (|| {
-        let layout = Layout::open(path).ok()?;
-        let (digests, _) = resolve(&layout, &image.digest.parse().ok()?).ok()?;
-        sigstore::manifests(&layout, &digests).ok()
-    })();
-    image.signatures = found.unwrap_or_default().iter().map(ToString::to_string).collect();
+    let Ok(layout) = Layout::open(path) else { return };
+    let Ok(digest) = image.digest.parse() else { return };
+    let Ok((digests, _)) = resolve(&layout, &digest) else { return };
+    let manifests = sigstore::manifests(&layout, &digests).unwrap_or_default();
+    image.signatures = manifests.iter().map(ToString::to_string).collect();
+    let name = image.name.as_deref().and_then(|name| Name::of_image(name).ok());
+    let simple = simple::find(&layout, name.as_ref(), &digests).unwrap_or_default();
+    image.simple_signatures = simple.iter().map(simple::Signature::to_text).collect();
 }
 
 #[cfg(test)]
@@ -138,6 +141,26 @@ mod tests {
             image.signatures
         };
         assert_eq!(listed(dir.path(), &manifest.digest), [mark.digest.to_string()]);
+        // Simple signing's, by the image's digest and by its name.
+        let folders =
+            [format!("sha256={}", manifest.digest.hex()), format!("team/a@sha256={}", manifest.digest.hex())];
+        for (number, folder) in folders.iter().enumerate() {
+            let folder = dir.path().join("signatures").join(folder);
+            std::fs::create_dir_all(&folder).unwrap();
+            std::fs::write(folder.join("signature-1"), [number as u8]).unwrap();
+            std::fs::write(folder.join("signature-3"), "not reached").unwrap();
+        }
+        let text = format!("{}@{}", dir.path().display(), manifest.digest);
+        for (name, found) in [
+            (None, vec!["AA=="]),
+            (Some("r.io/team/a:1"), vec!["AA==", "AQ=="]),
+            (Some("r.io/b"), vec!["AA=="]),
+        ] {
+            let (mut image, blobs) = source(&spec(&[(IMAGE, &text)]), "c").unwrap().unwrap();
+            image.name = name.map(str::to_owned);
+            find_signatures(&mut image, &[blobs]);
+            assert_eq!(image.simple_signatures, found);
+        }
         assert_eq!(listed(dir.path(), &Digest::sha256(b"none")), [""; 0]);
         assert_eq!(listed(Path::new("/nowhere"), &manifest.digest), [""; 0]);
     }

@@ -19,8 +19,9 @@ use coffer_layers::{
     layout::Folder,
     ocicrypt::{KeySource, NoKeys},
     policy::{
-        Name, NameError, Origin, Policy, Subject,
+        Name, NameError, Origin, Policy, Signatures, Subject,
         sigstore::{self, MOST_MANIFESTS},
+        simple::{self, MOST_SIGNATURES},
     },
     unpack::{Options, UnpackError, make_in},
 };
@@ -55,8 +56,10 @@ pub enum ImageError {
     #[error("image: {0}")]
     Name(#[from] NameError),
     /// The host shows too much.
-    #[error("image: {0} manifests of signatures, more than {MOST_MANIFESTS}")]
-    Signatures(usize),
+    #[error(
+        "image: {0} manifests of signatures and {1} OpenPGP signatures, more than {MOST_MANIFESTS} and {MOST_SIGNATURES}"
+    )]
+    Signatures(usize, usize),
     /// Its stop signal.
     #[error("image config: StopSignal {0:?} is no signal")]
     StopSignal(String),
@@ -180,19 +183,21 @@ impl Images {
     fn load(&self, blobs: &Folder, digest: &Digest, source: &ImageSource) -> Result<Image, ImageError> {
         let trust = self.trust(digest)?;
         let Some(owners) = &self.owner.signatures else { return Ok(Image::load(blobs, digest, trust)?) };
-        if source.signatures.len() > MOST_MANIFESTS {
-            return Err(ImageError::Signatures(source.signatures.len()));
+        let (listed, simple) = (&source.signatures, &source.simple_signatures);
+        if listed.len() > MOST_MANIFESTS || simple.len() > MOST_SIGNATURES {
+            return Err(ImageError::Signatures(listed.len(), simple.len()));
         }
         let policy = owners.policy().map_err(ImageError::NoPolicy)?;
         let origin = match &source.name {
             Some(name) => Origin::Registry(Name::of_image(name)?),
             None => Origin::Layout(String::new()),
         };
-        let listed = source.signatures.iter().map(|text| text.parse()).collect::<Result<Vec<Digest>, _>>()?;
+        let listed = listed.iter().map(|text| text.parse()).collect::<Result<Vec<Digest>, _>>()?;
+        let simple = simple.iter().map(|text| simple::Signature::from_text(text)).collect();
+        let mut signatures = Signatures { sigstore: Vec::new(), simple };
         Ok(Image::judged(blobs, digest, |digests| {
-            let mut signatures = Vec::new();
             for manifest in &listed {
-                signatures.extend(sigstore::read(blobs, manifest)?);
+                signatures.sigstore.extend(sigstore::read(blobs, manifest)?);
             }
             let subject = Subject { origin: &origin, digests };
             let verdict = policy.check(&subject, &signatures, &|path| owners.key(path))?;
@@ -299,6 +304,7 @@ mod tests {
             digest: Digest::sha256(b"x").to_string(),
             name: None,
             signatures: Vec::new(),
+            simple_signatures: Vec::new(),
         }
     }
 

@@ -14,6 +14,7 @@ pub mod image;
 pub mod layout;
 pub mod manifest;
 pub mod ocicrypt;
+pub mod openpgp;
 pub mod pipeline;
 pub mod policy;
 pub mod reference;

@@ -24,8 +24,9 @@ use coffer_layers::{
         keyprovider::{ProviderError, answer, read_key},
     },
     policy::{
-        Name, NameError, Origin, Policy, PolicyError, Subject,
+        Name, NameError, Origin, Policy, PolicyError, Signatures, Subject,
         sigstore::{self, Signature, SignatureError},
+        simple,
     },
     reference::{Reference, ReferenceError},
     unpack::Options,
@@ -281,7 +282,14 @@ fn unpack(arguments: &Arguments) -> Result<(), Error> {
             let (policy, origin) = (Policy::parse(&text)?, origin(arguments, &reference)?);
             let read_key = |path: &str| std::fs::read(path).map_err(|e| format!("{path}: {e}"));
             Image::judged(&layout, &digest, |digests| {
-                let signatures = sigstore::find(&layout, digests)?;
+                let name = match &origin {
+                    Origin::Registry(name) => Some(name),
+                    Origin::Layout(_) => None,
+                };
+                let signatures = Signatures {
+                    sigstore: sigstore::find(&layout, digests)?,
+                    simple: simple::find(&layout, name, digests)?,
+                };
                 let verdict = policy.check(&Subject { origin: &origin, digests }, &signatures, &read_key)?;
                 Ok(if trust == Trust::Pinned { trust } else { verdict.into() })
             })?

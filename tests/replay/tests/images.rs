@@ -199,8 +199,8 @@ fn the_owners_signature_policy_decides() {
     for (id, rule, words) in [
         (
             "openpgp",
-            r#"{"type": "signedBy", "keyType": "GPGKeys", "keyPath": "k"}"#,
-            "a pod cannot check: sign",
+            r#"{"type": "signedBy", "keyType": "GPGKeys", "keyPath": "cosign.pub"}"#,
+            "cosign.pub: OpenPGP: armoured key: want -----BEGIN PGP PUBLIC KEY BLOCK-----",
         ),
         ("nowhere", r#"{"type": "sigstoreSigned", "keyPath": "/etc/k"}"#, "/etc/k is neither kbs:///"),
     ] {

@@ -7,20 +7,22 @@ use coffer_layers::{
     config::ImageConfig,
     digest::Digest,
     manifest::{Compression, Document, layer_type},
+    openpgp::{self, Ring},
     ocicrypt::{
         ATTESTATION_AGENT, JWE, KeyBytes, KeySource, LayerKey, PUBLIC, jwe::Jwe, keyprovider, packet::Packet,
     },
     pipeline::{decompress, queue},
     policy::{
-        Name, Origin, Policy, Subject, Verdict,
+        Name, Origin, Policy, Signatures, Subject, Verdict,
         sigstore::{self, Signature},
+        simple,
     },
     reference::Reference,
     tar::{Archive, Kind, MOST_PATH},
 };
 
 /// The targets.
-pub const TARGETS: [Target; 8] = [
+pub const TARGETS: [Target; 9] = [
     ("documents", documents),
     ("annotations", annotations),
     ("wraps", wraps),
@@ -29,6 +31,7 @@ pub const TARGETS: [Target; 8] = [
     ("zstd", |data| stream(Compression::Zstd, data)),
     ("policy", policy),
     ("payload", payload),
+    ("openpgp", openpgp),
 ];
 
 /// Bytes that may come out of one input: what a bound of the pipeline would be.
@@ -156,6 +159,7 @@ pub fn policy(data: &[u8]) {
         [Origin::Registry("r.io/app:1".parse().expect("a name")), Origin::Layout("/images/a".into())]
     {
         let ask = |signatures: &[Signature]| {
+            let signatures = &Signatures { sigstore: signatures.to_vec(), simple: Vec::new() };
             let subject = Subject { origin: &origin, digests: std::slice::from_ref(digest) };
             policy.check(&subject, signatures, &|_| Ok(PUBLIC_KEY.into()))
         };
@@ -172,7 +176,45 @@ pub fn policy(data: &[u8]) {
 
 /// What a signature signs, and what it says of the image.
 pub fn payload(data: &[u8]) {
+    if let Ok(reference) = simple::reference(data, &[Digest::sha256(b"image")]) {
+        let _ = reference.parse::<Name>();
+    }
     if let Ok(reference) = sigstore::reference(data, &[Digest::sha256(b"image")]) {
         let _ = reference.parse::<Name>();
+    }
+}
+
+const RINGS: [&[u8]; 4] = [
+    include_bytes!("../../testdata/openpgp/ed25519.pgp"),
+    include_bytes!("../../testdata/openpgp/rsa.pgp"),
+    include_bytes!("../../testdata/openpgp/p256.pgp"),
+    include_bytes!("../../testdata/openpgp/subkey.pgp"),
+];
+const MESSAGES: [&[u8]; 4] = [
+    include_bytes!("../../testdata/openpgp/ed25519.sig"),
+    include_bytes!("../../testdata/openpgp/rsa.sig"),
+    include_bytes!("../../testdata/openpgp/p256.sig"),
+    include_bytes!("../../testdata/openpgp/subkey.sig"),
+];
+const SIGNED: &[u8] = include_bytes!("../../testdata/openpgp/payload.json");
+/// 2026-11-26.
+const NOW: u64 = 1_795_651_200;
+
+/// A signed message, before rings of others; and a ring, asked about messages of others. Nobody here has a private key, so that nothing
+/// can hold but what was signed before.
+pub fn openpgp(data: &[u8]) {
+    static KEYS: LazyLock<Vec<Ring>> =
+        LazyLock::new(|| RINGS.iter().map(|ring| Ring::parse(ring).expect("a ring by gpg")).collect());
+    if let Ok(content) = openpgp::check(data, &KEYS, NOW) {
+        let whole = content.chunks(SIGNED.len()).all(|part| part == SIGNED);
+        assert!(whole && !content.is_empty());
+    }
+    if let Ok(ring) = Ring::parse(data) {
+        let rings = [ring];
+        for message in MESSAGES {
+            if let Ok(content) = openpgp::check(message, &rings, NOW) {
+                assert_eq!(content, SIGNED);
+            }
+        }
     }
 }

@@ -1,14 +1,19 @@
 //! Who may vouch for an image: containers-policy.json(5), as far as a pod needs it.
 //!
 //! Owns: the file, the choice of the most specific scope, and the verdict. Does not own: the requirements' JSON (`requirement`), the
-//! name that a signature must bear (`identity`), where signatures lie ([`sigstore`]).
+//! name that a signature must bear (`identity`), where signatures lie ([`sigstore`], [`simple`]).
 
 mod identity;
 mod name;
 mod requirement;
 pub mod sigstore;
+pub mod simple;
 
-use std::{collections::BTreeMap, fmt};
+use std::{
+    collections::BTreeMap,
+    fmt,
+    time::{SystemTime, UNIX_EPOCH},
+};
 
 use serde::{
     Deserialize, Deserializer,
@@ -20,9 +25,9 @@ pub use self::name::{Name, NameError};
 use self::{
     identity::Identity,
     requirement::{Key, Requirement},
-    sigstore::{PublicKey, Signature},
+    sigstore::{PublicKey, SignatureError},
 };
-use crate::digest::Digest;
+use crate::{digest::Digest, openpgp::Ring};
 
 /// Largest policy in bytes.
 pub const MOST_POLICY: usize = 1 << 20;
@@ -188,6 +193,15 @@ pub struct Subject<'a> {
     pub digests: &'a [Digest],
 }
 
+/// What lies beside an image. All of it is the host's word.
+#[derive(Clone, Debug, Default)]
+pub struct Signatures {
+    /// cosign's and skopeo's, among the blobs.
+    pub sigstore: Vec<sigstore::Signature>,
+    /// OpenPGP's.
+    pub simple: Vec<simple::Signature>,
+}
+
 impl Policy {
     /// Reads a policy.
     ///
@@ -207,7 +221,7 @@ impl Policy {
     pub fn check(
         &self,
         subject: &Subject<'_>,
-        signatures: &[Signature],
+        signatures: &Signatures,
         read_key: ReadKey<'_>,
     ) -> Result<Verdict, PolicyError> {
         // A name by digest is held to fewer words of a signature, so it has to be true.
@@ -222,24 +236,30 @@ impl Policy {
         let mut verdict = Verdict::Accepted;
         for requirement in requirements {
             match requirement {
-                Requirement::Accept => {}
+                Requirement::Accept => continue,
                 Requirement::Reject => return Err(PolicyError::Rejected(image, rule)),
                 Requirement::Unchecked(why) => return Err(PolicyError::Unchecked { image, rule, why }),
                 Requirement::Signed { keys, identity } => {
-                    let wrong = |why| PolicyError::Key(rule.clone(), why);
-                    let keys: Vec<PublicKey> = keys
-                        .iter()
-                        .map(|key| read(key, read_key))
-                        .collect::<Result<_, _>>()
-                        .map_err(wrong)?;
-                    signed(subject, signatures, &keys, identity).map_err(|why| PolicyError::Unsigned {
-                        image: image.clone(),
-                        rule: rule.clone(),
-                        why,
-                    })?;
-                    verdict = Verdict::Signed;
+                    let keys = read(keys, read_key, |bytes| {
+                        PublicKey::from_pem_bytes(bytes).map_err(|e| e.to_string())
+                    });
+                    let keys: Vec<PublicKey> = keys.map_err(|why| PolicyError::Key(rule.clone(), why))?;
+                    let said = signatures.sigstore.iter().map(|one| one.check(&keys, subject.digests));
+                    let none = "there is none beside it: sign with cosign or `coffer image sign`";
+                    signed(subject, said, identity, none)
+                }
+                Requirement::SignedBy { keys, identity } => {
+                    let rings = read(keys, read_key, |bytes| Ring::parse(bytes).map_err(|e| e.to_string()));
+                    let rings: Vec<Ring> = rings.map_err(|why| PolicyError::Key(rule.clone(), why))?;
+                    let now = now();
+                    let said = signatures.simple.iter().map(|one| one.check(&rings, subject.digests, now));
+                    let none = "there is none beside it: sign with skopeo copy --sign-by, and put signature-1 and so on into \
+                                signatures/sha256=… of the layout";
+                    signed(subject, said, identity, none)
                 }
             }
+            .map_err(|why| PolicyError::Unsigned { image: image.clone(), rule: rule.clone(), why })?;
+            verdict = Verdict::Signed;
         }
         Ok(verdict)
     }
@@ -261,19 +281,29 @@ impl Policy {
     }
 }
 
-fn read(key: &Key, read_key: ReadKey<'_>) -> Result<PublicKey, String> {
-    match key {
+fn read<K: Clone>(
+    keys: &[Key<K>],
+    read_key: ReadKey<'_>,
+    parse: impl Fn(&[u8]) -> Result<K, String>,
+) -> Result<Vec<K>, String> {
+    let one = |key: &Key<K>| match key {
         Key::Read(key) => Ok(key.clone()),
-        Key::Path(path) => PublicKey::from_pem_bytes(&read_key(path)?).map_err(|e| format!("{path}: {e}")),
-    }
+        Key::Path(path) => parse(&read_key(path)?).map_err(|e| format!("{path}: {e}")),
+    };
+    keys.iter().map(one).collect()
 }
 
-/// Whether one of the signatures is by one of the keys, over one of the digests, for a fitting name.
+/// Seconds since 1970. A clock before that makes every key one of the future.
+fn now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}
+
+/// Whether one of the signatures, each of which held for a name or did not, is for a fitting one.
 fn signed(
     subject: &Subject<'_>,
-    signatures: &[Signature],
-    keys: &[PublicKey],
+    signatures: impl Iterator<Item = Result<String, SignatureError>>,
     identity: &Identity,
+    none: &str,
 ) -> Result<(), String> {
     let name = match subject.origin {
         Origin::Registry(name) => Some(name),
@@ -281,16 +311,13 @@ fn signed(
     };
     let mut whys = Vec::new();
     for signature in signatures {
-        match signature.check(keys, subject.digests) {
-            Ok(signed) => match identity.fits(name, &signed) {
-                Ok(()) => return Ok(()),
-                Err(why) => whys.push(why),
-            },
-            Err(why) => whys.push(why.to_string()),
+        match signature.map_err(|why| why.to_string()).and_then(|signed| identity.fits(name, &signed)) {
+            Ok(()) => return Ok(()),
+            Err(why) => whys.push(why),
         }
     }
     Err(match whys.len() {
-        0 => "there is none beside it: sign with cosign or `coffer image sign`".into(),
+        0 => none.into(),
         n if n > MOST_WHYS => format!("{}; and {} more", whys[..MOST_WHYS].join("; "), n - MOST_WHYS),
         _ => whys.join("; "),
     })

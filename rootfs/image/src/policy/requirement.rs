@@ -1,18 +1,18 @@
 //! One requirement of a policy: what an image has to have to run.
 //!
-//! Owns: the JSON of the four kinds, read strictly, and their keys. What the format has and this cannot check (`signedBy`, Fulcio, PKI,
-//! Rekor) is read, and refused where it would decide: a policy may have it for other images. It is never passed over.
+//! Owns: the JSON of the four kinds, read strictly, and their keys. What the format has and this cannot check (Fulcio, PKI, Rekor, key
+//! types other than OpenPGP's) is read, and refused where it would decide: a policy may have it for other images. It is never passed over.
 
 use base64::{Engine, engine::general_purpose::STANDARD};
 use serde::{Deserialize, Deserializer, de::Error as _};
 
 use super::{identity::Identity, sigstore::PublicKey};
+use crate::openpgp::Ring;
 
 /// Most keys of one requirement.
 const MOST_KEYS: usize = 64;
 
-const SIGNED_BY: &str = "signedBy asks for an OpenPGP signature, which a pod cannot check: sign with cosign or `coffer image sign`, \
-     and write sigstoreSigned";
+const KEY_TYPE: &str = "signedBy with a keyType other than GPGKeys is what nothing checks, skopeo neither: write GPGKeys and list keys";
 const CERTIFICATES: &str = "sigstoreSigned with fulcio or pki asks for a certificate, which a pod cannot check: sign with a key, and \
      write keyPath or keyData";
 const LOG: &str = "sigstoreSigned with rekorPublicKey… asks for an entry in a transparency log, which a pod cannot check: leave it \
@@ -23,20 +23,25 @@ const LOG: &str = "sigstoreSigned with rekorPublicKey… asks for an entry in a 
 pub(super) enum Requirement {
     Accept,
     Reject,
-    /// A signature by one of the keys, for this name.
+    /// A sigstore signature by one of the keys, for this name.
     Signed {
-        keys: Vec<Key>,
+        keys: Vec<Key<PublicKey>>,
+        identity: Identity,
+    },
+    /// Simple signing by a key of one of the rings, for this name.
+    SignedBy {
+        keys: Vec<Key<Ring>>,
         identity: Identity,
     },
     /// Known, not to be checked here: why, and what to write in its place.
     Unchecked(&'static str),
 }
 
-/// Where a public key is.
+/// Where a public key, or a ring of them, is.
 #[derive(Clone, Debug)]
-pub(super) enum Key {
+pub(super) enum Key<K> {
     Path(String),
-    Read(PublicKey),
+    Read(K),
 }
 
 /// As it stands in the file. Braces: serde lets a variant without them have any members.
@@ -86,9 +91,23 @@ fn one<const N: usize>(what: &str, present: [bool; N]) -> Result<(), String> {
     }
 }
 
-fn read(data: &str) -> Result<Key, String> {
+fn read(data: &str) -> Result<Key<PublicKey>, String> {
     let pem = STANDARD.decode(data).map_err(|e| format!("sigstoreSigned: keyData: {e}"))?;
     PublicKey::from_pem_bytes(&pem).map(Key::Read).map_err(|e| format!("sigstoreSigned: keyData: {e}"))
+}
+
+fn read_ring(data: &str) -> Result<Key<Ring>, String> {
+    let bytes = STANDARD.decode(data).map_err(|e| format!("signedBy: keyData: {e}"))?;
+    Ring::parse(&bytes).map(Key::Read).map_err(|e| format!("signedBy: keyData: {e}"))
+}
+
+/// Some, and not too many.
+fn counted<K>(what: &str, keys: Vec<Key<K>>) -> Result<Vec<Key<K>>, String> {
+    match keys.len() {
+        0 => Err(format!("{what}: an empty list of keys")),
+        1..=MOST_KEYS => Ok(keys),
+        n => Err(format!("{what}: {n} keys, more than {MOST_KEYS}")),
+    }
 }
 
 impl TryFrom<Written> for Requirement {
@@ -106,7 +125,15 @@ impl TryFrom<Written> for Requirement {
                 }
                 one("signedBy", [key_path.is_some(), key_paths.is_some(), key_data.is_some()])?;
                 signed_identity.check()?;
-                Ok(Self::Unchecked(SIGNED_BY))
+                if key_type != "GPGKeys" {
+                    return Ok(Self::Unchecked(KEY_TYPE));
+                }
+                let paths = key_path.into_iter().chain(key_paths.into_iter().flatten());
+                let keys: Vec<Key<Ring>> = paths
+                    .map(|path| Ok(Key::Path(path)))
+                    .chain(key_data.iter().map(|data| read_ring(data)))
+                    .collect::<Result<_, String>>()?;
+                Ok(Self::SignedBy { keys: counted("signedBy", keys)?, identity: signed_identity })
             }
             Written::SigstoreSigned {
                 key_path,
@@ -145,15 +172,11 @@ impl TryFrom<Written> for Requirement {
                 }
                 let paths = key_path.into_iter().chain(key_paths.into_iter().flatten());
                 let datas = key_data.into_iter().chain(key_datas.into_iter().flatten());
-                let keys: Vec<Key> = paths
+                let keys: Vec<Key<PublicKey>> = paths
                     .map(|path| Ok(Key::Path(path)))
                     .chain(datas.map(|data| read(&data)))
                     .collect::<Result<_, String>>()?;
-                match keys.len() {
-                    0 => Err("sigstoreSigned: an empty list of keys".into()),
-                    1..=MOST_KEYS => Ok(Self::Signed { keys, identity: signed_identity }),
-                    n => Err(format!("sigstoreSigned: {n} keys, more than {MOST_KEYS}")),
-                }
+                Ok(Self::Signed { keys: counted("sigstoreSigned", keys)?, identity: signed_identity })
             }
         }
     }

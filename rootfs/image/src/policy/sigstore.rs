@@ -4,7 +4,7 @@
 //! the tag `sha256-<hex>.sig`, or as `cosign save` leaves them. Does not own: transparency logs or certificates, which a pinned
 //! key does without.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, io, path::PathBuf};
 
 use base64::{Engine, engine::general_purpose::STANDARD};
 use ed25519_dalek::pkcs8::DecodePublicKey as _;
@@ -24,6 +24,7 @@ use crate::{
     digest::Digest,
     layout::{BlobError, Blobs, Layout, REF_NAME, document},
     manifest::{Descriptor, Document, MANIFEST, ManifestError},
+    openpgp::OpenPgpError,
 };
 
 /// Media type of a payload.
@@ -55,8 +56,8 @@ pub enum SignatureError {
     #[error("signature: payload: {0}")]
     Payload(#[from] serde_json::Error),
     /// Of another kind.
-    #[error("signature: its type is {0:?}, want {KIND:?}")]
-    Kind(String),
+    #[error("signature: its type is {0:?}, want {1:?}")]
+    Kind(String, &'static str),
     /// For another image.
     #[error("signature: it is for {0}")]
     Other(Digest),
@@ -66,6 +67,12 @@ pub enum SignatureError {
     /// The manifest that lists signatures.
     #[error("signature: {0}")]
     Manifest(#[from] ManifestError),
+    /// Simple signing's message.
+    #[error(transparent)]
+    OpenPgp(#[from] OpenPgpError),
+    /// A file beside the layout.
+    #[error("signature: {0}: {1}")]
+    File(PathBuf, io::Error),
 }
 
 /// Checks signatures.
@@ -208,9 +215,18 @@ impl Signature {
 /// # Errors
 /// [`SignatureError`].
 pub fn reference(payload: &[u8], digests: &[Digest]) -> Result<String, SignatureError> {
+    named(payload, KIND, digests)
+}
+
+/// As [`reference`], of a payload of this kind: cosign's differs from simple signing's in the one word.
+pub(super) fn named(
+    payload: &[u8],
+    kind: &'static str,
+    digests: &[Digest],
+) -> Result<String, SignatureError> {
     let payload: Payload = serde_json::from_slice(payload)?;
-    if payload.critical.kind != KIND {
-        return Err(SignatureError::Kind(payload.critical.kind));
+    if payload.critical.kind != kind {
+        return Err(SignatureError::Kind(payload.critical.kind, kind));
     }
     if !digests.contains(&payload.critical.image.digest) {
         return Err(SignatureError::Other(payload.critical.image.digest));

@@ -1,7 +1,7 @@
 use base64::{Engine, engine::general_purpose::STANDARD};
 use proptest::prelude::*;
 
-use super::*;
+use super::{sigstore::Signature, *};
 
 const PRIVATE: &str = include_str!("../../testdata/sign/p256.pem");
 const PUBLIC: &str = include_str!("../../testdata/sign/p256.pub");
@@ -42,6 +42,10 @@ fn check(policy: &Policy, name: &str, signatures: &[Signature]) -> Result<Verdic
 }
 
 fn check_origin(policy: &Policy, origin: &Origin, signatures: &[Signature]) -> Result<Verdict, String> {
+    check_all(policy, origin, &Signatures { sigstore: signatures.to_vec(), simple: Vec::new() })
+}
+
+fn check_all(policy: &Policy, origin: &Origin, signatures: &Signatures) -> Result<Verdict, String> {
     let digests = [image()];
     let subject = Subject { origin, digests: &digests };
     policy.check(&subject, signatures, &|path| Err(format!("{path}: not here"))).map_err(|e| e.to_string())
@@ -151,6 +155,10 @@ fn what_is_not_known_is_refused() {
         serde_json::json!({"type": "reject", "unless": 1}),
         serde_json::json!({"type": "signedBy", "keyType": "GPGKeys"}),
         serde_json::json!({"type": "signedBy", "keyType": "x", "keyPath": "/x"}),
+        serde_json::json!({"type": "signedBy", "keyType": "GPGKeys", "keyPath": "/x", "keyData": STANDARD.encode(RING)}),
+        serde_json::json!({"type": "signedBy", "keyType": "GPGKeys", "keyDatas": [STANDARD.encode(RING)]}),
+        serde_json::json!({"type": "signedBy", "keyType": "GPGKeys", "keyPaths": []}),
+        serde_json::json!({"type": "signedBy", "keyType": "GPGKeys", "keyData": STANDARD.encode("not a ring")}),
         serde_json::json!({"type": "sigstoreSigned"}),
         serde_json::json!({"type": "sigstoreSigned", "keyPath": "/x", "keyData": STANDARD.encode(PUBLIC)}),
         serde_json::json!({"type": "sigstoreSigned", "keyPath": "/x", "fulcio": {}}),
@@ -181,7 +189,10 @@ fn what_cannot_be_checked_is_refused_where_it_decides() {
     let key = STANDARD.encode(PUBLIC);
     let good = &[Signature::sign(PRIVATE, "r.io/app:1", &image()).unwrap()];
     for (requirement, words) in [
-        (serde_json::json!({"type": "signedBy", "keyType": "GPGKeys", "keyPath": "/x"}), "OpenPGP"),
+        (
+            serde_json::json!({"type": "signedBy", "keyType": "X509Certificates", "keyPath": "/x"}),
+            "write GPGKeys",
+        ),
         (serde_json::json!({"type": "sigstoreSigned", "fulcio": {"caPath": "/x"}}), "keyPath or keyData"),
         (
             serde_json::json!({"type": "sigstoreSigned", "keyData": key, "rekorPublicKeyPath": "/x"}),
@@ -212,7 +223,100 @@ fn keys_by_path_are_read_when_a_rule_needs_them() {
         _ => Ok(ED25519.as_bytes().to_vec()),
     });
     let subject = Subject { origin: &origin, digests: &digests };
+    let good = Signatures { sigstore: good.to_vec(), simple: Vec::new() };
     assert_eq!(policy(text).check(&subject, &good, &read).unwrap(), Verdict::Signed);
+}
+
+/// By gpg 2.2: see `testdata/openpgp/make`.
+const RING: &[u8] = include_bytes!("../../testdata/openpgp/ed25519.pgp");
+const MESSAGE: &[u8] = include_bytes!("../../testdata/openpgp/ed25519.sig");
+
+#[test]
+fn simple_signing() {
+    let rule = |extra: serde_json::Value| {
+        let mut rule =
+            serde_json::json!({"type": "signedBy", "keyType": "GPGKeys", "keyData": STANDARD.encode(RING)});
+        for (name, value) in extra.as_object().unwrap() {
+            rule[name] = value.clone();
+        }
+        policy(
+            serde_json::json!({"default": [{"type": "reject"}], "transports": {"docker": {"r.io": [rule]}}}),
+        )
+    };
+    let plain = rule(serde_json::json!({}));
+    let named = |name: &str| Origin::Registry(Name::of_image(name).unwrap());
+    let signed = |messages: &[&[u8]]| Signatures {
+        sigstore: Vec::new(),
+        simple: messages.iter().map(|bytes| simple::Signature::new(bytes.to_vec())).collect(),
+    };
+    assert_eq!(check_all(&plain, &named("r.io/app:1"), &signed(&[MESSAGE])), Ok(Verdict::Signed));
+    assert_eq!(check_all(&plain, &named("r.io/app:1"), &signed(&[b"x", MESSAGE])), Ok(Verdict::Signed));
+    for (policy, name, messages, words) in [
+        (&plain, "r.io/app:2", &[MESSAGE][..], "it is for r.io/app:1"),
+        (&plain, "r.io/app:1", &[], "there is none beside it: sign with skopeo copy --sign-by"),
+        (&plain, "r.io/app:1", &[b"x"], "OpenPGP: message: a byte where a packet should begin"),
+        (
+            &rule(
+                serde_json::json!({"signedIdentity": {"type": "exactRepository", "dockerRepository": "r.io/b"}}),
+            ),
+            "r.io/app:1",
+            &[MESSAGE],
+            "it is for r.io/app:1",
+        ),
+    ] {
+        let why = check_all(policy, &named(name), &signed(messages)).unwrap_err();
+        assert!(why.contains("satisfies the rule for docker:r.io: ") && why.contains(words), "{why}");
+    }
+    // Another image's, and one kind's signature in the other's place.
+    let keys = [crate::openpgp::Ring::parse(RING).unwrap()];
+    let other = simple::Signature::new(MESSAGE.to_vec()).check(&keys, &[Digest::sha256(b"other")], 1 << 31);
+    assert!(other.unwrap_err().to_string().starts_with("signature: it is for sha256:"));
+    assert!(
+        check(&plain, "r.io/app:1", &[Signature::sign(PRIVATE, "r.io/app:1", &image()).unwrap()]).is_err()
+    );
+    let sigstore = signed_by_key();
+    assert!(check_all(&sigstore, &named("r.io/app:1"), &signed(&[MESSAGE])).is_err());
+    // What cosign signs is of another type, whoever signed it.
+    assert!(matches!(
+        simple::reference(PAYLOAD, &[image()]),
+        Err(SignatureError::Kind(kind, _)) if kind == "cosign container image signature"
+    ));
+}
+
+fn signed_by_key() -> Policy {
+    signed(serde_json::json!({}))
+}
+
+#[test]
+fn simple_signatures_lie_beside_the_blobs() {
+    let dir = tempfile::tempdir().unwrap();
+    let layout = crate::layout::Layout::create(dir.path()).unwrap();
+    let found = |name: Option<&str>| {
+        let name = name.map(|name| Name::of_image(name).unwrap());
+        simple::find(&layout, name.as_ref(), &[image(), Digest::sha256(b"index")])
+    };
+    assert!(found(None).unwrap().is_empty());
+    let put = |folder: String, number: u32, bytes: &[u8]| {
+        let folder = dir.path().join("signatures").join(folder);
+        std::fs::create_dir_all(&folder).unwrap();
+        std::fs::write(folder.join(format!("signature-{number}")), bytes).unwrap();
+    };
+    let hex = image().hex();
+    put(format!("sha256={hex}"), 1, b"a");
+    put(format!("sha256={hex}"), 2, b"b");
+    put(format!("sha256={hex}"), 4, b"not reached");
+    put(format!("team/app@sha256={hex}"), 1, b"c");
+    put(format!("sha256={}", Digest::sha256(b"other").hex()), 1, b"another image's");
+    let all = ["a", "b", "c"].map(|text| simple::Signature::new(text.into()));
+    assert_eq!(found(Some("r.io/app")).unwrap(), all[..2]);
+    assert_eq!(found(Some("r.io/team/app:1")).unwrap(), all);
+    assert_eq!(simple::Signature::from_text(&all[2].to_text()), all[2]);
+    put(format!("sha256={hex}"), 3, &vec![0; simple::MOST_SIGNATURE + 1]);
+    assert!(found(None).unwrap_err().to_string().contains("signature-3: more than 16384 bytes"));
+    for number in 3..=40 {
+        put(format!("sha256={hex}"), number, b"x");
+    }
+    assert!(found(None).unwrap_err().to_string().contains("more than 32 signatures"));
 }
 
 /// What a policy says when it is read strictly by hand: none of these words must let an image run unsigned.
