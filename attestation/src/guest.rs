@@ -249,7 +249,9 @@ impl Guest {
     /// # Errors
     /// [`SealedError`].
     pub fn unseal(&mut self, text: &str) -> Result<Zeroizing<Vec<u8>>, SealedError> {
-        sealed::unseal(text, &mut |uri| self.fetch(uri).map_err(|e| e.to_string()))
+        let credentials = self.config.credentials.clone();
+        let files = |path: &str| credentials.iter().find(|c| c.path == path).map(|c| c.resource_uri.clone());
+        sealed::unseal(text, &files, &mut |uri| self.fetch(uri).map_err(|e| e.to_string()))
     }
 
     /// Opens the sealed values among `NAME=value` pairs.
@@ -404,5 +406,22 @@ mod tests {
         let mut environment = vec!["KEY=sealed.x".to_owned()];
         let message = guest.unseal_environment(&mut environment).unwrap_err().to_string();
         assert!(message.starts_with("environment variable KEY: sealed secret:"), "{message}");
+    }
+
+    #[test]
+    fn a_sealed_secrets_signer_may_be_a_credential() {
+        use crate::encoding::to_base64url;
+        let kid = |kid: &str| {
+            let header = json!({"alg": "ES256", "kid": kid}).to_string();
+            format!("sealed.{}.e30.{}", to_base64url(header.as_bytes()), to_base64url(&[1; 64]))
+        };
+        let raw = text(&format!(
+            "\"cdh.toml\" = \"[[credentials]]\\npath = '{}/a'\\nresource_uri = 'kbs:///a/b/c'\"\n",
+            sealed::SIGNERS
+        ));
+        let mut guest = Guest::new(Some(raw.as_bytes()), Attesters::of(Sample)).unwrap();
+        let mut why = |name: &str| guest.unseal(&kid(name)).unwrap_err().to_string();
+        assert!(why("a").starts_with("sealed secret: key kbs:///a/b/c: "), "{}", why("a"));
+        assert!(why("b").contains("kid \"b\" is a file: say what it is by [[credentials]]"), "{}", why("b"));
     }
 }

@@ -20,6 +20,8 @@ use crate::{
 
 /// What a sealed value begins with.
 pub const PREFIX: &str = "sealed.";
+/// Below it upstream has the public keys of those signers that `kid` names by file.
+pub const SIGNERS: &str = "/run/confidential-containers/cdh/sealed-secret";
 const VERSION: &str = "0.1.0";
 
 /// Why a secret stays sealed. No message says anything of the secret.
@@ -31,6 +33,11 @@ pub enum SealedError {
     /// Of the form, but not by the key that it names.
     #[error("sealed secret: {0}")]
     Signature(#[from] JwsError),
+    /// Its signer's key is a file that the owner did not name.
+    #[error(
+        "sealed secret: header: kid {0:?} is a file: say what it is by [[credentials]] of cdh.toml with path = \"{SIGNERS}/{0}\""
+    )]
+    NoFile(String),
     /// What it names is not a resource.
     #[error("sealed secret: {0}")]
     Uri(#[from] UriError),
@@ -75,6 +82,9 @@ enum Content {
 /// Gets a resource of the KBS, or says why not.
 pub type Fetch<'a> = dyn FnMut(&ResourceUri) -> Result<Zeroizing<Vec<u8>>, String> + 'a;
 
+/// The resource that a file is, by the file's absolute path: what the owner's `[[credentials]]` say.
+pub type Files<'a> = dyn Fn(&str) -> Option<String> + 'a;
+
 /// True when a value is sealed.
 #[must_use]
 pub fn is_sealed(value: &str) -> bool {
@@ -82,11 +92,16 @@ pub fn is_sealed(value: &str) -> bool {
 }
 
 /// Opens a sealed value. `fetch` gets a resource of the KBS; it is called for the signer's key first, and for anything
-/// that the payload names only once the signature holds.
+/// that the payload names only once the signature holds. A signer's key that is named by file, below [`SIGNERS`], is the resource that
+/// `files` says it is: a guest has no other files there, and needs none of them to be written first.
 ///
 /// # Errors
 /// [`SealedError`].
-pub fn unseal(value: &str, fetch: &mut Fetch<'_>) -> Result<Zeroizing<Vec<u8>>, SealedError> {
+pub fn unseal(
+    value: &str,
+    files: &Files<'_>,
+    fetch: &mut Fetch<'_>,
+) -> Result<Zeroizing<Vec<u8>>, SealedError> {
     let token = value.strip_prefix(PREFIX).ok_or_else(|| form("does not begin with sealed."))?;
     let unverified = Unverified::parse(token)?;
     let kid = unverified.header.get("kid").and_then(Value::as_str).ok_or_else(|| form("header: no kid"))?;
@@ -94,7 +109,12 @@ pub fn unseal(value: &str, fetch: &mut Fetch<'_>) -> Result<Zeroizing<Vec<u8>>, 
         let parsed: ResourceUri = uri.parse()?;
         fetch(&parsed).map_err(|message| SealedError::Fetch { what, uri: parsed.to_string(), message })
     };
-    let key = get("key", kid)?;
+    let key = if kid.starts_with("kbs:") {
+        get("key", kid)?
+    } else {
+        // No name with `..` or an empty part in it is a credential's path (`Credential::check`).
+        get("key", &files(&format!("{SIGNERS}/{kid}")).ok_or_else(|| SealedError::NoFile(kid.into()))?)?
+    };
     let key: PublicJwk =
         serde_json::from_slice(&signing_jwk(&key)?).map_err(|e| form(format!("key: not a JWK: {e}")))?;
     let payload = unverified.verify(&key)?;
@@ -157,7 +177,10 @@ mod tests {
     impl Store {
         fn unseal(&mut self, value: &str) -> Result<Zeroizing<Vec<u8>>, SealedError> {
             let Self(map, asked) = self;
-            unseal(value, &mut |uri| {
+            let files = |path: &str| {
+                (path == format!("{SIGNERS}/team/signer")).then(|| "kbs:///keys/signing/1".into())
+            };
+            unseal(value, &files, &mut |uri| {
                 asked.push(uri.to_string());
                 map.get(&uri.to_string()).cloned().map(Zeroizing::new).ok_or_else(|| "not there".into())
             })
@@ -173,7 +196,11 @@ mod tests {
     }
 
     fn sealed(key: &p256::SecretKey, payload: &Value) -> String {
-        let header = json!({ "alg": "ES256", "kid": "kbs:///keys/signing/1" });
+        sealed_by("kbs:///keys/signing/1", key, payload)
+    }
+
+    fn sealed_by(kid: &str, key: &p256::SecretKey, payload: &Value) -> String {
+        let header = json!({ "alg": "ES256", "kid": kid });
         format!("{PREFIX}{}", sign(key, header.as_object().unwrap(), payload.to_string().as_bytes()))
     }
 
@@ -197,6 +224,23 @@ mod tests {
         let mut store = store(jwk);
         assert_eq!(store.unseal(&sealed(&key, &vault())).unwrap().as_slice(), b"the secret");
         assert_eq!(store.1, ["kbs:///keys/signing/1", "kbs:///one/2/trois"]);
+    }
+
+    #[test]
+    fn a_signer_named_by_file_is_the_owners_credential() {
+        let (key, jwk) = signer();
+        let mut store = store(jwk);
+        assert_eq!(
+            store.unseal(&sealed_by("team/signer", &key, &vault())).unwrap().as_slice(),
+            b"the secret"
+        );
+        assert_eq!(store.1, ["kbs:///keys/signing/1", "kbs:///one/2/trois"]);
+        for kid in ["signer", "../sealed-secret/team/signer", "/team/signer", "", "KBS:///keys/signing/1"] {
+            let error = store.unseal(&sealed_by(kid, &key, &vault())).unwrap_err();
+            assert!(matches!(error, SealedError::NoFile(_)), "{kid}: {error}");
+        }
+        let error = store.unseal(&sealed_by("team/signer", &signer().0, &vault())).unwrap_err();
+        assert!(matches!(error, SealedError::Signature(JwsError::Signature)), "{error}");
     }
 
     #[test]

@@ -168,7 +168,8 @@ pub fn unseal(data: &[u8]) {
     let Ok(text) = std::str::from_utf8(data) else { return };
     let mut calls = 0;
     let signer = serde_json::to_vec(&public()).expect("plain data");
-    let _ = sealed::unseal(text, &mut |uri| {
+    let files = |path: &str| path.starts_with(sealed::SIGNERS).then(|| "kbs:///a/b/c".to_owned());
+    let _ = sealed::unseal(text, &files, &mut |uri| {
         calls += 1;
         assert!(calls == 1 || uri.to_string() == seeds::SEALED_URI, "an unsigned payload was believed");
         Ok(if calls == 1 { signer.clone().into() } else { vec![7; 32].into() })
