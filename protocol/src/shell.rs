@@ -4,7 +4,8 @@
 //!
 //! A request is the length of what follows (u32, little-endian) and the words of a command line, each ended by a NUL. Its first byte
 //! brings descriptors along: a mount namespace and a network namespace to join, then those that the words name. These get numbers from
-//! [`FIRST_DESCRIPTOR`] on, in order. The answer is one line.
+//! [`FIRST_DESCRIPTOR`] on, in order. The answer is one line. A shell that is taken goes on at [`GO`], when the taker has made it its own; at the
+//! end of the connection without that it ends.
 
 use thiserror::Error;
 
@@ -20,6 +21,8 @@ pub const MOST_BYTES: usize = 64 << 10;
 pub const MOST_ANSWER: usize = 4 << 10;
 /// The answer of a shell that is the pod's VM from now on.
 pub const TAKEN: &str = "taken\n";
+/// What a taker says then.
+pub const GO: u8 = b'g';
 
 /// Bytes that are no request.
 #[derive(Debug, Error, PartialEq, Eq)]

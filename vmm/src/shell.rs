@@ -23,7 +23,7 @@ use std::{
 };
 
 use coffer_protocol::shell::{
-    FIRST_DESCRIPTOR, MOST_ANSWER, MOST_DESCRIPTORS, NAMESPACES, ShellError, TAKEN, decode, length_of,
+    FIRST_DESCRIPTOR, GO, MOST_ANSWER, MOST_DESCRIPTORS, NAMESPACES, ShellError, TAKEN, decode, length_of,
 };
 use thiserror::Error;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
@@ -35,8 +35,8 @@ use crate::{
 
 /// The socket's name in the shell's directory.
 const SOCKET: &str = "socket";
-/// How long a taker may be silent in the middle of its request.
-const SILENCE: Duration = Duration::from_secs(5);
+/// How long a taker may be silent: it makes what the pod is to have once it is connected.
+const SILENCE: Duration = Duration::from_secs(60);
 /// Between two looks at whether the socket is still there.
 const LOOKS: Duration = Duration::from_secs(5);
 
@@ -104,7 +104,8 @@ impl Door {
         Ok(Self { listener, directory: directory.to_owned(), socket: identity(&socket) })
     }
 
-    /// Waits for a request that `fits`, and joins its namespaces. `None` when the socket was taken away: nobody can ask any more.
+    /// Waits for a request that `fits`, joins its namespaces, and waits for its taker's word to go on. `None` when the socket was taken
+    /// away, so that nobody can ask any more, or the taker is gone.
     ///
     /// # Errors
     /// The system's, after which this process is nobody's.
@@ -117,12 +118,14 @@ impl Door {
                 return Ok(None);
             }
             let Ok((mut stream, _)) = self.listener.accept() else { continue };
-            let began_ns = trace::now_ns();
             // Who is somebody else, or goes without a word, is no taker: the list of shells looks like that.
             if !is_this_user(&stream) || stream.set_read_timeout(Some(SILENCE)).is_err() {
                 continue;
             }
-            let (args, descriptors) = match receive(&stream).transpose() {
+            let received = receive(&stream);
+            // Not when the taker connected: what the pod is to have, it made since.
+            let began_ns = trace::now_ns();
+            let (args, descriptors) = match received.transpose() {
                 None => continue,
                 Some(request) => match request.and_then(|request| check(request, &fits)) {
                     Ok(request) => request,
@@ -137,9 +140,9 @@ impl Door {
             let _ = fs::remove_dir_all(&self.directory);
             return match joined {
                 Ok(()) => {
-                    // A taker that is gone has closed the lifeline, too.
-                    let _ = stream.write_all(TAKEN.as_bytes());
-                    Ok(Some(Taken { args, began_ns }))
+                    let mut word = [0];
+                    let said = stream.write_all(TAKEN.as_bytes()).and_then(|()| stream.read_exact(&mut word));
+                    Ok((said.is_ok() && word == [GO]).then_some(Taken { args, began_ns }))
                 }
                 Err(error) => {
                     answer(&mut stream, &error.to_string());

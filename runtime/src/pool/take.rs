@@ -5,7 +5,7 @@
 
 use std::{
     fs,
-    io::{IoSlice, Read},
+    io::{BufRead, BufReader, IoSlice, Read, Write},
     os::{
         fd::{AsRawFd, OwnedFd, RawFd},
         unix::net::UnixStream,
@@ -15,14 +15,14 @@ use std::{
     time::{Duration, Instant},
 };
 
-use coffer_protocol::shell::{MOST_ANSWER, TAKEN, encode};
+use coffer_protocol::shell::{GO, MOST_ANSWER, TAKEN, encode};
 use nix::sys::socket::{ControlMessage, MsgFlags, UnixAddr, sendmsg};
 
 use super::{Content, Place, SOCKET, places};
 use crate::{cgroup, error::Error, pid::Pid};
 
 /// How long a shell may take to answer: it checks words and joins namespaces.
-const ANSWER_LIMIT: Duration = Duration::from_secs(10);
+const ANSWER_LIMIT: Duration = Duration::from_secs(60);
 /// How long a shell may be looked at by others before a start goes on without it.
 const BUSY_LIMIT: Duration = Duration::from_secs(1);
 
@@ -82,14 +82,17 @@ pub fn take(
                 .map(AsRawFd::as_raw_fd)
                 .chain(request.descriptors.iter().copied())
                 .collect();
-            match adopt(shell.process.pid).and_then(|()| ask(&mut shell.stream, &bytes, &descriptors)) {
+            let asked = ask(&shell.stream, &bytes, &descriptors)
+                .and_then(|()| adopt(shell.process.pid))
+                .and_then(|()| shell.stream.write_all(&[GO]).map_err(|e| format!("it ended: {e}")));
+            match asked {
                 Ok(()) => {
                     let process = shell.process;
                     place.remove();
                     return Ok(Ok(process));
                 }
                 Err(reason) => {
-                    // It may be half this pod's.
+                    // It may be half this pod's, or refuse everybody else, too.
                     why = format!("shell {name}: {reason}");
                     place.clear()?;
                     joined = Some(namespaces);
@@ -104,7 +107,7 @@ pub fn take(
 }
 
 /// Sends the request and waits for the answer.
-fn ask(stream: &mut UnixStream, bytes: &[u8], descriptors: &[RawFd]) -> Result<(), String> {
+fn ask(stream: &UnixStream, bytes: &[u8], descriptors: &[RawFd]) -> Result<(), String> {
     let words = |e: std::io::Error| format!("it does not answer: {e}");
     stream.set_read_timeout(Some(ANSWER_LIMIT)).map_err(words)?;
     stream.set_write_timeout(Some(ANSWER_LIMIT)).map_err(words)?;
@@ -121,7 +124,7 @@ fn ask(stream: &mut UnixStream, bytes: &[u8], descriptors: &[RawFd]) -> Result<(
         Err(error) => return Err(words(error.into())),
     }
     let mut answer = String::new();
-    stream.take(MOST_ANSWER as u64).read_to_string(&mut answer).map_err(words)?;
+    BufReader::new(stream.take(MOST_ANSWER as u64)).read_line(&mut answer).map_err(words)?;
     match answer.as_str() {
         TAKEN => Ok(()),
         "" => Err("it ended".into()),

@@ -5,7 +5,7 @@ use std::{
     os::{fd::OwnedFd, unix::net::UnixListener},
 };
 
-use coffer_protocol::shell::TAKEN;
+use coffer_protocol::shell::{GO, TAKEN};
 
 use super::*;
 
@@ -30,6 +30,9 @@ fn stand_in() {
         assert_eq!(body, b"--image\0/i\0");
         stream.write_all(answer.as_bytes()).unwrap();
         if answer == TAKEN {
+            let mut word = [0];
+            stream.read_exact(&mut word).unwrap();
+            assert_eq!(word, [GO]);
             // It is a VM from now on.
             drop((listener, stream));
             thread::sleep(Duration::from_secs(600));

@@ -19,14 +19,20 @@ fn descriptors(count: usize) -> Vec<File> {
     names.chain(std::iter::repeat("/dev/null")).take(count).map(|name| File::open(name).unwrap()).collect()
 }
 
-/// Sends bytes, and reads the answer: empty when the shell closes.
+/// Sends bytes, and reads the answer: empty when the shell closes. One that is taken may go on.
 fn ask(directory: &Path, bytes: &[u8], descriptors: &[File]) -> String {
     let Ok(stream) = UnixStream::connect(directory.join(SOCKET)) else { return String::new() };
     let fds: Vec<RawFd> = descriptors.iter().map(AsRawFd::as_raw_fd).collect();
     let mut line = String::new();
     if stream.send_with_fds(&[bytes], &fds).is_ok() {
-        stream.shutdown(std::net::Shutdown::Write).unwrap();
+        let head = bytes.first_chunk().copied().map(length_of);
+        if head != Some(Ok(bytes.len().saturating_sub(4))) {
+            stream.shutdown(std::net::Shutdown::Write).unwrap();
+        }
         let _ = BufReader::new(&stream).read_line(&mut line);
+    }
+    if line == TAKEN {
+        (&stream).write_all(&[GO]).unwrap();
     }
     line
 }
@@ -122,6 +128,25 @@ fn what_is_not_taken_leaves_the_shell_for_the_next() {
     drop(UnixStream::connect(directory.join(SOCKET)).unwrap());
     assert!(is_right(&ask(&directory, &words(WORDS), &descriptors(2 + 2))));
     let _ = shell.join().unwrap();
+}
+
+#[test]
+fn a_shell_whose_taker_is_gone_does_not_go_on() {
+    if !is_alone("shell::tests::a_shell_whose_taker_is_gone_does_not_go_on") {
+        return;
+    }
+    let (_parent, directory, door) = door();
+    let shell = thread::spawn(move || door.wait(|_| Ok(())));
+    let stream = UnixStream::connect(directory.join(SOCKET)).unwrap();
+    let came = descriptors(4);
+    let fds: Vec<RawFd> = came.iter().map(AsRawFd::as_raw_fd).collect();
+    stream.send_with_fds(&[&words(WORDS)[..]], &fds).unwrap();
+    let mut line = String::new();
+    BufReader::new(&stream).read_line(&mut line).unwrap();
+    assert!(is_right(&line), "{line}");
+    drop(stream);
+    assert!(!matches!(shell.join().unwrap(), Ok(Some(_))));
+    assert!(!directory.exists());
 }
 
 #[test]
