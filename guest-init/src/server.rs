@@ -244,9 +244,7 @@ impl Server {
                     session.reply(&Reply::Failed { kind: ErrorKind::Invalid, message: error.to_string() })
                 }
             },
-            (Kind::Stdin, Some(_)) => session.take_stdin(&frame.payload),
             (Kind::StdinEnd, Some(_)) => session.end_stdin(),
-            (Kind::Stream, Some(_)) => session.take_stream(&frame.payload),
             (Kind::StreamEnd, Some(_)) => session.end_stream(&frame.payload),
             (Kind::Signal, Some(process)) => {
                 if let Some(sent) = word()

@@ -114,9 +114,23 @@ impl Session {
         }
     }
 
-    /// The next whole frame.
+    /// The next whole frame but those with bytes for the process, which go to it from where they were received.
     pub(crate) fn next_frame(&mut self) -> Result<Option<Frame>, FrameError> {
-        self.decoder.next_frame()
+        let mut decoder = std::mem::take(&mut self.decoder);
+        let next = self.next_of(&mut decoder);
+        self.decoder = decoder;
+        next
+    }
+
+    fn next_of(&mut self, decoder: &mut Decoder) -> Result<Option<Frame>, FrameError> {
+        while let Some((kind, payload)) = decoder.lend()? {
+            match (kind, &self.process) {
+                (Kind::Stdin, Some(_)) => self.take_stdin(payload),
+                (Kind::Stream, Some(_)) => self.take_stream(payload),
+                _ => return Ok(Some(Frame { kind, payload: payload.to_vec() })),
+            }
+        }
+        Ok(None)
     }
 
     pub(crate) fn send(&mut self, kind: Kind, payload: &[u8]) {
@@ -150,7 +164,7 @@ impl Session {
     }
 
     /// Bytes of the host for stdin. A host that ignores the window is cut off.
-    pub(crate) fn take_stdin(&mut self, bytes: &[u8]) {
+    fn take_stdin(&mut self, bytes: &[u8]) {
         if !self.streams.stdin {
             // They go nowhere, but the host may send on.
             self.send(Kind::StdinCredit, &(bytes.len() as u32).to_le_bytes());
@@ -174,16 +188,17 @@ impl Session {
     pub(crate) fn feed_stdin(&mut self, bytes: &[u8]) {
         let Some(Process { stdio, stdin, .. }) = &mut self.process else { return };
         let taken = stdin.take(stdio.stdin.as_ref().or(stdio.terminal.as_ref()), bytes);
+        let credit = stdin.owe(taken.bytes) as u32;
         if taken.done {
             stdio.stdin = None;
         }
-        if taken.bytes > 0 {
-            self.send(Kind::StdinCredit, &(taken.bytes as u32).to_le_bytes());
+        if credit > 0 {
+            self.send(Kind::StdinCredit, &credit.to_le_bytes());
         }
     }
 
     /// Bytes of the host for a further stream: its number, then they. The same window holds.
-    pub(crate) fn take_stream(&mut self, payload: &[u8]) {
+    fn take_stream(&mut self, payload: &[u8]) {
         let Some((number, bytes)) = payload.split_first() else { return self.dead = true };
         let waiting = self.further(*number).map(|f| f.input.as_ref().map_or(0, |i| i.waiting()));
         match waiting {

@@ -7,7 +7,7 @@ use std::{
     os::fd::{AsFd, OwnedFd},
 };
 
-use coffer_protocol::Ended;
+use coffer_protocol::{Ended, STDIN_WINDOW};
 use nix::errno::Errno;
 
 /// Descriptors of a process, ours to use.
@@ -54,6 +54,7 @@ impl Further {
     pub(crate) fn take(&mut self, bytes: &[u8]) -> usize {
         let Some(input) = &mut self.input else { return bytes.len() };
         let taken = input.take(self.fd.as_ref(), bytes);
+        let credit = input.owe(taken.bytes);
         if taken.done {
             self.input = None;
             if self.output {
@@ -67,7 +68,7 @@ impl Further {
                 self.fd = None;
             }
         }
-        taken.bytes
+        credit
     }
 
     /// The process has closed its end for writing.
@@ -82,7 +83,11 @@ impl Further {
 /// Bytes of the host on their way into a process.
 #[derive(Debug, Default)]
 pub(crate) struct Input {
-    waiting: Vec<u8>,
+    buffer: Vec<u8>,
+    /// What of it was written already.
+    start: usize,
+    /// Taken, and the host was not told yet.
+    owed: usize,
     /// Nothing comes after them.
     pub(crate) ends: bool,
 }
@@ -98,7 +103,14 @@ pub(crate) struct Taken {
 
 impl Input {
     pub(crate) fn waiting(&self) -> usize {
-        self.waiting.len()
+        self.buffer.len() - self.start
+    }
+
+    /// How many bytes the host may send again, now that so many more were taken: none until that is worth a frame. Less than a
+    /// quarter of the window is held back, so that a host without credit waits only for bytes that are still here.
+    pub(crate) fn owe(&mut self, taken: usize) -> usize {
+        self.owed += taken;
+        if self.owed < STDIN_WINDOW / 4 { 0 } else { std::mem::take(&mut self.owed) }
     }
 
     /// Writes what waits and then `bytes`, as far as the process takes them; the rest waits. Without a reader everything goes
@@ -106,21 +118,25 @@ impl Input {
     pub(crate) fn take(&mut self, fd: Option<&OwnedFd>, mut bytes: &[u8]) -> Taken {
         let (mut taken, mut broken) = (0, fd.is_none());
         if let Some(fd) = fd {
-            let count = write_some(fd, &self.waiting, &mut broken);
-            self.waiting.drain(..count);
+            let count = write_some(fd, &self.buffer[self.start..], &mut broken);
+            self.start += count;
             taken = count;
-            if self.waiting.is_empty() && !broken {
+            if self.waiting() == 0 && !broken {
                 let count = write_some(fd, bytes, &mut broken);
                 bytes = &bytes[count..];
                 taken += count;
             }
         }
-        self.waiting.extend_from_slice(bytes);
         if broken {
-            taken += self.waiting.len();
-            self.waiting.clear();
+            taken += self.waiting() + bytes.len();
+            (self.start, bytes) = (self.buffer.len(), &[]);
         }
-        Taken { bytes: taken, done: broken || self.ends && self.waiting.is_empty() }
+        if self.waiting() == 0 || !bytes.is_empty() {
+            self.buffer.drain(..self.start);
+            self.start = 0;
+        }
+        self.buffer.extend_from_slice(bytes);
+        Taken { bytes: taken, done: broken || self.ends && self.waiting() == 0 }
     }
 }
 
@@ -197,6 +213,12 @@ mod tests {
     }
 
     #[test]
+    fn a_host_is_told_of_a_quarter_of_its_window_at_once() {
+        let mut input = Input::default();
+        assert_eq!((input.owe(STDIN_WINDOW / 4 - 1), input.owe(1), input.owe(1)), (0, STDIN_WINDOW / 4, 0));
+    }
+
+    #[test]
     fn without_a_reader_bytes_go_nowhere_and_the_host_may_send_on() {
         let (ours, theirs) = pair();
         drop(theirs);
@@ -208,7 +230,7 @@ mod tests {
     fn a_sockets_directions_end_one_after_the_other() {
         let (ours, mut theirs) = pair();
         let mut further = Further { fd: Some(ours), input: Some(Input::default()), output: true };
-        assert_eq!(further.take(b"in"), 2);
+        assert_eq!(further.take(b"in"), 0, "the host has credit enough");
         further.input.as_mut().unwrap().ends = true;
         assert_eq!(further.take(b""), 0);
         let mut all = String::new();

@@ -107,6 +107,15 @@ pub fn encode(kind: Kind, payload: &[u8], out: &mut Vec<u8>) {
     out.extend_from_slice(payload);
 }
 
+/// Makes a buffer at least this long. At first it is the allocator's own zeroes: memory that is never read to is never touched.
+fn grow(buffer: &mut Vec<u8>, length: usize) {
+    if buffer.is_empty() {
+        *buffer = vec![0; length];
+    } else if buffer.len() < length {
+        buffer.resize(length, 0);
+    }
+}
+
 /// Turns a byte stream into frames. Bytes are read straight into its buffer and lent out of it, so that a stream costs no
 /// copy here.
 #[derive(Debug, Default)]
@@ -132,9 +141,7 @@ impl Decoder {
             self.end -= self.start;
             self.start = 0;
         }
-        if self.buffer.len() - self.end < least {
-            self.buffer.resize(self.end + least, 0);
-        }
+        grow(&mut self.buffer, self.end + least);
         &mut self.buffer[self.end..]
     }
 
@@ -207,9 +214,7 @@ impl Outbox {
             self.start = 0;
         }
         let from = self.end + HEADER;
-        if self.buffer.len() < from + most {
-            self.buffer.resize(from + most, 0);
-        }
+        grow(&mut self.buffer, from + most);
         &mut self.buffer[from..from + most]
     }
 

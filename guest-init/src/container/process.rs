@@ -8,7 +8,7 @@ use std::{
     os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd},
 };
 
-use coffer_protocol::{ErrorKind, MAX_STREAMS, NamespaceKind, Stream, WindowSize};
+use coffer_protocol::{ErrorKind, MAX_STREAMS, NamespaceKind, STDIN_WINDOW, Stream, WindowSize};
 use nix::{
     sched::{CloneFlags, setns},
     sys::socket::{
@@ -139,7 +139,7 @@ fn above(fd: OwnedFd, streams: usize) -> Result<OwnedFd, ContainerError> {
 
 /// Descriptors of both sides: ours to keep, and the child's.
 fn files(terminal: bool, wanted: &Files) -> Result<(Stdio, OwnedFd, Theirs), ContainerError> {
-    use nix::fcntl::OFlag;
+    use nix::fcntl::{FcntlArg, OFlag, fcntl};
     let count = wanted.streams.len();
     if count > MAX_STREAMS {
         let message = format!("{count} further streams: at most {MAX_STREAMS} are possible");
@@ -158,6 +158,10 @@ fn files(terminal: bool, wanted: &Files) -> Result<(Stdio, OwnedFd, Theirs), Con
         let (stdin, our_stdin) = pipe()?;
         let (our_stdout, stdout) = pipe()?;
         let (our_stderr, stderr) = pipe()?;
+        for fd in [&our_stdin, &our_stdout] {
+            // So much may wait for either side anyway; a kernel that gives no more than it did has it in smaller pieces.
+            let _ = fcntl(fd, FcntlArg::F_SETPIPE_SZ(STDIN_WINDOW as i32));
+        }
         for fd in [&our_stdin, &our_stdout, &our_stderr] {
             unblock(fd).map_err(system("make a pipe non-blocking"))?;
         }

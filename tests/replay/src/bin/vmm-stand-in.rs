@@ -215,12 +215,22 @@ fn connection(mut host: UnixStream, inner: &SocketAddr, number: usize) -> Option
     guest.write_all(&request).ok()?;
     let (mut from_host, mut to_guest) = (host.try_clone().ok()?, guest.try_clone().ok()?);
     thread::spawn(move || {
-        let _ = io::copy(&mut from_host, &mut to_guest);
+        relay(&mut from_host, &mut to_guest);
         let _ = to_guest.shutdown(Shutdown::Write);
     });
-    let _ = io::copy(&mut guest, &mut host);
+    relay(&mut guest, &mut host);
     let _ = host.shutdown(Shutdown::Both);
     Some(())
+}
+
+/// Bytes from one to the other until either ends, in pieces as long as a VMM's packets; io::copy's have 8 KiB.
+fn relay(from: &mut UnixStream, to: &mut UnixStream) {
+    let mut buffer = vec![0; 64 * 1024];
+    while let Ok(count @ 1..) = from.read(&mut buffer) {
+        if to.write_all(&buffer[..count]).is_err() {
+            return;
+        }
+    }
 }
 
 /// The request and what came with it. A hybrid host's controllers are not in the hierarchy that this guest has: limits
