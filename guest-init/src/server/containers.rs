@@ -1,0 +1,228 @@
+//! The pod's containers and their processes: made, started, signalled, reaped, forgotten.
+//!
+//! Owns: a container's states and which request fits which. Does not own: how a process is made (`container`), the connection that it
+//! belongs to (`session`).
+
+use std::io;
+
+use coffer_layout::mark;
+use coffer_protocol::{CreateContainer, Ended, ErrorKind, Exec, SignalTarget, signal};
+use nix::{
+    sys::wait::{WaitPidFlag, WaitStatus, waitpid},
+    unistd::Pid,
+};
+use oci_spec::runtime::Spec;
+
+use super::Server;
+use crate::{
+    boot,
+    container::{self, Cgroup, ContainerError, Files, Sync},
+    image,
+    session::Streams,
+    stdio::{Process, Stdio},
+};
+
+/// A container, from its making to its end.
+pub(super) struct Container {
+    pub(super) pid: i32,
+    spec: Spec,
+    pub(super) cgroup: Cgroup,
+    /// Until it is started.
+    sync: Option<Sync>,
+    pub(super) ended: bool,
+    /// What its verified image wants in place of `TERM`.
+    stop_signal: Option<u32>,
+}
+
+impl Container {
+    /// The signal that its first process gets for what the host sends.
+    pub(super) fn signal(&self, sent: u32) -> u32 {
+        if sent == signal::TERM { self.stop_signal.unwrap_or(sent) } else { sent }
+    }
+}
+
+fn image_error(error: &image::ImageError) -> ContainerError {
+    ContainerError::new(ErrorKind::Guest, error.to_string())
+}
+
+pub(super) fn no_container(id: &str) -> ContainerError {
+    ContainerError::new(ErrorKind::NoContainer, format!("container {id:?} does not exist"))
+}
+
+impl Server {
+    pub(super) fn get(&self, id: &str) -> Result<&Container, ContainerError> {
+        self.containers.get(id).ok_or_else(|| no_container(id))
+    }
+
+    pub(super) fn create(&mut self, key: u64, create: CreateContainer) -> Result<(), ContainerError> {
+        let CreateContainer { id, mut spec, window, binds: _, shared, image, notify, streams } = create;
+        if !container::is_id(&id) {
+            return Err(ContainerError::new(ErrorKind::Invalid, format!("invalid container ID {id:?}")));
+        }
+        if self.containers.contains_key(&id) {
+            return Err(ContainerError::new(
+                ErrorKind::WrongState,
+                format!("container {id:?} exists already"),
+            ));
+        }
+        let mut stop_signal = None;
+        if let Some(source) = &image {
+            let unpacked = self.images.unpack(&id, source).map_err(|e| image_error(&e))?;
+            stop_signal = unpacked.stop_signal(&spec);
+            unpacked.apply(&mut spec).map_err(|e| image_error(&e))?;
+        }
+        let confidential = self.confidential()?;
+        confidential.check_container(&id, &spec, image.as_ref())?;
+        if notify.is_some() {
+            confidential.check_notify(&id)?;
+        }
+        if let Some(process) = spec.get_mut("process") {
+            confidential.unseal(process)?;
+        }
+        confidential.open_files(&id, &mut spec)?;
+        container::prepare_shared_memory(&mut spec)?;
+        let spec = container::parse_spec(spec)?;
+        let shared = shared
+            .iter()
+            .map(|s| {
+                let other = self.get(&s.container)?;
+                container::Shared::of(other.pid, s.kind)
+            })
+            .collect::<Result<Vec<_>, _>>()?;
+        let cgroup = Cgroup::create(&id)?;
+        let made = (|| {
+            if let Some(resources) = spec.linux().as_ref().and_then(|l| l.resources().as_ref()) {
+                cgroup.apply(resources)?;
+            }
+            container::launch(&id, &spec, &cgroup, &shared, &Files { window, streams, notify })
+        })();
+        self.had_container = true;
+        let launched = match made {
+            Ok(launched) => launched,
+            Err(error) => {
+                cgroup.remove();
+                return Err(error);
+            }
+        };
+        boot::tell(mark::CONTAINER_CREATED);
+        self.attach(key, &id, launched.pid, launched.stdio)?;
+        self.containers.insert(
+            id,
+            Container {
+                pid: launched.pid,
+                spec,
+                cgroup,
+                sync: Some(launched.sync),
+                ended: false,
+                stop_signal,
+            },
+        );
+        Ok(())
+    }
+
+    pub(super) fn start(&mut self, id: &str) -> Result<(), ContainerError> {
+        let container = self.containers.get_mut(id).ok_or_else(|| no_container(id))?;
+        let wrong = |what: &str| {
+            ContainerError::new(ErrorKind::WrongState, format!("cannot start a container that has {what}"))
+        };
+        if container.ended {
+            return Err(wrong("stopped"));
+        }
+        let sync = container.sync.take().ok_or_else(|| wrong("been started"))?;
+        boot::tell(mark::CONTAINER_STARTED);
+        sync.go()
+    }
+
+    /// Gives a process to its connection, with the streams that the owner's policy allows.
+    fn attach(&mut self, key: u64, id: &str, pid: i32, stdio: Stdio) -> Result<(), ContainerError> {
+        let confidential = self.confidential()?;
+        let streams =
+            Streams { stdin: confidential.allows_stdin(id), output: confidential.allows_output(id) };
+        if let Some(session) = self.sessions.get_mut(&key) {
+            session.attach(Process::new(pid, stdio), streams);
+        }
+        Ok(())
+    }
+
+    pub(super) fn exec(&mut self, key: u64, mut exec: Exec) -> Result<(), ContainerError> {
+        self.confidential()?.unseal(&mut exec.process)?;
+        let container = self.get(&exec.id)?;
+        if container.ended {
+            return Err(ContainerError::new(ErrorKind::WrongState, "cannot exec in a stopped container"));
+        }
+        let process: oci_spec::runtime::Process = serde_json::from_value(exec.process)
+            .map_err(|e| ContainerError::new(ErrorKind::Invalid, format!("process: {e}")))?;
+        container::check_process(&process)?;
+        let files = Files { window: exec.window, streams: exec.streams, notify: None };
+        let launched = container::exec(&process, container.pid, &container.cgroup, &container.spec, &files)?;
+        launched.sync.go()?;
+        self.attach(key, &exec.id, launched.pid, launched.stdio)
+    }
+
+    pub(super) fn signal(&self, target: &SignalTarget, signal: u32) -> Result<(), ContainerError> {
+        let (SignalTarget::Init(id) | SignalTarget::All(id)) = target;
+        let container = self.get(id)?;
+        if container.ended {
+            return Err(ContainerError::new(ErrorKind::WrongState, "container not running"));
+        }
+        let pids = match target {
+            SignalTarget::Init(_) => vec![container.pid as u32],
+            SignalTarget::All(_) => container.cgroup.processes(),
+        };
+        let signal = match target {
+            SignalTarget::Init(_) => container.signal(signal),
+            SignalTarget::All(_) => signal,
+        };
+        for pid in pids {
+            send_signal(pid as i32, signal)
+                .map_err(|e| ContainerError::guest(&format!("signal {signal}"), e))?;
+        }
+        Ok(())
+    }
+
+    /// Takes the status of every child that ended, ours or an orphan's.
+    pub(super) fn reap(&mut self) {
+        loop {
+            let (pid, mut ended) = match waitpid(Pid::from_raw(-1), Some(WaitPidFlag::WNOHANG)) {
+                Ok(WaitStatus::Exited(pid, code)) => (pid.as_raw(), Ended::Exited(code as u8)),
+                Ok(WaitStatus::Signaled(pid, signal, _)) => {
+                    (pid.as_raw(), Ended::Signalled(signal as i32 as u8))
+                }
+                Ok(WaitStatus::StillAlive) | Err(nix::Error::ECHILD) => break,
+                Ok(_) | Err(_) => continue,
+            };
+            if let Some(container) = self.containers.values_mut().find(|c| c.pid == pid && !c.ended) {
+                container.ended = true;
+                if ended == Ended::Signalled(9) && container.cgroup.ran_out_of_memory() {
+                    ended = Ended::OutOfMemory;
+                }
+            }
+            let owner = self
+                .sessions
+                .values_mut()
+                .filter_map(|s| s.process.as_mut())
+                .find(|p| p.pid == pid && p.ended.is_none());
+            if let Some(process) = owner {
+                process.ended = Some(ended);
+            }
+        }
+    }
+
+    /// Gives back what a container that has ended had.
+    pub(super) fn forget(&mut self, id: &str) {
+        if let Some(container) = self.containers.remove(id) {
+            container.cgroup.remove();
+            self.images.remove(id);
+            if let Some(confidential) = &self.confidential {
+                confidential.close_files(id);
+            }
+        }
+    }
+}
+
+pub(super) fn send_signal(pid: i32, signal: u32) -> io::Result<()> {
+    let signal =
+        i32::try_from(signal).ok().filter(|s| (0..=64).contains(s)).ok_or(io::ErrorKind::InvalidInput)?;
+    // SAFETY: sends a signal to a child of ours that was not reaped yet.
+    if unsafe { libc::kill(pid, signal) } < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}

@@ -1,0 +1,258 @@
+//! The control protocol's guest side: one thread, one loop.
+//!
+//! Owns: connections, waiting, which frame goes where, the decision that the pod is over. Does not own: what a request does
+//! (`requests`), the pod's containers and their states (`containers`).
+
+mod containers;
+mod requests;
+
+use std::{
+    collections::BTreeMap,
+    io,
+    os::fd::{AsRawFd, OwnedFd},
+};
+
+use coffer_protocol::{ErrorKind, Frame, Kind, Reply, Request, WindowSize};
+use containers::{Container, send_signal};
+use nix::{
+    sys::{
+        signal::{SigSet, Signal, kill},
+        signalfd::{SfdFlags, SignalFd},
+        socket::{SockFlag, accept4},
+    },
+    unistd::Pid,
+};
+use thiserror::Error;
+
+use crate::{
+    confidential::Confidential,
+    container,
+    image::Images,
+    session::{Part, Session},
+    stdio::unblock,
+};
+
+/// Most connections at once; the host's further ones are closed.
+const MOST_SESSIONS: usize = 512;
+
+/// The server cannot go on.
+#[derive(Debug, Error)]
+#[error("{stage}: {source}")]
+pub struct ServerError {
+    stage: &'static str,
+    source: io::Error,
+}
+
+fn at<E: Into<io::Error>>(stage: &'static str) -> impl FnOnce(E) -> ServerError {
+    move |e| ServerError { stage, source: e.into() }
+}
+
+/// The server.
+pub struct Server {
+    listener: OwnedFd,
+    signals: SignalFd,
+    sessions: BTreeMap<u64, Session>,
+    next_session: u64,
+    containers: BTreeMap<String, Container>,
+    /// From the first request on, which sets the pod up.
+    confidential: Option<Confidential>,
+    images: Images,
+    /// A container was there once: without one now the pod is over.
+    had_container: bool,
+    over: bool,
+}
+
+impl Server {
+    /// Takes a listening socket.
+    ///
+    /// # Errors
+    /// [`ServerError`].
+    pub fn new(listener: OwnedFd) -> Result<Self, ServerError> {
+        unblock(&listener).map_err(at("listen"))?;
+        let mut set = SigSet::empty();
+        set.add(Signal::SIGCHLD);
+        set.thread_block().map_err(at("block SIGCHLD"))?;
+        let signals = SignalFd::with_flags(&set, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)
+            .map_err(at("wait for SIGCHLD"))?;
+        Ok(Self {
+            listener,
+            signals,
+            sessions: BTreeMap::new(),
+            next_session: 0,
+            containers: BTreeMap::new(),
+            confidential: None,
+            images: Images::default(),
+            had_container: false,
+            over: false,
+        })
+    }
+
+    /// Serves until the pod is over.
+    ///
+    /// # Errors
+    /// [`ServerError`] when waiting itself fails.
+    pub fn run(&mut self) -> Result<(), ServerError> {
+        while !self.over {
+            self.turn()?;
+        }
+        Ok(())
+    }
+
+    /// Waits once and handles what came.
+    fn turn(&mut self) -> Result<(), ServerError> {
+        let entry = |fd, events| libc::pollfd { fd, events, revents: 0 };
+        let mut waits = vec![
+            entry(self.listener.as_raw_fd(), libc::POLLIN),
+            entry(self.signals.as_raw_fd(), libc::POLLIN),
+        ];
+        let mut owners = Vec::new();
+        for (key, session) in &self.sessions {
+            for (part, fd, events) in session.interests() {
+                owners.push((*key, part));
+                waits.push(entry(fd, events));
+            }
+        }
+        // SAFETY: `waits` is a vector of valid entries of this length.
+        let ready = unsafe { libc::poll(waits.as_mut_ptr(), waits.len() as libc::nfds_t, -1) };
+        if ready < 0 {
+            let error = io::Error::last_os_error();
+            return if error.kind() == io::ErrorKind::Interrupted { Ok(()) } else { Err(at("poll")(error)) };
+        }
+        for ((key, part), wait) in owners.iter().zip(&waits[2..]) {
+            if wait.revents != 0 {
+                self.handle(*key, *part, wait.revents);
+            }
+        }
+        if waits[0].revents != 0 {
+            self.accept();
+        }
+        if waits[1].revents != 0 {
+            while let Ok(Some(_)) = self.signals.read_signal() {}
+            self.reap();
+        }
+        for session in self.sessions.values_mut() {
+            session.finish_process();
+            session.write_host();
+        }
+        self.drop_finished();
+        Ok(())
+    }
+
+    fn accept(&mut self) {
+        use std::os::fd::FromRawFd;
+        while let Ok(fd) =
+            accept4(self.listener.as_raw_fd(), SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK)
+        {
+            // SAFETY: accept4 returned a new descriptor that nobody else has.
+            let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+            if self.sessions.len() < MOST_SESSIONS {
+                self.sessions.insert(self.next_session, Session::new(fd));
+                self.next_session += 1;
+            }
+        }
+    }
+
+    fn handle(&mut self, key: u64, part: Part, events: i16) {
+        let Some(session) = self.sessions.get_mut(&key) else { return };
+        let readable = events & (libc::POLLIN | libc::POLLHUP | libc::POLLERR) != 0;
+        match part {
+            Part::Host => {
+                if readable {
+                    session.read_host();
+                    self.frames(key);
+                }
+            }
+            Part::Stdin => session.feed_stdin(&[]),
+            Part::Terminal if events & libc::POLLOUT != 0 => {
+                session.feed_stdin(&[]);
+                if readable {
+                    session.read_output(part);
+                }
+            }
+            Part::Further(number) => {
+                if events & (libc::POLLOUT | libc::POLLERR | libc::POLLHUP) != 0 {
+                    session.feed_stream(number, &[]);
+                }
+                if readable {
+                    session.read_output(part);
+                }
+            }
+            Part::Stdout | Part::Stderr | Part::Terminal | Part::Notify => session.read_output(part),
+        }
+    }
+
+    fn frames(&mut self, key: u64) {
+        loop {
+            let Some(session) = self.sessions.get_mut(&key) else { return };
+            match session.next_frame() {
+                Ok(Some(frame)) => self.frame(key, &frame),
+                Ok(None) => return,
+                Err(_) => {
+                    session.dead = true;
+                    return;
+                }
+            }
+        }
+    }
+
+    fn frame(&mut self, key: u64, frame: &Frame) {
+        let Some(session) = self.sessions.get_mut(&key) else { return };
+        let word = || <[u8; 4]>::try_from(frame.payload.as_slice()).map(u32::from_le_bytes).ok();
+        match (frame.kind, &session.process) {
+            (Kind::Request, None) if !session.finishing => match Request::from_payload(&frame.payload) {
+                Ok(request) => {
+                    let reply = self
+                        .request(key, request)
+                        .unwrap_or_else(|e| Reply::Failed { kind: e.kind, message: e.message });
+                    if let Some(session) = self.sessions.get_mut(&key) {
+                        session.reply(&reply);
+                    }
+                }
+                Err(error) => {
+                    session.reply(&Reply::Failed { kind: ErrorKind::Invalid, message: error.to_string() })
+                }
+            },
+            (Kind::StdinEnd, Some(_)) => session.end_stdin(),
+            (Kind::StreamEnd, Some(_)) => session.end_stream(&frame.payload),
+            (Kind::Signal, Some(process)) => {
+                if let Some(sent) = word()
+                    && process.ended.is_none()
+                {
+                    let first = self.containers.values().find(|container| container.pid == process.pid);
+                    let _ = send_signal(process.pid, first.map_or(sent, |container| container.signal(sent)));
+                }
+            }
+            (Kind::Resize, Some(process)) => {
+                if let (Ok(size), Some(terminal)) =
+                    (WindowSize::from_payload(&frame.payload), &process.stdio.terminal)
+                {
+                    container::set_window(terminal, size);
+                }
+            }
+            // Out of order: this host is not one of ours.
+            _ => session.dead = true,
+        }
+    }
+
+    /// Closes what is done. A process whose host is gone goes too; a container's end closes its account.
+    fn drop_finished(&mut self) {
+        let done: Vec<u64> = self.sessions.iter().filter(|(_, s)| s.is_done()).map(|(k, _)| *k).collect();
+        for key in done {
+            let Some(session) = self.sessions.remove(&key) else { continue };
+            let Some(process) = session.process else { continue };
+            if process.ended.is_none() {
+                let _ = kill(Pid::from_raw(process.pid), Signal::SIGKILL);
+            }
+            let id = self.containers.iter().find(|(_, c)| c.pid == process.pid).map(|(id, _)| id.clone());
+            if let Some(id) = id {
+                self.forget(&id);
+            }
+        }
+        if self.had_container
+            && self.containers.is_empty()
+            && self.sessions.values().all(|s| s.process.is_none() && !s.finishing)
+        {
+            self.over = true;
+        }
+    }
+}
