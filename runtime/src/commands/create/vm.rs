@@ -1,0 +1,166 @@
+//! The VM of a container: started, or the pod's, and asked for the container.
+//!
+//! Owns: what the VMM is started with, the first two requests, why a VM that ended did. Does not own: its process's arguments (`spawn`),
+//! which pod a container belongs to (`pod`).
+
+use std::{
+    os::fd::OwnedFd,
+    path::PathBuf,
+    process::Child,
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+use coffer_protocol::{CreateContainer, Network, Request, Sandbox, VERSION};
+use oci_spec::runtime::LinuxNamespaceType as Kind;
+
+use super::Making;
+use crate::{
+    client::Connection,
+    commands::{boot_chart, pod},
+    error::Error,
+    home::Home,
+    image,
+    network::{self, Tap},
+    pid::{self, Pid},
+    plan::namespace,
+    spawn::{self, Started},
+    start::{self, Start},
+    state::Directory,
+    stub, template,
+};
+
+/// The VM's process, and what this container has of it.
+pub(super) struct Vm {
+    pub(super) process: Pid,
+    /// The process that this command started for it, if it did.
+    pub(super) child: Option<Child>,
+    /// It boots, and has no container yet.
+    pub(super) fresh: bool,
+    /// Keeps it alive.
+    pub(super) hold: OwnedFd,
+    pub(super) network: Network,
+}
+
+impl Vm {
+    pub(super) fn is_alive(&mut self) -> bool {
+        match &mut self.child {
+            Some(child) => matches!(child.try_wait(), Ok(None)),
+            None => self.process.is_alive(),
+        }
+    }
+}
+
+impl Making<'_> {
+    /// Starts a VM for this container and those that may follow.
+    pub(super) fn boot(&self) -> Result<Vm, Error> {
+        let (lifeline, hold) = pod::lifeline(self.directory)?;
+        let (network, taps) = self.network()?;
+        let trace = self.trace();
+        let home = Home::find()?;
+        let pod_network = namespace(&self.plan.spec, Kind::Network).flatten();
+        let shape = template::Shape {
+            image: spawn::image(self.plan, &home),
+            memory_mib: self.plan.memory_mib,
+            vcpus: self.plan.vcpus,
+            nets: taps.len(),
+        };
+        let start = start::wanted(self.plan)?;
+        let started = spawn::vmm(&spawn::Start {
+            plan: self.plan,
+            template: (start == Start::Template).then(|| shape.directory(self.root)),
+            pool: (start == Start::Pool).then_some(self.root),
+            directory: self.directory,
+            home: &home,
+            network: pod_network.as_deref(),
+            taps: &taps,
+            lifeline: &lifeline,
+            trace,
+        })?;
+        let (process, child) = match started {
+            Started::Child(child) => (Pid::of(child.id() as i32), Some(child)),
+            Started::Shell(process) => (Some(process), None),
+        };
+        let process = process.ok_or_else(|| Error::Vm("it ended at once".into()))?;
+        Ok(Vm { process, child, fresh: true, hold, network })
+    }
+
+    /// What the pod's namespace has, and taps for it. A pod that shares the host's network is refused.
+    fn network(&self) -> Result<(Network, Vec<Tap>), Error> {
+        match namespace(&self.plan.spec, Kind::Network) {
+            None => Err(Error::State(
+                "the host's network cannot be given to a VM: use a bridge network or --network none".into(),
+            )),
+            Some(None) => Ok((Network::default(), Vec::new())),
+            Some(Some(path)) => network::inside(&path, || {
+                let network = network::look()?;
+                let taps = network::taps(&network)?;
+                Ok((network, taps))
+            }),
+        }
+    }
+
+    /// Boot stages are always written, for `boot-chart`: a dozen lines; somebody may want them elsewhere.
+    fn trace(&self) -> Option<PathBuf> {
+        let annotation = self.plan.spec.annotations().as_ref().and_then(|a| a.get("io.coffer.trace"));
+        let elsewhere = std::env::var_os("COFFER_TRACE").map(PathBuf::from).filter(|_| annotation.is_none());
+        elsewhere.or_else(|| Some(boot_chart::trace_of(self.directory, annotation)))
+    }
+
+    /// Sets the pod up and makes the container in the guest, as soon as it has booted.
+    pub(super) fn ask_guest(&self, vm: &mut Vm, slave: Option<&OwnedFd>) -> Result<Connection, Error> {
+        let socket = self.directory.socket();
+        let elapsed = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let sandbox = Sandbox {
+            version: VERSION,
+            hostname: self.plan.spec.hostname().clone(),
+            unix_time_ns: u64::try_from(elapsed.as_nanos()).unwrap_or(u64::MAX),
+            network: vm.network.clone(),
+            entropy: (start::wanted(self.plan)? == Start::Template).then(template::entropy).transpose()?,
+            initdata: self.plan.confidential.initdata()?,
+            name_servers: self.plan.name_servers.clone(),
+            scratch: self.plan.scratch.is_some(),
+        };
+        let create = CreateContainer {
+            id: self.id.to_owned(),
+            spec: self.plan.guest_spec.clone(),
+            window: slave.and_then(stub::window),
+            binds: self.plan.bind_sources.clone(),
+            shared: self.vm.as_ref().map_or_else(Vec::new, |vm| pod::shared(self.root, &self.plan.spec, vm)),
+            image: self.plan.image.clone().map(|mut image| {
+                image::find_signatures(&mut image, &self.plan.binds);
+                image
+            }),
+            notify: self.plan.notify.as_ref().map(|n| n.inside.clone()),
+            streams: self.streams.clone(),
+        };
+        let mut talk = || {
+            if vm.fresh {
+                Connection::open(&socket, || vm.is_alive())?.ask(&Request::Sandbox(sandbox.clone()))?;
+            }
+            let mut connection = Connection::open(&socket, || vm.is_alive())?;
+            connection.ask(&Request::Create(Box::new(create.clone())))?;
+            Ok(connection)
+        };
+        talk().map_err(|error| match error {
+            Error::VmGone => {
+                if let Ok(process) = vm.process.open() {
+                    let _ = pid::wait_end(&process, stub::VMM_END_LIMIT);
+                }
+                self.report().map_or(error, Error::Vm)
+            }
+            other => other,
+        })
+    }
+
+    /// Where the VM's process writes.
+    pub(super) fn vm_directory(&self) -> &Directory {
+        self.vm.as_ref().map_or(self.directory, |vm| &vm.directory)
+    }
+
+    /// Why the VMM ended, in its own words.
+    fn report(&self) -> Option<String> {
+        let text = std::fs::read_to_string(self.vm_directory().file("exit-report")).ok()?;
+        let value: serde_json::Value = serde_json::from_str(&text).ok()?;
+        value["message"].as_str().map(str::to_owned)
+    }
+}
