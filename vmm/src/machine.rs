@@ -161,12 +161,15 @@ impl Machine {
     /// [`MachineError`]; nothing is left behind.
     pub fn new(
         args: &Args,
-        prepared: Option<Prepared>,
+        prepared: Option<Box<Prepared>>,
         trace: Trace,
         log: Log,
     ) -> Result<Self, MachineError> {
         let (file, image, host, vm) = match prepared {
-            Some(Prepared { file, image, host, vm }) => (file, Some(image), Some(host), Some(vm)),
+            Some(prepared) => {
+                let Prepared { file, image, host, vm } = *prepared;
+                (file, Some(image), Some(host), Some(vm))
+            }
             None => (ImageFile::open(&args.image)?, None, None, None),
         };
         let (template, host) = saved::find(args, host, &log)?;
@@ -274,11 +277,11 @@ impl Machine {
 }
 
 /// Checks the image, unless it is `checked`, and plans its launch.
-fn plan(args: &Args, file: &ImageFile, checked: Option<Image>) -> Result<Planned, MachineError> {
+fn plan(args: &Args, file: &ImageFile, checked: Option<Box<Image>>) -> Result<Planned, MachineError> {
     let ram = memory::layout(args.memory_mib << 20);
     match args.tee {
         Tee::None => {
-            let image = checked.map_or_else(|| file.read(Platform::Native), Ok)?;
+            let image = checked.map_or_else(|| file.read(Platform::Native).map(Box::new), Ok)?;
             let plan = launch::plan(&image, &ram, args.vcpus, &file.bytes);
             plan.map(Planned::Plain)
                 .map_err(|source| MachineError::Launch { path: file.path.clone(), source })

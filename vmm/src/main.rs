@@ -45,7 +45,9 @@ fn main() -> ExitCode {
     }
 }
 
-/// Does what no pod decides, and goes on as [`run`] when a pod has come.
+/// Does what no pod decides, and goes on as [`run`] when a pod has come. Apart from `main`, whose stack would hold all of this in each VMM.
+#[cold]
+#[inline(never)]
 fn shell(args: &ShellArgs) -> ExitCode {
     let fail = |words: &str, code: u8| {
         if let Ok(log) = Log::open(args.log.as_deref(), args.log_json) {
@@ -54,7 +56,7 @@ fn shell(args: &ShellArgs) -> ExitCode {
         ExitCode::from(code)
     };
     let prepared = match Prepared::new(&args.image) {
-        Ok(prepared) => prepared,
+        Ok(prepared) => Box::new(prepared),
         Err(error) => return fail(&error.to_string(), error.code()),
     };
     let door = match Door::open(&args.directory) {
@@ -68,7 +70,7 @@ fn shell(args: &ShellArgs) -> ExitCode {
     }
 }
 
-fn run(args: &Args, prepared: Option<Prepared>, began: u64) -> ExitCode {
+fn run(args: &Args, prepared: Option<Box<Prepared>>, began: u64) -> ExitCode {
     let log = Log::open(args.log.as_deref(), args.log_json);
     let (log, second) = match (log, Log::open(args.log.as_deref(), args.log_json)) {
         (Ok(log), Ok(second)) => (log, second),
@@ -102,7 +104,7 @@ fn run(args: &Args, prepared: Option<Prepared>, began: u64) -> ExitCode {
 
 fn start(
     args: &Args,
-    prepared: Option<Prepared>,
+    prepared: Option<Box<Prepared>>,
     began: u64,
     log: Log,
 ) -> Result<coffer_vmm::end::End, MachineError> {

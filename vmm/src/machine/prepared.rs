@@ -100,7 +100,7 @@ impl EmptyVm {
 /// All of it, for a pod without a TEE.
 pub struct Prepared {
     pub(super) file: ImageFile,
-    pub(super) image: igvm::Image,
+    pub(super) image: Box<igvm::Image>,
     pub(super) host: Host,
     pub(super) vm: EmptyVm,
 }
@@ -112,7 +112,7 @@ impl Prepared {
     /// [`MachineError`]; nothing is left behind.
     pub fn new(image: &Path) -> Result<Self, MachineError> {
         let file = ImageFile::open(image)?;
-        let image = file.read(Platform::Native)?;
+        let image = Box::new(file.read(Platform::Native)?);
         let host = Host::open()?;
         let mut vm = EmptyVm::new(&host.kvm, Tee::None)?;
         vm.first = Some(vm.processor(0)?);
