@@ -123,6 +123,21 @@ pub struct Relay {
     pub further: Vec<Further>,
 }
 
+/// How a stub goes on from its set-up: whoever forked it reads `k`, or what failed; then it relays until its process has ended.
+pub fn go_on(mut ready: File, set_up: io::Result<SignalFd>, relay: impl FnOnce(SignalFd) -> Relay) -> ! {
+    match set_up {
+        Ok(signals) => {
+            let _ = ready.write_all(b"k");
+            drop(ready);
+            std::process::exit(relay(signals).run())
+        }
+        Err(error) => {
+            let _ = ready.write_all(error.to_string().as_bytes());
+            std::process::exit(1)
+        }
+    }
+}
+
 /// An open file of the caller and what of it still goes on.
 #[derive(Debug)]
 pub struct Further {

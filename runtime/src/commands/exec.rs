@@ -2,7 +2,7 @@
 
 use std::{
     fs::File,
-    io::{Read, Write},
+    io::Read,
     os::fd::AsRawFd,
     path::{Path, PathBuf},
 };
@@ -79,7 +79,7 @@ pub(super) fn exec(call: &Call, root: &Path) -> Result<i32, Error> {
     };
     let Some(pid) = spawn::clone(0).map_err(host("fork the stub"))? else {
         drop((ready, master));
-        let mut ready = File::from(tell_ready);
+        let ready = File::from(tell_ready);
         let set_up = || -> std::io::Result<_> {
             nix::unistd::setsid()?;
             let kept = [ready.as_raw_fd(), connection.stream.as_raw_fd()];
@@ -103,28 +103,19 @@ pub(super) fn exec(call: &Call, root: &Path) -> Result<i32, Error> {
             stub::drop_rights();
             Ok(signals)
         };
-        match set_up() {
-            Ok(signals) => {
-                let _ = ready.write_all(b"k");
-                drop((ready, namespaces));
-                let relay = Relay {
-                    out: Outbox::default(),
-                    connection,
-                    signals,
-                    terminal: slave,
-                    reports,
-                    vmm,
-                    bundle: None,
-                    teller: None,
-                    further: carried.into_iter().map(Into::into).collect(),
-                };
-                std::process::exit(relay.run())
-            }
-            Err(error) => {
-                let _ = ready.write_all(error.to_string().as_bytes());
-                std::process::exit(1)
-            }
-        }
+        let signals = set_up();
+        drop(namespaces);
+        stub::go_on(ready, signals, |signals| Relay {
+            out: Outbox::default(),
+            connection,
+            signals,
+            terminal: slave,
+            reports,
+            vmm,
+            bundle: None,
+            teller: None,
+            further: carried.into_iter().map(Into::into).collect(),
+        })
     };
     drop((tell_ready, connection, slave, carried));
     if let Some(path) = &record.cgroup {

@@ -168,30 +168,19 @@ impl Making<'_> {
                     stub::drop_rights();
                     Ok(signals)
                 };
-                match set_up() {
-                    Ok(signals) => {
-                        let _ = ready.write_all(b"k");
-                        drop(ready);
-                        let relay = Relay {
-                            out: Outbox::default(),
-                            connection,
-                            signals,
-                            terminal: slave,
-                            reports,
-                            vmm,
-                            bundle,
-                            teller,
-                            further: carried.into_iter().map(Into::into).collect(),
-                        };
-                        let code = relay.run();
-                        drop(hold);
-                        std::process::exit(code)
-                    }
-                    Err(error) => {
-                        let _ = ready.write_all(error.to_string().as_bytes());
-                        std::process::exit(1)
-                    }
-                }
+                let signals = set_up();
+                // `hold` stays open until this process ends.
+                stub::go_on(ready, signals, |signals| Relay {
+                    out: Outbox::default(),
+                    connection,
+                    signals,
+                    terminal: slave,
+                    reports,
+                    vmm,
+                    bundle,
+                    teller,
+                    further: carried.into_iter().map(Into::into).collect(),
+                })
             }
         }
     }
