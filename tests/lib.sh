@@ -25,3 +25,10 @@ same() {
     [ "$2" = "$3" ] || fail "$1: wanted \`$2\`, got \`$3\`"
     ok "$1: $3"
 }
+# fuzz FOLDER PROGRAM SECONDS: each target of a crate of fuzz targets for so long. The crate is a workspace of its own, built here with the
+# development profile of this one: checked arithmetic, and nearly all that it depends on is built already. Long runs use tests/fuzz/build.
+fuzz() {
+    export CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-$root/target}
+    cargo build -q --config Cargo.toml --manifest-path "$1/Cargo.toml"
+    "$CARGO_TARGET_DIR/debug/$2" all --seconds "$3" --seed $RANDOM
+}
