@@ -1,9 +1,14 @@
 //! `coffer-kbs`: the test KBS on its own.
 
-use std::{fs, net::TcpListener, sync::Arc};
+use std::{
+    fs,
+    io::{self, BufRead, Write},
+    net::TcpListener,
+    sync::Arc,
+};
 
 use anyhow::{Context, bail};
-use coffer_attestation::encoding::from_hex;
+use coffer_attestation::{encoding::from_hex, hash::canonical_json};
 use coffer_kbs::{Config, Identity, Kbs, serve};
 
 const USAGE: &str = "\
@@ -17,7 +22,9 @@ coffer-kbs: a KBS for tests and the demo; keeps everything in memory
   --measurement HEX          launch digest to accept, again for each; none: any
   --policy FILE              resource policy in Rego
   --allow-all                give everything to everybody, sample evidence too
-  --admin                    answer admin calls from anybody";
+  --admin                    answer admin calls from anybody
+
+coffer-kbs --canonical: instead, write each line of JSON on stdin as RFC 8785 has it, for comparison with other people's";
 
 fn main() -> anyhow::Result<()> {
     let mut config = Config::default();
@@ -31,6 +38,7 @@ fn main() -> anyhow::Result<()> {
                 println!("{USAGE}");
                 return Ok(());
             }
+            "--canonical" => return canonical(),
             "--listen" => listen = value()?,
             "--tls-cert" => certificate = Some(value()?),
             "--name" => names.push(value()?),
@@ -66,5 +74,16 @@ fn main() -> anyhow::Result<()> {
     let running = serve(Arc::new(Kbs::new(config)?), listener, identity.as_ref())?;
     println!("listening on {address}");
     running.join();
+    Ok(())
+}
+
+/// The form over which evidence is made, of any document.
+fn canonical() -> anyhow::Result<()> {
+    let mut out = io::stdout().lock();
+    for line in io::stdin().lock().lines() {
+        let value: serde_json::Value = serde_json::from_str(&line?)?;
+        out.write_all(&canonical_json(&value))?;
+        out.write_all(b"\n")?;
+    }
     Ok(())
 }

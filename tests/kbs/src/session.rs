@@ -279,7 +279,9 @@ impl Kbs {
             "exp": now + TOKEN,
             "submods": { "cpu0": { "ear.status": status, EVIDENCE: claims } },
         });
-        let public = TeeKey::P256(self.key.clone()).public();
+        let mut public = json!(TeeKey::P256(self.key.clone()).public());
+        // A key of ours is for encryption by itself; readers take `alg` at its word.
+        public["alg"] = "ES256".into();
         let header = json!({ "alg": "ES256", "typ": "JWT", "jwk": public });
         let header = header.as_object().cloned().unwrap_or_default();
         Ok(jws::sign(&self.key, &header, payload.to_string().as_bytes()))
