@@ -25,3 +25,4 @@ pub mod sealed;
 pub mod snp;
 #[cfg(feature = "verify")]
 pub mod verify;
+pub mod yaml;

@@ -16,12 +16,13 @@ use coffer_attestation::{
     sealed,
     snp::{Report, certificate_table, evidence_json},
     verify::{Expected, Trust, verify_snp},
+    yaml,
 };
 use coffer_fuzz::Target;
 use serde_json::{Value, json};
 
 /// The targets.
-pub const TARGETS: [Target; 12] = [
+pub const TARGETS: [Target; 13] = [
     ("initdata", initdata),
     ("http", http),
     ("dns", dns),
@@ -34,6 +35,7 @@ pub const TARGETS: [Target; 12] = [
     ("report", report),
     ("certificates", certificates),
     ("evidence", evidence),
+    ("yaml", manifest),
 ];
 
 /// A key that the seeds are made for. It protects nothing.
@@ -219,4 +221,20 @@ pub fn evidence(data: &[u8]) {
     let trust = Trust::from_pem(include_str!("../../testdata/snp/genoa_ask_ark_asvk.pem")).expect("AMD's roots");
     let expected = Expected { report_data: [0xa5; 64], host_data: None };
     assert!(verify_snp(&value, &trust, &expected).is_err());
+}
+
+/// A manifest. What is read has JSON's form as well, which is flow, and reads back as itself.
+pub fn manifest(data: &[u8]) {
+    let Ok(text) = std::str::from_utf8(data) else { return };
+    match yaml::read(text) {
+        Ok(documents) => {
+            for document in documents {
+                let json = document.to_string();
+                if let Ok(again) = yaml::read(&json) {
+                    assert_eq!(again, [document]);
+                }
+            }
+        }
+        Err(error) => assert!(!error.to_string().contains('\n')),
+    }
 }

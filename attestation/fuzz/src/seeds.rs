@@ -109,6 +109,9 @@ pub fn all() -> Vec<Seed> {
         ("policy", "rego", include_bytes!("../../src/policy/closed.rego").to_vec()),
         ("report", "milan", include_bytes!("../../testdata/snp/test-report.bin").to_vec()),
         ("certificates", "vcek", table()),
+        ("yaml", "kubectl", include_bytes!("../../testdata/yaml/kubectl.yaml").to_vec()),
+        ("yaml", "podman", include_bytes!("../../testdata/yaml/podman.yaml").to_vec()),
+        ("yaml", "hand", include_bytes!("../../testdata/yaml/hand.yaml").to_vec()),
         ("evidence", "genoa", include_bytes!("../../testdata/snp/evidence.json").to_vec()),
     ]
 }
