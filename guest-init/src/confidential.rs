@@ -99,6 +99,13 @@ impl Confidential {
         self.policy.check(Rule::CreateContainer, &create_input(id, spec, image)).map_err(refused)
     }
 
+    /// Whether the owner's policy leaves program, environment, user and directory of a container with a verified image to the host.
+    /// [`Self::check_container`] judges them afterwards, as they are. A policy that does not say so leaves them to the image.
+    pub fn allows_host_process(&mut self, id: &str, spec: &Value, image: &ImageSource) -> bool {
+        let image = VerifiedImage { digest: &image.digest, name: image.name.as_deref() };
+        self.policy.check(Rule::HostProcess, &create_input(id, spec, Some(image))).is_ok()
+    }
+
     /// Whether a container's processes may be written to by the host.
     pub fn allows_stdin(&mut self, id: &str) -> bool {
         let input = json!({ "container_id": id, "stdin": true });
@@ -312,6 +319,29 @@ mod tests {
         pod.check_container("c", &json!({}), Some(&image)).unwrap();
         let message = pod.check_container("c", &json!({}), None).unwrap_err().message;
         assert_eq!(message, "policy: CreateContainerRequest denied: image is null, allowed: \"sha256:00\"");
+    }
+
+    #[test]
+    fn only_a_policy_that_says_so_leaves_the_process_to_the_host() {
+        let image = ImageSource {
+            blobs: String::new(),
+            digest: "sha256:00".into(),
+            name: None,
+            signatures: Vec::new(),
+            simple_signatures: Vec::new(),
+        };
+        let spec = json!({ "process": { "args": ["sh"] } });
+        assert!(
+            !Confidential::with(None, Attesters::of(Sample)).unwrap().allows_host_process("c", &spec, &image)
+        );
+        for (rule, allowed) in [
+            ("CreateContainerRequest := true\n", false),
+            ("HostProcessRequest if input.image == \"sha256:00\"\n", true),
+            ("HostProcessRequest if input.image == \"sha256:11\"\n", false),
+        ] {
+            let mut pod = pod(&format!("package agent_policy\nimport rego.v1\n{rule}")).unwrap();
+            assert_eq!(pod.allows_host_process("c", &spec, &image), allowed, "{rule}");
+        }
     }
 
     #[test]

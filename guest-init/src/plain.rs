@@ -82,6 +82,11 @@ pub mod confidential {
             Ok(())
         }
 
+        /// There is no image whose process it could be.
+        pub fn allows_host_process(&mut self, _: &str, _: &Value, _: &ImageSource) -> bool {
+            false
+        }
+
         /// Always.
         pub fn allows_stdin(&mut self, _: &str) -> bool {
             true
@@ -207,7 +212,7 @@ pub mod image {
         ///
         /// # Errors
         /// None.
-        pub fn apply(self, _: &mut Value) -> Result<(), ImageError> {
+        pub fn apply(self, _: &mut Value, _: bool) -> Result<(), ImageError> {
             match self {}
         }
     }

@@ -40,14 +40,7 @@ pub fn generate(input: &Value, allowed: &Allowed) -> String {
     let mut fields = Vec::new();
     leaves("", input, &mut fields);
     fields.retain(|(name, _)| name != "container_id" && !allowed.free.contains(name));
-    let mut text = String::from(
-        "# Written by `coffer policy generate`: one container, to the field. The names are those of the denial.\n\
-         package agent_policy\n\nimport rego.v1\n\n",
-    );
-    for rule in HOSTS {
-        let _ = writeln!(text, "{rule} := true\n");
-    }
-    let _ = writeln!(text, "WriteStreamRequest := {}\n", allowed.stdin);
+    let mut text = preamble("one container, to the field", allowed);
     let _ = writeln!(text, "expected := {{");
     for (name, value) in &fields {
         let _ = writeln!(text, "\t{}: {},", json!(name), ordered(name, &value.to_string()));
@@ -60,6 +53,19 @@ pub fn generate(input: &Value, allowed: &Allowed) -> String {
     }
     let _ = writeln!(text, "}}\n\nexec := {}\n", json!(allowed.exec));
     text += RULES;
+    text
+}
+
+/// What every policy begins with.
+pub(super) fn preamble(what: &str, allowed: &Allowed) -> String {
+    let mut text = format!(
+        "# Written by `coffer policy generate`: {what}. The names are those of the denial.\n\
+         package agent_policy\n\nimport rego.v1\n\n",
+    );
+    for rule in HOSTS {
+        let _ = writeln!(text, "{rule} := true\n");
+    }
+    let _ = writeln!(text, "WriteStreamRequest := {}\n", allowed.stdin);
     text
 }
 

@@ -11,8 +11,10 @@
 mod engine;
 mod generate;
 mod input;
+mod pod;
 
 #[cfg(feature = "policy")]
 pub use engine::{Denied, Policy, PolicyError, Rule};
 pub use generate::{Allowed, generate};
 pub use input::{VerifiedImage, create_input, process_input};
+pub use pod::{PodContainer, PodMount, PodUser, generate_pod};

@@ -257,14 +257,26 @@ impl Unpacked {
         self.stop_signal.filter(|signal| *signal != signal::TERM && engines.is_none_or(|e| e == signal::TERM))
     }
 
-    /// Puts the image's root, program, environment, user and directory in place of the host's. Of the host's
-    /// environment only the terminal's name stays: the rest could change what a program does.
+    /// Puts the image's root, program, environment, user and directory in place of the host's. Of the host's environment only the
+    /// terminal's name stays: the rest could change what a program does. Where the owner left the process to the host
+    /// (`hosts_process`), all of it stays, and the image's variables are those that the host does not set.
     ///
     /// # Errors
     /// [`ImageError`] when the user is not one of the image.
-    pub fn apply(self, spec: &mut Value) -> Result<(), ImageError> {
+    pub fn apply(self, spec: &mut Value, hosts_process: bool) -> Result<(), ImageError> {
         let root: OwnedFd =
             fs::File::open(&self.root).map_err(|e| ImageError::System("open the tree", e))?.into();
+        if hosts_process {
+            make_in(&root, spec["process"]["cwd"].as_str().unwrap_or("/"))?;
+            let hosts = spec["process"]["env"].as_array().cloned().unwrap_or_default();
+            let name = |pair: &str| pair.split('=').next().unwrap_or_default().to_owned();
+            let set: Vec<String> = hosts.iter().filter_map(Value::as_str).map(name).collect();
+            let images =
+                self.process.env.into_iter().filter(|pair| !set.contains(&name(pair))).map(Value::from);
+            spec["process"]["env"] = images.chain(hosts).collect();
+            spec["root"]["path"] = self.root.to_string_lossy().into();
+            return Ok(());
+        }
         let user = user::resolve(&root, &self.process.user)?;
         make_in(&root, &self.process.cwd)?;
         let host_env = spec["process"]["env"].as_array().into_iter().flatten().filter_map(Value::as_str);
@@ -324,22 +336,32 @@ mod tests {
     }
 
     #[test]
-    fn the_host_has_no_say_in_the_process() {
+    fn the_host_has_no_say_in_the_process_unless_the_owner_left_it_to_him() {
         let dir = tempfile::tempdir().unwrap();
         let process = Process {
             args: vec!["/bin/app".into()],
-            env: vec!["PATH=/bin".into()],
+            env: vec!["PATH=/bin".into(), "B=2".into()],
             cwd: "/srv/data".into(),
             user: "7:8".into(),
             stop_signal: None,
         };
         let mut spec = json!({"root": {"path": "/host"}, "process": {"terminal": true, "cwd": "/", "args": ["sh"],
             "env": ["LD_PRELOAD=/evil", "TERM=xterm", "TERM=x\ny"], "user": {"uid": 0, "gid": 0, "umask": 18}}});
-        Unpacked { root: dir.path().to_owned(), process, stop_signal: None }.apply(&mut spec).unwrap();
+        let unpacked =
+            || Unpacked { root: dir.path().to_owned(), process: process.clone(), stop_signal: None };
+        let mut left = spec.clone();
+        left["process"]["cwd"] = json!("/work");
+        left["process"]["env"] = json!(["PATH=/host", "A=1"]);
+        let mut wanted = left["process"].clone();
+        unpacked().apply(&mut left, true).unwrap();
+        wanted["env"] = json!(["B=2", "PATH=/host", "A=1"]);
+        assert_eq!(left, json!({"root": {"path": dir.path()}, "process": wanted}));
+        assert!(dir.path().join("work").is_dir());
+        unpacked().apply(&mut spec, false).unwrap();
         assert_eq!(
             spec,
             json!({"root": {"path": dir.path()}, "process": {"terminal": true, "cwd": "/srv/data",
-                "args": ["/bin/app"], "env": ["PATH=/bin", "TERM=xterm"],
+                "args": ["/bin/app"], "env": ["PATH=/bin", "B=2", "TERM=xterm"],
                 "user": {"uid": 7, "gid": 8, "additionalGids": [], "umask": 18}}})
         );
         assert!(dir.path().join("srv/data").is_dir());

@@ -69,7 +69,8 @@ impl Server {
         if let Some(source) = &image {
             let unpacked = self.images.unpack(&id, source).map_err(|e| image_error(&e))?;
             stop_signal = unpacked.stop_signal(&spec);
-            unpacked.apply(&mut spec).map_err(|e| image_error(&e))?;
+            let hosts_process = self.confidential()?.allows_host_process(&id, &spec, source);
+            unpacked.apply(&mut spec, hosts_process).map_err(|e| image_error(&e))?;
         }
         let confidential = self.confidential()?;
         confidential.check_container(&id, &spec, image.as_ref())?;

@@ -1,16 +1,23 @@
-//! `coffer policy generate`: the owner's policy for one container.
+//! `coffer policy generate`: the owner's policy for one container, or for a pod.
 //!
 //! Owns: getting the configuration that an engine would give to the runtime, and putting it into the form in which the guest
 //! will ask. The policy's text is coffer-attestation's. Does not own: the rest of initdata.
 
+mod fields;
+mod pod;
+
 use std::{
     fs,
+    io::Read,
     os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
     process::Command,
 };
 
-use coffer_attestation::policy::{Allowed, VerifiedImage, create_input, generate};
+use coffer_attestation::{
+    policy::{Allowed, VerifiedImage, create_input, generate, generate_pod},
+    yaml::{self, YamlError},
+};
 use coffer_layers::{
     config::{ConfigError, Process},
     image::{Image, ImageError, Trust},
@@ -31,6 +38,11 @@ coffer policy: what the host may do with an attested pod
                               container's configuration, nothing runs (write neither -d nor --rm)
   coffer policy generate [--exec 'WORDS']... [--stdin] --config CONFIG.json
                               the same for a bundle's configuration
+  coffer policy generate [--exec 'WORDS']... [--stdin] [--image NAME=LAYOUT@sha256:…]... [--sandbox LAYOUT@sha256:…]
+                         --pod MANIFEST.yaml
+                              policy.rego for the containers of a Kubernetes pod, or of what has a pod's template;
+                              - is stdin. NAME is an image as the manifest has it, its default the annotation
+                              io.coffer.image; --sandbox is the engine's own container, which is not admitted without
 
 The image is the one of the annotation io.coffer.image, which must be readable here. --exec allows a command line, to the
 word; --stdin allows the host to write to the container.";
@@ -49,6 +61,12 @@ pub enum Error {
     /// A file.
     #[error("policy: {0}: {1}")]
     File(PathBuf, std::io::Error),
+    /// The manifest is not read.
+    #[error("policy: {0}: {1}")]
+    Yaml(PathBuf, YamlError),
+    /// The manifest's pod.
+    #[error(transparent)]
+    Field(#[from] fields::FieldError),
     /// podman refused.
     #[error("policy: podman: {0}")]
     Podman(String),
@@ -95,13 +113,26 @@ pub fn run(words: &[String]) -> Result<(), Error> {
 
 fn generate_policy(words: &[String]) -> Result<(), Error> {
     let mut allowed = Allowed::default();
+    let (mut images, mut sandbox) = (Vec::new(), None);
     let mut words = words.iter();
     let (config, shared_kib) = loop {
-        let word = words.next().ok_or_else(|| Error::Usage("podman run … or --config is missing".into()))?;
+        let word =
+            words.next().ok_or_else(|| Error::Usage("podman run …, --config or --pod is missing".into()))?;
         let mut value = || words.next().ok_or_else(|| Error::Usage(format!("{word} wants a value")));
         match word.as_str() {
             "--stdin" => allowed.stdin = true,
             "--exec" => allowed.exec.push(value()?.split_whitespace().map(str::to_owned).collect()),
+            "--image" => {
+                let wrong = || Error::Usage("--image NAME=LAYOUT@sha256:…".into());
+                let (name, layout) = value()?.split_once('=').ok_or_else(wrong)?;
+                images.push((name.to_owned(), layout.to_owned()));
+            }
+            "--sandbox" => sandbox = Some(value()?.clone()),
+            "--pod" => {
+                let text = read_manifest(value()?)?;
+                print!("{}", pod_policy(&text, &images, sandbox.as_deref(), allowed)?);
+                return Ok(());
+            }
             "--config" => {
                 let path = value()?;
                 break (fs::read(path).map_err(|e| Error::File(path.into(), e))?, SHARED_KIB);
@@ -128,6 +159,57 @@ fn generate_policy(words: &[String]) -> Result<(), Error> {
         VerifiedImage { digest: &digest, name: config_value["annotations"]["io.coffer.image.name"].as_str() };
     print!("{}", generate(&create_input("container", &spec, Some(verified)), &allowed));
     Ok(())
+}
+
+/// A manifest's text, no longer than one that is read.
+fn read_manifest(path: &str) -> Result<(PathBuf, String), Error> {
+    let failed = |e| Error::File(path.into(), e);
+    let file: Box<dyn Read> = if path == "-" {
+        Box::new(std::io::stdin())
+    } else {
+        Box::new(fs::File::open(path).map_err(failed)?)
+    };
+    let mut text = String::new();
+    file.take(yaml::MOST_BYTES as u64 + 1).read_to_string(&mut text).map_err(failed)?;
+    Ok((path.into(), text))
+}
+
+fn pod_policy(
+    (path, text): &(PathBuf, String),
+    images: &[(String, String)],
+    sandbox: Option<&str>,
+    mut allowed: Allowed,
+) -> Result<String, Error> {
+    let documents = yaml::read(text).map_err(|e| Error::Yaml(path.clone(), e))?;
+    let (place, manifest) = pod::find(&documents)?;
+    let annotation = manifest.pointer("/metadata/annotations/io.coffer.image").and_then(Value::as_str);
+    let known = |name: &str| {
+        let given = images.iter().find(|(given, _)| given == name).map(|(_, layout)| layout.as_str());
+        let layout = given
+            .or(annotation)
+            .ok_or_else(|| format!("which it is, is not said: --image {name}=LAYOUT@sha256:…"))?;
+        let known = load(layout).map_err(|e| e.to_string())?;
+        match name.split_once('@') {
+            Some((_, digest)) if digest != known.digest => {
+                Err(format!("{name:?}: {layout} has another digest"))
+            }
+            _ => Ok(known),
+        }
+    };
+    let mut pod = pod::read(&place, manifest, &known)?;
+    if let Some(layout) = sandbox {
+        pod.containers.push(pod::sandbox(&load(layout)?)?);
+    }
+    allowed.exec.extend(pod.exec);
+    Ok(generate_pod(&pod.containers, &allowed))
+}
+
+/// An image of a layout, by its digest.
+fn load(name: &str) -> Result<pod::Known, Error> {
+    let reference: Reference = name.parse()?;
+    let digest = reference.digest.ok_or(Error::NoImage)?;
+    let image = Image::load(&Layout::open(&reference.path)?, &digest, Trust::Pinned)?;
+    Ok(pod::Known { digest: digest.to_string(), config: image.config })
 }
 
 /// What init makes of a configuration before it asks the policy.
@@ -233,7 +315,7 @@ mod tests {
     fn what_is_missing_is_said() {
         let words = |line: &str| line.split_whitespace().map(str::to_owned).collect::<Vec<_>>();
         let message = |line: &str| run(&words(line)).unwrap_err().to_string();
-        assert!(message("generate").contains("--config is missing"));
+        assert!(message("generate").contains("--config or --pod is missing"));
         assert!(message("generate podman ps").contains("only `podman … run`"));
         let dir = tempfile::tempdir().unwrap();
         let config = dir.path().join("config.json");

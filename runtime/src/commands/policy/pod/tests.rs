@@ -1,0 +1,301 @@
+//! A manifest's policy before the engine that the guest has, asked what containerd and podman ask.
+
+use coffer_attestation::{
+    policy::{Allowed, Policy, Rule, VerifiedImage, create_input, generate_pod, process_input},
+    yaml,
+};
+
+use super::*;
+
+const KUBECTL: &str = include_str!("../../../../../attestation/testdata/yaml/kubectl.yaml");
+const PODMAN: &str = include_str!("../../../../../attestation/testdata/yaml/podman.yaml");
+
+fn known(run: Value) -> Known {
+    let config = json!({"architecture": coffer_layers::manifest::architecture(), "os": "linux", "config": run,
+        "rootfs": {"type": "layers", "diff_ids": []}});
+    Known {
+        digest: "sha256:00".into(),
+        config: ImageConfig::parse(config.to_string().as_bytes(), 0).unwrap(),
+    }
+}
+
+fn images(name: &str) -> Result<Known, String> {
+    let tools = Known { digest: "sha256:11".into(), ..known(json!({"Cmd": ["sh"]})) };
+    let app = known(
+        json!({"Entrypoint": ["/bin/app"], "Cmd": ["serve"], "Env": ["PATH=/bin", "LOG=debug"], "WorkingDir": "/srv", "User": "7:8"}),
+    );
+    Ok(if name.contains("tools") { tools } else { app })
+}
+
+fn pod(text: &str) -> Result<Pod, FieldError> {
+    let documents = yaml::read(text).unwrap();
+    let (path, pod) = find(&documents)?;
+    read(&path, pod, &images)
+}
+
+fn policy(pod: &Pod) -> Policy {
+    let allowed = Allowed { exec: pod.exec.clone(), ..Allowed::default() };
+    Policy::parse(&generate_pod(&pod.containers, &allowed)).unwrap()
+}
+
+/// The first container of `kubectl.yaml`, as containerd's CRI plugin configures it.
+fn containerd() -> Value {
+    let kernel = |place: &str, kind: &str| json!({"destination": place, "type": kind, "source": kind, "options": ["nosuid"]});
+    let bind = |place: &str, option: &str| json!({"destination": place, "type": "bind", "source": "/x", "options": ["rbind", "rprivate", option]});
+    json!({
+        "process": {
+            "user": {"uid": 1000, "gid": 1000, "additionalGids": [1000]},
+            "args": ["/bin/ledger", "--config=/etc/ledger/config.toml", "-v"],
+            "env": ["PATH=/bin", "HOSTNAME=ledger", "LOG=info", "DEBUG=yes", "EMPTY=", "MESSAGE=quoted: 'twice'",
+                "KUBERNETES_SERVICE_HOST=10.96.0.1", "KUBERNETES_PORT_443_TCP=tcp://10.96.0.1:443", "WEB_SERVICE_PORT_HTTP=80"],
+            "cwd": "/srv", "noNewPrivileges": true,
+            "capabilities": {"bounding": [], "effective": [], "permitted": []}
+        },
+        "root": {"path": "rootfs", "readonly": true},
+        "mounts": [kernel("/proc", "proc"), kernel("/dev", "tmpfs"), kernel("/dev/pts", "devpts"), kernel("/dev/mqueue", "mqueue"),
+            kernel("/sys", "sysfs"), kernel("/sys/fs/cgroup", "cgroup"), bind("/etc/ledger", "ro"), bind("/var/lib/ledger", "rw"),
+            bind("/var/run/secrets/kubernetes.io/serviceaccount", "ro"), bind("/etc/hosts", "rw"), bind("/dev/termination-log", "rw"),
+            bind("/etc/hostname", "rw"), bind("/etc/resolv.conf", "rw"), kernel("/dev/shm", "tmpfs")],
+        "linux": {
+            "namespaces": [{"type": "pid"}, {"type": "ipc"}, {"type": "uts"}, {"type": "mount"}, {"type": "network"}, {"type": "cgroup"}],
+            "seccomp": {"defaultAction": "SCMP_ACT_ERRNO"},
+            "maskedPaths": ["/proc/asound", "/proc/acpi", "/proc/kcore", "/proc/keys", "/proc/latency_stats", "/proc/timer_list",
+                "/proc/timer_stats", "/proc/sched_debug", "/proc/scsi", "/sys/firmware"],
+            "readonlyPaths": ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"],
+        }
+    })
+}
+
+fn ask(policy: &mut Policy, spec: &Value, digest: &str) -> Result<(), String> {
+    let input = create_input("any", spec, Some(VerifiedImage { digest, name: None }));
+    policy.check(Rule::CreateContainer, &input).map_err(|denied| denied.reason)
+}
+
+#[test]
+fn a_pod_of_kubectls_is_admitted_and_nothing_else() {
+    let mut policy = policy(&pod(KUBECTL).unwrap());
+    ask(&mut policy, &containerd(), "sha256:00").unwrap();
+    for (pointer, value, words) in [
+        ("/process/args/0", json!("/bin/sh"), "OCI.Process.Args is [\"/bin/sh\""),
+        ("/process/args", json!([]), "OCI.Process.Args is []"),
+        ("/process/env/2", json!("LOG=debug"), "OCI.Process.Env is "),
+        ("/process/env/2", json!("LD_PRELOAD=/etc/ledger/x.so"), "OCI.Process.Env is "),
+        ("/process/env/6", json!("LOG=info"), "OCI.Process.Env is "),
+        ("/process/env/6", json!("LOG=other"), "OCI.Process.Env is "),
+        ("/process/env/6", json!("KUBERNETES_SERVICE_HOST=$(evil)"), "OCI.Process.Env is "),
+        ("/process/env/6", json!(["x"]), "OCI.Process.Env is "),
+        ("/process/env/1", json!("HOSTNAME=a\nb"), "OCI.Process.Env is "),
+        ("/process/cwd", json!("/"), "OCI.Process.Cwd is \"/\", allowed: \"/srv\""),
+        ("/process/user/uid", json!(0), "OCI.Process.User is "),
+        ("/process/user/gid", json!(0), "OCI.Process.User is "),
+        ("/process/user/additionalGids", json!([1000, 0]), "OCI.Process.User is "),
+        ("/process/noNewPrivileges", json!(false), "OCI.Process.NoNewPrivileges is false, allowed: true"),
+        ("/process/capabilities/bounding", json!(["CAP_CHOWN"]), "OCI.Process.Capabilities is "),
+        ("/process/capabilities/ambient", json!(["CAP_SYS_ADMIN"]), "OCI.Process.Capabilities is "),
+        ("/process/terminal", json!(true), "OCI.Process.Terminal is true"),
+        ("/root/readonly", json!(false), "OCI.Root.Readonly is false, allowed: true"),
+        ("/mounts/6/options/2", json!("rw"), "OCI.Mounts is [{\"destination\":\"/etc/ledger\""),
+        ("/mounts/6/destination", json!("/bin"), "OCI.Mounts is [{\"destination\":\"/bin\""),
+        ("/mounts/6/destination", json!("/etc/hosts"), "OCI.Mounts is "),
+        ("/mounts/6", json!({"destination": "/srv", "type": "tmpfs", "source": "tmpfs"}), "OCI.Mounts is "),
+        ("/mounts/6/type", json!("overlay"), "OCI.Mounts is "),
+        ("/mounts/0/type", json!("tmpfs"), "OCI.Mounts is [{\"destination\":\"/proc\""),
+        ("/mounts/0/options/0", json!("bind"), "OCI.Mounts is [{\"destination\":\"/proc\""),
+        ("/linux/namespaces/0/type", json!("ipc"), "OCI.Linux.Namespaces is "),
+        ("/linux/seccomp", json!(null), "OCI.Linux.Seccomp is false"),
+        ("/linux/maskedPaths", json!([]), "OCI.Linux.MaskedPaths is []"),
+        ("/linux/readonlyPaths", json!([]), "OCI.Linux.ReadonlyPaths is []"),
+        ("/linux/sysctl", json!({"kernel.core_pattern": "|/x"}), "OCI.Linux.Sysctl is "),
+        (
+            "/linux/devices",
+            json!([{"path": "/dev/x", "type": "c", "major": 1, "minor": 3}]),
+            "OCI.Linux.Devices is ",
+        ),
+    ] {
+        let mut changed = containerd();
+        match changed.pointer_mut(pointer) {
+            Some(there) => *there = value.clone(),
+            None => {
+                let (parent, name) = pointer.rsplit_once('/').unwrap();
+                changed.pointer_mut(parent).unwrap()[name] = value.clone();
+            }
+        }
+        let said = ask(&mut policy, &changed, "sha256:00").expect_err(&format!("{pointer} {value}"));
+        assert!(said.contains(words), "{pointer} {value}: {said}");
+    }
+    // What is left out is another container too.
+    for pointer in [
+        "/process/args",
+        "/process/env",
+        "/process/cwd",
+        "/process/user",
+        "/mounts",
+        "/linux/namespaces",
+        "/linux/maskedPaths",
+        "/root",
+    ] {
+        let mut changed = containerd();
+        let (parent, name) = pointer.rsplit_once('/').unwrap();
+        changed.pointer_mut(parent).unwrap().as_object_mut().unwrap().remove(name);
+        ask(&mut policy, &changed, "sha256:00").expect_err(pointer);
+    }
+    let mut without = containerd();
+    without["mounts"].as_array_mut().unwrap().remove(7);
+    assert!(ask(&mut policy, &without, "sha256:00").unwrap_err().contains("OCI.Mounts"));
+    let said = ask(&mut policy, &containerd(), "sha256:22").unwrap_err();
+    assert_eq!(said, "image is \"sha256:22\", allowed: [\"sha256:11\",\"sha256:00\"]");
+    let host = create_input("any", &containerd(), None);
+    assert!(
+        policy.check(Rule::CreateContainer, &host).is_err()
+            && policy.check(Rule::HostProcess, &host).is_err()
+    );
+    // The init container's image with the other's program.
+    ask(&mut policy, &containerd(), "sha256:11").unwrap_err();
+    let verified =
+        create_input("any", &containerd(), Some(VerifiedImage { digest: "sha256:00", name: None }));
+    policy.check(Rule::HostProcess, &verified).unwrap();
+    policy.check(Rule::ExecProcess, &process_input("any", "e", &json!({"args": ["sh"]}))).unwrap_err();
+}
+
+#[test]
+fn a_pod_of_podmans_is_admitted() {
+    let pod = pod(PODMAN).unwrap();
+    let container = &pod.containers[0];
+    assert_eq!(container.args[..2], ["/bin/app", "--listen"]);
+    assert_eq!(container.env["MULTI"], "two\nlines");
+    assert_eq!(container.cwd, "/srv");
+    assert_eq!(container.user, Some(PodUser { uid: 1000, gid: 1000, groups: vec![1000] }));
+    assert!(
+        container.capabilities.contains(&"CAP_NET_ADMIN".into())
+            && !container.capabilities.contains(&"CAP_CHOWN".into())
+    );
+    assert_eq!((container.mounts["/data"].writable, container.mounts["/tmp"].writable), (false, true));
+    assert!(
+        !container.service_account && !container.service_links && container.read_only && !container.seccomp
+    );
+    let mut policy = policy(&pod);
+    // As podman 4.3 configured another container, with this one's words.
+    let mut spec: Value =
+        serde_json::from_str(include_str!("../../../../../attestation/testdata/podman/spec.json")).unwrap();
+    let env: Vec<String> = container.env.iter().map(|(name, value)| format!("{name}={value}")).collect();
+    spec["process"]["args"] = json!(container.args);
+    spec["process"]["env"] = env
+        .into_iter()
+        .chain(["TERM=xterm", "container=podman", "HOME=/", "HOSTNAME=web-pod"].map(str::to_owned))
+        .collect();
+    spec["process"]["cwd"] = json!("/srv");
+    spec["process"]["user"] = json!({"uid": 1000, "gid": 1000, "umask": 18, "additionalGids": [1000]});
+    spec["mounts"].as_array_mut().unwrap().retain(|mount| mount["destination"] != "/scratch");
+    for mount in spec["mounts"].as_array_mut().unwrap() {
+        if ["/etc/passwd", "/etc/group"].iter().any(|place| mount["destination"] == *place) {
+            // podman mounts these for a user that the image does not know. They would be the host's words.
+            mount["destination"] = json!("/run/.containerenv");
+        }
+    }
+    let mounts = spec["mounts"].as_array_mut().unwrap();
+    let last = mounts.iter().rposition(|mount| mount["destination"] == "/run/.containerenv").unwrap();
+    mounts.remove(last);
+    ask(&mut policy, &spec, "sha256:00").unwrap();
+    spec["process"]["env"][0] = json!("A=2");
+    ask(&mut policy, &spec, "sha256:00").unwrap_err();
+}
+
+/// A pod with one container that has these lines, and its specification those.
+fn small(container: &str, spec: &str) -> Result<Pod, FieldError> {
+    let indented = |text: &str, by: usize| {
+        text.lines().map(|line| format!("{}{line}\n", " ".repeat(by))).collect::<String>()
+    };
+    let text = format!(
+        "kind: Pod\nspec:\n{}  containers:\n  - name: app\n    image: app\n{}",
+        indented(spec, 2),
+        indented(container, 4)
+    );
+    pod(&text)
+}
+
+#[test]
+fn program_and_user_are_the_images_where_the_manifest_says_nothing() {
+    let one = |container: &str| small(container, "").unwrap().containers.remove(0);
+    let plain = one("");
+    assert_eq!((&plain.args[..], plain.cwd.as_str()), (&["/bin/app".to_owned(), "serve".into()][..], "/srv"));
+    assert_eq!(plain.user, Some(PodUser { uid: 7, gid: 8, groups: vec![8] }));
+    assert_eq!(plain.env, BTreeMap::from([("PATH".into(), "/bin".into()), ("LOG".into(), "debug".into())]));
+    assert_eq!(one("args: [a]").args, ["/bin/app", "a"]);
+    assert_eq!(one("command: [/b]").args, ["/b"]);
+    assert_eq!(
+        one("securityContext: {runAsUser: 0}").user,
+        Some(PodUser { uid: 0, gid: 0, groups: vec![0] })
+    );
+    assert_eq!(
+        one("securityContext: {capabilities: {drop: [ALL], add: [CAP_KILL, KILL, CHOWN]}}").capabilities,
+        ["CAP_CHOWN", "CAP_KILL"]
+    );
+    let pod = small(
+        "livenessProbe: {exec: {command: [test, -e, /x]}}\nreadinessProbe: {httpGet: {port: 80}}",
+        "securityContext: {fsGroup: 5}",
+    )
+    .unwrap();
+    assert_eq!(
+        (pod.exec, &pod.containers[0].user.as_ref().unwrap().groups),
+        (vec![vec!["test".to_owned(), "-e".into(), "/x".into()]], &vec![8, 5])
+    );
+    let template = "kind: Deployment\nspec: {template: {spec: {shareProcessNamespace: true, containers: [{name: a, image: a}]}}}";
+    assert_eq!(super::tests::pod(template).unwrap().containers[0].namespaces, ["mount"]);
+}
+
+#[test]
+fn what_no_policy_can_promise_is_refused_by_its_path() {
+    for (container, spec, words) in [
+        ("", "hostNetwork: true", "spec.hostNetwork: a VM has nothing of the host's"),
+        ("", "hostPID: true", "spec.hostPID"),
+        ("", "frobnicate: 1", "spec.frobnicate: it is not known here"),
+        ("frobnicate: 1", "", "spec.containers[0].frobnicate: it is not known here"),
+        ("securityContext: {privileged: true}", "", "spec.containers[0].securityContext.privileged"),
+        ("securityContext: {capabilities: {add: [ALL]}}", "", "capabilities.add: ALL is no list"),
+        (
+            "securityContext: {seccompProfile: {type: Localhost, localhostProfile: a}}",
+            "",
+            "seccompProfile: a profile of the host's",
+        ),
+        ("securityContext: {procMount: Unmasked}", "", "procMount"),
+        ("securityContext: {runAsUser: 5}", "", "runAsGroup is missing"),
+        (
+            "securityContext: {runAsUser: 0}",
+            "securityContext: {runAsNonRoot: true}",
+            "runAsNonRoot, but it runs as 0",
+        ),
+        (
+            "env: [{name: A, valueFrom: {secretKeyRef: {name: a, key: b}}}]",
+            "",
+            "spec.containers[0].env[0].valueFrom: the host would choose",
+        ),
+        ("env: [{name: A, value: $(B)}]", "", "env[0].value: the kubelet replaces"),
+        ("env: [{name: A, value: 1}]", "", "env[0].value: it has to be text: put it into quotes"),
+        ("envFrom: [{configMapRef: {name: a}}]", "", "envFrom: the host would choose"),
+        ("args: [$(A)]", "", "args: \"$(A)\": the kubelet replaces"),
+        ("volumeMounts: [{name: a, mountPath: /a}]", "", "volumeMounts[0].name: spec.volumes has no \"a\""),
+        (
+            "volumeMounts: [{name: a, mountPath: a}]",
+            "volumes: [{name: a, emptyDir: {}}]",
+            "mountPath: it has to be an absolute path",
+        ),
+        ("volumeMounts: [{name: a, mountPath: /a/../b}]", "volumes: [{name: a, emptyDir: {}}]", "mountPath"),
+        (
+            "volumeMounts: [{name: a, mountPath: /a, mountPropagation: Bidirectional}]",
+            "volumes: [{name: a}]",
+            "mountPropagation",
+        ),
+        ("volumeDevices: [{name: a, devicePath: /dev/a}]", "", "volumeDevices"),
+        ("", "ephemeralContainers: [{name: a}]", "ephemeralContainers"),
+    ] {
+        let said = small(container, spec).unwrap_err().to_string();
+        assert!(said.starts_with("policy: spec.") && said.contains(words), "{said}");
+    }
+    assert!(pod("kind: Service").unwrap_err().to_string().contains("neither a Pod"));
+    let two = "kind: Pod\n---\nkind: Pod\n";
+    assert!(pod(two).unwrap_err().to_string().contains("more than one pod"));
+    let named = |_: &str| Ok(known(json!({"Cmd": ["a"], "User": "app"})));
+    let documents = yaml::read("kind: Pod\nspec: {containers: [{name: a, image: a}]}").unwrap();
+    let said = read("", &documents[0], &named).unwrap_err().to_string();
+    assert!(said.contains("the image's user is \"app\""), "{said}");
+}
