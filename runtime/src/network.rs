@@ -8,7 +8,10 @@
 use std::{
     fs::{self, File},
     io,
-    os::fd::{AsRawFd, OwnedFd},
+    os::{
+        fd::{AsRawFd, OwnedFd},
+        unix::fs::MetadataExt,
+    },
     path::Path,
     process::Command,
 };
@@ -156,6 +159,12 @@ pub(crate) fn open_tap(name: &str) -> io::Result<OwnedFd> {
         return Err(io::Error::last_os_error());
     }
     Ok(file.into())
+}
+
+/// Whether a network namespace is the one that this process, and so the host's or its caller's network, is in.
+pub fn is_own(namespace: &Path) -> bool {
+    let number = |path: &Path| fs::metadata(path).ok().map(|meta| (meta.dev(), meta.ino()));
+    number(namespace).is_some_and(|given| number(Path::new("/proc/self/ns/net")) == Some(given))
 }
 
 /// Runs something in another network namespace; afterwards this process, which has one thread, is back in its own.

@@ -72,17 +72,27 @@ pub struct Plan {
     pub notify: Option<Notify>,
 }
 
+/// Reads `config.json`, without what nobody knows: both of these, for what the types leave out.
+///
+/// # Errors
+/// [`Error::Bundle`], with the parser's words.
+pub fn read(config: &[u8]) -> Result<(Value, Spec), Error> {
+    let wrong = |e: serde_json::Error| Error::Bundle(format!("config.json: {e}"));
+    let mut value: Value = serde_json::from_slice(config).map_err(wrong)?;
+    if let Some(process) = value.get_mut("process") {
+        support::known_capabilities(process);
+    }
+    let spec = serde_json::from_value(value.clone()).map_err(wrong)?;
+    Ok((value, spec))
+}
+
 /// Reads `config.json` and plans.
 ///
 /// # Errors
 /// [`Error::Bundle`], naming the field.
 pub fn plan(bundle: &Path, id: &str, config: &[u8]) -> Result<Plan, Error> {
     let wrong = |message: String| Error::Bundle(message);
-    let mut value: Value = serde_json::from_slice(config).map_err(|e| wrong(format!("config.json: {e}")))?;
-    if let Some(process) = value.get_mut("process") {
-        support::known_capabilities(process);
-    }
-    let spec: Spec = serde_json::from_value(value.clone()).map_err(|e| wrong(format!("config.json: {e}")))?;
+    let (mut value, spec) = read(config)?;
     support::check(&spec, &value)?;
     let root = spec
         .root()

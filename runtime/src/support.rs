@@ -28,9 +28,7 @@ pub fn check(spec: &Spec, value: &Value) -> Result<(), Error> {
     vm(value)?;
     let Some(linux) = spec.linux() else { return Ok(()) };
     namespaces(spec)?;
-    if linux.sysctl().iter().flatten().any(|(name, _)| name.replace('/', ".") == "kernel.hostname") {
-        return Err(wrong("linux.sysctl", "kernel.hostname is the field hostname's to set"));
-    }
+    sysctls(spec)?;
     if linux.time_offsets().as_ref().is_some_and(|o| !o.is_empty()) {
         return Err(wrong("linux.timeOffsets", "a VM's clocks are the guest's own: run without it"));
     }
@@ -59,6 +57,30 @@ pub fn check(spec: &Spec, value: &Value) -> Result<(), Error> {
     }
     linux.resources().as_ref().map_or(Ok(()), |r| resources(r, "config.json: linux.resources"))
 }
+
+/// What fields of their own set, and what is the VM's and not the container's: runc and crun refuse the same.
+fn sysctls(spec: &Spec) -> Result<(), Error> {
+    let Some(linux) = spec.linux() else { return Ok(()) };
+    let has_ipc =
+        linux.namespaces().iter().flatten().any(|namespace| namespace.typ() == LinuxNamespaceType::Ipc);
+    for (name, value) in linux.sysctl().iter().flatten() {
+        let why = match name.replace('/', ".").as_str() {
+            "kernel.hostname" => "is the field hostname's to set",
+            "kernel.domainname" if spec.domainname().as_ref().is_some_and(|field| field != value) => {
+                "is not what the field domainname says"
+            }
+            plain if !has_ipc && IPC_SYSCTLS.iter().any(|ipc| plain.starts_with(ipc)) => {
+                "is of an IPC namespace, and the container has none of its own"
+            }
+            _ => continue,
+        };
+        return Err(wrong("linux.sysctl", &format!("{name} {why}")));
+    }
+    Ok(())
+}
+
+/// Beginnings of the names that an IPC namespace has its own values for (ipc_namespaces(7)).
+const IPC_SYSCTLS: [&str; 4] = ["kernel.msg", "kernel.sem", "kernel.shm", "fs.mqueue."];
 
 /// `MAJOR.MINOR.PATCH` of version 1, with or without more after a `-` or `+`.
 fn version(text: &str) -> Result<(), Error> {
@@ -252,6 +274,8 @@ mod tests {
             ("/linux/namespaces", json!([{ "type": "pid" }, { "type": "pid" }]), "linux.namespaces: pid"),
             ("/linux/namespaces", json!([{ "type": "mount", "path": "/x" }]), "linux.namespaces: mount"),
             ("/linux/sysctl", json!({ "kernel.hostname": "x" }), "linux.sysctl"),
+            ("/linux/sysctl", json!({ "kernel.msgmax": "8192" }), "kernel.msgmax is of an IPC namespace"),
+            ("/linux/sysctl", json!({ "fs/mqueue/queues_max": "9" }), "fs/mqueue/queues_max is of an IPC"),
             ("/linux/netDevices", json!({ "eth0": { "name": "eth1" } }), "linux.netDevices"),
             ("/linux/seccomp", json!({ "defaultAction": "SCMP_ACT_NOTIFY" }), "linux.seccomp"),
             (
@@ -302,6 +326,19 @@ mod tests {
         let mut none = json!({});
         known_capabilities(&mut none);
         assert_eq!(none, json!({}));
+    }
+
+    #[test]
+    fn a_domain_name_is_said_once_or_twice_the_same() {
+        let of = |field: &str, sysctl: &str| {
+            let value = json!({
+                "ociVersion": "1.0.2", "domainname": field,
+                "linux": { "sysctl": { "kernel.domainname": sysctl }, "namespaces": [{ "type": "uts" }] }
+            });
+            check(&serde_json::from_value(value.clone()).unwrap(), &value)
+        };
+        of("same", "same").unwrap();
+        assert!(of("one", "other").unwrap_err().to_string().contains("kernel.domainname"));
     }
 
     #[test]

@@ -3,6 +3,7 @@
 //! Owns: the order: namespaces, mounts, terminal, limits, identity, filter, program. Never returns.
 
 use std::{
+    collections::HashSet,
     convert::Infallible,
     ffi::CString,
     fs,
@@ -166,10 +167,8 @@ fn become_program(
     let argument =
         |text: &String| CString::new(text.as_bytes()).map_err(|e| ContainerError::guest("argument", e));
     let args = process.args().iter().flatten().map(argument).collect::<Result<Vec<_>, _>>()?;
-    let mut env = process.env().iter().flatten().map(argument).collect::<Result<Vec<_>, _>>()?;
-    if !process.env().iter().flatten().any(|e| e.starts_with("HOME=")) {
-        env.push(argument(&format!("HOME={}", security::home(process.user().uid())))?);
-    }
+    let pairs = environment(process, || security::home(process.user().uid()));
+    let env = pairs.iter().map(argument).collect::<Result<Vec<_>, _>>()?;
     reset_signals();
     let path = CString::new(std::os::unix::ffi::OsStrExt::as_bytes(program.as_os_str()))
         .map_err(|e| ContainerError::guest("program", e))?;
@@ -263,6 +262,20 @@ pub(crate) fn set_window(terminal: &impl AsRawFd, size: WindowSize) {
     unsafe { libc::ioctl(terminal.as_raw_fd(), libc::TIOCSWINSZ, &raw const size) };
 }
 
+/// The environment of a program, with HOME. Of a name that is there twice the last counts, as with runc and crun: most programs take
+/// the first that they find, and what a caller adds (`exec --env`) comes last.
+fn environment(process: &Process, home: impl FnOnce() -> String) -> Vec<String> {
+    let name = |pair: &str| pair.split('=').next().unwrap_or_default().to_owned();
+    let mut seen = HashSet::new();
+    let mut pairs: Vec<String> =
+        process.env().iter().flatten().rev().filter(|pair| seen.insert(name(pair))).cloned().collect();
+    pairs.reverse();
+    if !seen.contains("HOME") {
+        pairs.push(format!("HOME={}", home()));
+    }
+    pairs
+}
+
 /// The program's path, found as execvp would, inside the container.
 fn resolve(process: &Process) -> Result<PathBuf, ContainerError> {
     let name = process.args().as_ref().and_then(|a| a.first()).cloned().unwrap_or_default();
@@ -283,8 +296,8 @@ fn resolve(process: &Process) -> Result<PathBuf, ContainerError> {
             }
         };
     }
-    let path =
-        process.env().iter().flatten().find_map(|e| e.strip_prefix("PATH=")).unwrap_or("/bin:/usr/bin");
+    let pairs = process.env().iter().flatten();
+    let path = pairs.rev().find_map(|e| e.strip_prefix("PATH=")).unwrap_or("/bin:/usr/bin");
     let mut denied = false;
     for directory in path.split(':') {
         let candidate = Path::new(if directory.is_empty() { "." } else { directory }).join(&name);
@@ -311,4 +324,23 @@ fn reset_signals() {
         unsafe { libc::signal(signal, libc::SIG_DFL) };
     }
     let _ = nix::sys::signal::SigSet::empty().thread_set_mask();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_a_variable_that_is_there_twice_the_last_counts() {
+        let process = |env: &[&str]| -> Process {
+            serde_json::from_value(
+                serde_json::json!({ "cwd": "/", "args": ["x"], "env": env, "user": { "uid": 0, "gid": 0 } }),
+            )
+            .unwrap()
+        };
+        let home = || "/root".to_owned();
+        assert_eq!(environment(&process(&["A=1", "B=2", "A=3=4"]), home), ["B=2", "A=3=4", "HOME=/root"]);
+        assert_eq!(environment(&process(&["HOME=/a", "HOME=/b"]), home), ["HOME=/b"]);
+        assert_eq!(environment(&process(&[]), home), ["HOME=/root"]);
+    }
 }

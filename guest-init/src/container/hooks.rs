@@ -23,10 +23,12 @@ pub(super) fn start_container(spec: &Spec, id: &str) -> Result<(), ContainerErro
         "annotations": spec.annotations().clone().unwrap_or_default(),
     })
     .to_string();
-    list.iter().try_for_each(|hook| one(hook, &state))
+    // Without one of its own a hook has the program's environment, as with runc.
+    let inherited = spec.process().as_ref().and_then(|p| p.env().as_deref()).unwrap_or_default();
+    list.iter().try_for_each(|hook| one(hook, hook.env().as_deref().unwrap_or(inherited), &state))
 }
 
-fn one(hook: &Hook, state: &str) -> Result<(), ContainerError> {
+fn one(hook: &Hook, environment: &[String], state: &str) -> Result<(), ContainerError> {
     let stage = format!("startContainer hook {}", hook.path().display());
     let failed = |e: std::io::Error| ContainerError::guest(&stage, e);
     let mut command = Command::new(hook.path());
@@ -34,7 +36,7 @@ fn one(hook: &Hook, state: &str) -> Result<(), ContainerError> {
         command.arg0(first).args(rest);
     }
     command.env_clear();
-    command.envs(hook.env().iter().flatten().filter_map(|pair| pair.split_once('=')));
+    command.envs(environment.iter().filter_map(|pair| pair.split_once('=')));
     let mut child = command.stdin(Stdio::piped()).spawn().map_err(failed)?;
     if let Some(mut stdin) = child.stdin.take() {
         // A hook need not read it.

@@ -70,6 +70,7 @@ fn one(root: BorrowedFd<'_>, wanted: &Mount) -> Result<(), ContainerError> {
     let source = wanted.source().clone().unwrap_or_default();
     let bind = options.set.contains(MsFlags::MS_BIND) || wanted.typ().as_deref() == Some("bind");
     let is_file = bind && !source.is_dir();
+    let there = path::open(root, target_path).ok();
     let target = path::make(root, target_path, is_file)
         .map_err(|e| ContainerError::guest(&stage("make the mount point"), e))?;
     let name = path::name(&target);
@@ -100,6 +101,11 @@ fn one(root: BorrowedFd<'_>, wanted: &Mount) -> Result<(), ContainerError> {
     if kind == "cgroup2" {
         data.clear();
     }
+    if let ("tmpfs", Some(there)) = (kind, there)
+        && !data.iter().any(|word| word.starts_with("mode="))
+    {
+        data.extend(mode(&there));
+    }
     let before = options.copy_up.then(|| fs::File::open(&name)).transpose().ok().flatten();
     mount(Some(kind), name.as_str(), Some(kind), options.set, Some(data.join(",").as_str()))
         .map_err(failed(stage(&format!("mount {kind} at"))))?;
@@ -111,6 +117,13 @@ fn one(root: BorrowedFd<'_>, wanted: &Mount) -> Result<(), ContainerError> {
     }
     options.recursive.apply(&mounted).map_err(|e| ContainerError::guest(&stage("set attributes of"), e))?;
     propagate(&mounted, &options, &stage("set propagation of"))
+}
+
+/// A tmpfs over a directory has that one's permissions, as with runc; the kernel's own choice would be everybody's.
+fn mode(there: &OwnedFd) -> Option<String> {
+    use std::os::unix::fs::PermissionsExt;
+    let meta = fs::metadata(path::name(there)).ok().filter(fs::Metadata::is_dir)?;
+    Some(format!("mode={:o}", meta.permissions().mode() & 0o7777))
 }
 
 fn propagate(mounted: &OwnedFd, options: &Options, stage: &str) -> Result<(), ContainerError> {

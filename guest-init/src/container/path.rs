@@ -3,14 +3,17 @@
 //! Owns: resolution with openat2 RESOLVE_IN_ROOT, making what is missing. Does not own: what is done there.
 
 use std::{
-    ffi::CString,
+    collections::VecDeque,
+    ffi::{CString, OsStr, OsString},
     io,
     os::{
         fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
         unix::ffi::OsStrExt,
     },
-    path::{Component, Path},
+    path::{Component, Path, PathBuf},
 };
+
+use nix::fcntl::readlinkat;
 
 /// Opens a path below `root` as a place (O_PATH), following links inside the root only.
 pub(super) fn open(root: BorrowedFd<'_>, path: &Path) -> io::Result<OwnedFd> {
@@ -42,36 +45,65 @@ fn open_with(root: BorrowedFd<'_>, path: &Path, flags: i32) -> io::Result<OwnedF
     Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
 }
 
-/// Makes a directory with all parents, or with `file` an empty file in them, where nothing is; opens it.
+/// As many links as the kernel follows in one path.
+const MOST_LINKS: usize = 40;
+
+/// Makes a directory with all parents, or with `file` an empty file in them, where nothing is; opens it. A link to what is not
+/// there, as an image's /etc/resolv.conf often is, gets its target made, inside the root.
 pub(super) fn make(root: BorrowedFd<'_>, path: &Path, file: bool) -> io::Result<OwnedFd> {
     if let Ok(there) = open(root, path) {
         return Ok(there);
     }
-    let names: Vec<_> =
-        path.components().filter(|c| matches!(c, Component::Normal(_) | Component::ParentDir)).collect();
-    let mut so_far = std::path::PathBuf::new();
-    for (index, name) in names.iter().enumerate() {
-        let parent = open_with(root, &so_far, libc::O_PATH | libc::O_DIRECTORY | libc::O_CLOEXEC)?;
-        so_far.push(name);
-        if open(root, &so_far).is_ok() {
-            continue;
-        }
-        let Component::Normal(name) = name else { return Err(io::ErrorKind::InvalidInput.into()) };
-        let name = CString::new(name.as_bytes())?;
-        let last = index + 1 == names.len();
-        // SAFETY: the name outlives the call; both take a name of one component relative to an open directory.
-        let made = unsafe {
-            if last && file {
-                libc::mknodat(parent.as_raw_fd(), name.as_ptr(), libc::S_IFREG | 0o755, 0)
-            } else {
-                libc::mkdirat(parent.as_raw_fd(), name.as_ptr(), 0o755)
+    let mut left: VecDeque<OsString> = path.components().map(|c| c.as_os_str().to_owned()).collect();
+    let (mut so_far, mut links) = (PathBuf::new(), 0);
+    while let Some(name) = left.pop_front() {
+        match Path::new(&name).components().next() {
+            Some(Component::Normal(_)) => {}
+            Some(Component::RootDir) => {
+                so_far.clear();
+                continue;
             }
+            Some(Component::ParentDir) => {
+                so_far.pop();
+                continue;
+            }
+            _ => continue,
+        }
+        let parent = open_with(root, &so_far, libc::O_PATH | libc::O_DIRECTORY | libc::O_CLOEXEC)?;
+        so_far.push(&name);
+        let Ok(place) = open_with(root, &so_far, libc::O_PATH | libc::O_NOFOLLOW | libc::O_CLOEXEC) else {
+            make_one(&parent, &name, file && left.is_empty())?;
+            continue;
         };
-        if made < 0 && io::Error::last_os_error().kind() != io::ErrorKind::AlreadyExists {
-            return Err(io::Error::last_os_error());
+        // Links cannot be read by their descriptor's name in /proc, which is one itself.
+        let Ok(target) = readlinkat(&place, "") else { continue };
+        links += 1;
+        if links > MOST_LINKS {
+            return Err(io::Error::from_raw_os_error(libc::ELOOP));
+        }
+        so_far.pop();
+        for part in Path::new(&target).components().rev() {
+            left.push_front(part.as_os_str().to_owned());
         }
     }
-    open(root, path)
+    open(root, &so_far)
+}
+
+/// Makes a directory or an empty file of this name.
+fn make_one(parent: &OwnedFd, name: &OsStr, file: bool) -> io::Result<()> {
+    let name = CString::new(name.as_bytes())?;
+    // SAFETY: the name outlives the call; both take a name of one component relative to an open directory.
+    let made = unsafe {
+        if file {
+            libc::mknodat(parent.as_raw_fd(), name.as_ptr(), libc::S_IFREG | 0o755, 0)
+        } else {
+            libc::mkdirat(parent.as_raw_fd(), name.as_ptr(), 0o755)
+        }
+    };
+    match io::Error::last_os_error() {
+        error if made < 0 && error.kind() != io::ErrorKind::AlreadyExists => Err(error),
+        _ => Ok(()),
+    }
 }
 
 /// The name under which an open place can be given to calls that want a path.
@@ -99,6 +131,27 @@ mod tests {
         }
         make(fd.as_fd(), Path::new("/link/a/file"), true).unwrap();
         assert!(root.join("dir/a/file").is_file());
+        assert_eq!(fs::read_dir(outer.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_link_to_what_is_not_there_gets_its_target_made_inside() {
+        let outer = tempfile::tempdir().unwrap();
+        let root = outer.path().join("root");
+        fs::create_dir_all(root.join("etc")).unwrap();
+        symlink("../run/resolve/stub.conf", root.join("etc/resolv.conf")).unwrap();
+        symlink("/../../far/away", root.join("etc/localtime")).unwrap();
+        symlink("nowhere", root.join("var")).unwrap();
+        symlink("loop", root.join("loop")).unwrap();
+        let fd: OwnedFd = fs::File::open(&root).unwrap().into();
+        let made = |path: &str, file| make(fd.as_fd(), Path::new(path), file);
+        made("/etc/resolv.conf", true).unwrap();
+        assert!(root.join("run/resolve/stub.conf").is_file());
+        made("/etc/localtime", true).unwrap();
+        assert!(root.join("far/away").is_file());
+        made("/var/lib/data", false).unwrap();
+        assert!(root.join("nowhere/lib/data").is_dir());
+        assert_eq!(made("/loop/file", true).unwrap_err().raw_os_error(), Some(libc::ELOOP));
         assert_eq!(fs::read_dir(outer.path()).unwrap().count(), 1);
     }
 }

@@ -3,15 +3,21 @@
 //!
 //! Owns: checking and writing the maps. PID 1 writes them; the child has made the namespace.
 
-use std::{fmt::Write, fs};
+use std::{fmt::Write, fs, sync::LazyLock};
 
 use coffer_protocol::ErrorKind;
-use oci_spec::runtime::{LinuxIdMapping, LinuxNamespaceType, Spec};
+use oci_spec::runtime::{LinuxIdMapping, LinuxIdMappingBuilder, LinuxNamespaceType, Spec};
 
 use super::ContainerError;
 
 /// The kernel's own limit (user_namespaces(7)).
 const MOST_LINES: usize = 340;
+
+/// Every identifier is itself: for a namespace without maps, as crun has it. In one without any nobody could be anybody.
+static SAME: LazyLock<Vec<LinuxIdMapping>> = LazyLock::new(|| {
+    let all = LinuxIdMappingBuilder::default().container_id(0_u32).host_id(0_u32).size(u32::MAX).build();
+    all.into_iter().collect()
+});
 
 /// Whether the configuration wants one of its own.
 pub(super) fn wanted(spec: &Spec) -> bool {
@@ -23,10 +29,13 @@ fn mappings(spec: &Spec) -> [&[LinuxIdMapping]; 2] {
     let linux = spec.linux().as_ref();
     let uids = linux.and_then(|l| l.uid_mappings().as_ref()).map_or(&[][..], Vec::as_slice);
     let gids = linux.and_then(|l| l.gid_mappings().as_ref()).map_or(&[][..], Vec::as_slice);
-    [uids, gids]
+    match uids.is_empty() && gids.is_empty() && wanted(spec) {
+        true => [&SAME, &SAME],
+        false => [uids, gids],
+    }
 }
 
-/// Refuses a namespace without maps, or with maps that the kernel would refuse.
+/// Refuses a namespace with a map for users or groups only, or with maps that the kernel would refuse.
 pub(super) fn check(spec: &Spec) -> Result<(), ContainerError> {
     let invalid =
         |message: String| ContainerError::new(ErrorKind::Invalid, format!("config.json: {message}"));
@@ -109,6 +118,15 @@ mod tests {
             (Some(100_005), Some(7), None)
         );
         assert_eq!(lines(mappings(&spec)[0]), "0 100000 1000\n1000 7 1\n");
+    }
+
+    #[test]
+    fn without_maps_everybody_is_who_they_are_outside() {
+        let value = json!({ "ociVersion": "1.0.2", "linux": { "namespaces": [{ "type": "user" }] } });
+        let spec: Spec = serde_json::from_value(value).unwrap();
+        check(&spec).unwrap();
+        assert_eq!(lines(mappings(&spec)[1]), "0 0 4294967295\n");
+        assert_eq!(outside(&spec, 1000), Some(1000));
     }
 
     #[test]

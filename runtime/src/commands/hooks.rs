@@ -40,8 +40,11 @@ fn one(hook: &Hook, state: &str) -> Result<(), Error> {
     if let Some((first, rest)) = hook.args().as_ref().and_then(|a| a.split_first()) {
         command.arg0(first).args(rest);
     }
-    command.env_clear();
-    command.envs(hook.env().iter().flatten().filter_map(|pair| pair.split_once('=')));
+    // Without any a hook has this program's, as with runc and crun: hooks look programs up in PATH.
+    if let Some(pairs) = hook.env() {
+        command.env_clear();
+        command.envs(pairs.iter().filter_map(|pair| pair.split_once('=')));
+    }
     let copy = said.try_clone().map_err(host("make a file for a hook's words"))?;
     command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(copy);
     let mut child = command.spawn().map_err(host(format!("run hook {name}")))?;

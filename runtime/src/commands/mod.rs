@@ -32,10 +32,10 @@ use oci_spec::runtime::Spec;
 
 use crate::{
     cgroup,
-    cli::Call,
+    cli::{Call, Global},
     client,
     error::{self, Error},
-    network, notify,
+    log, network, notify, plan,
     state::{self, DEFAULT_ROOT, Directory, Record, Status},
 };
 
@@ -133,8 +133,7 @@ fn start(root: &Path, id: &str, waits: Ready) -> Result<(), Error> {
         Status::Paused => return Err(Error::State("cannot start a container in the paused state".into())),
         Status::Running => return Err(Error::State("cannot start an already running container".into())),
     }
-    let spec: Spec = serde_json::from_slice(&config(&directory)?)
-        .map_err(|e| Error::Bundle(format!("config.json: {e}")))?;
+    let (_, spec) = plan::read(&config(&directory)?)?;
     // What came into the network namespace since create.
     if let Some(stub) = record.stub
         && directory.file("networked").exists()
@@ -217,7 +216,7 @@ fn delete(root: &Path, id: &str, force: bool) -> Result<(), Error> {
     if let Some(path) = &record.cgroup {
         cgroup::remove(path);
     }
-    let spec = config(&directory).ok().and_then(|c| serde_json::from_slice::<Spec>(&c).ok());
+    let spec = config(&directory).ok().and_then(|c| plan::read(&c).ok()).map(|(_, spec)| spec);
     match (others, &record.share) {
         (false, _) => directory.remove()?,
         (true, Some(_)) => {
@@ -232,8 +231,12 @@ fn delete(root: &Path, id: &str, force: bool) -> Result<(), Error> {
     }
     pod::sweep(root);
     let poststop = spec.as_ref().and_then(|s| s.hooks().as_ref()).and_then(|h| h.poststop().as_ref());
-    // The container is gone whatever they say.
-    let _ = hooks::run(poststop, &record, Status::Stopped);
+    // The container is gone whatever they say: each runs, and the caller hears of those that failed.
+    for hook in poststop.into_iter().flatten() {
+        if let Err(why) = hooks::run(Some(&vec![hook.clone()]), &record, Status::Stopped) {
+            log::say(&Global::default(), log::Level::Warning, &format!("poststop {why}"));
+        }
+    }
     Ok(())
 }
 

@@ -87,6 +87,41 @@ fn a_hook_that_fails_takes_create_down_with_it() {
 }
 
 #[test]
+fn a_hook_without_an_environment_has_its_callers() {
+    let bench = Bench::new();
+    let mut config = config(&["true"]);
+    let to = |name: &str| bench.path(name).display().to_string();
+    let own = format!("echo $PATH > {}", to("own"));
+    config["hooks"]["createRuntime"] = json!([{ "path": "/bin/sh", "args": ["sh", "-c", own] }]);
+    let none = format!("/usr/bin/env > {}", to("none"));
+    config["hooks"]["createContainer"] =
+        json!([{ "path": "/bin/sh", "args": ["sh", "-c", none], "env": [] }]);
+    config["process"]["env"] = json!(["PATH=/bin", "ONE=two"]);
+    config["hooks"]["startContainer"] =
+        json!([{ "path": "/bin/sh", "args": ["sh", "-c", "echo $ONE > /srv/said"] }]);
+    let bundle = bench.bundle("c", &config);
+    let _ = bench.create("c", &bundle).ok();
+    assert_eq!(bench.read("own"), "/usr/bin:/bin\n");
+    assert!(!bench.read("none").contains("PATH=/usr/bin:/bin"), "{}", bench.read("none"));
+    let _ = bench.call(&["start", "c"]).ok();
+    assert_eq!(fs::read_to_string(bundle.join("rootfs/srv/said")).unwrap(), "two\n");
+}
+
+#[test]
+fn every_poststop_hook_runs_and_those_that_fail_are_named() {
+    let bench = Bench::new();
+    let mut config = config(&["true"]);
+    let second = format!("echo ran > {}", bench.path("second").display());
+    config["hooks"]["poststop"] =
+        json!([{ "path": "/bin/false" }, { "path": "/bin/sh", "args": ["sh", "-c", second] }]);
+    bench.start("c", &config);
+    bench.wait_stopped("c");
+    let gave = bench.call(&["delete", "c"]);
+    assert_eq!((gave.code, bench.read("second").as_str()), (0, "ran\n"), "{}", gave.err);
+    assert!(gave.err.contains("warning: poststop hook /bin/false"), "{}", gave.err);
+}
+
+#[test]
 fn hooks_run_in_the_specifications_order() {
     let bench = Bench::new();
     let mut config = config(&["true"]);

@@ -2,7 +2,7 @@
 
 use std::{
     fs,
-    os::unix::fs::{MetadataExt, chown},
+    os::unix::fs::{MetadataExt, chown, symlink},
 };
 
 use coffer_replay::{Bench, config};
@@ -187,6 +187,55 @@ fn what_a_vm_cannot_give_fails_create_with_one_line() {
         assert!(said.contains(words) && said.trim_end().lines().count() == 1, "{path}: {said}");
         assert!(bench.state("c").is_err(), "{path}");
     }
+}
+
+#[test]
+fn the_hosts_network_by_its_path_is_refused_and_left_as_it_is() {
+    let bench = Bench::new();
+    let mut config = config(&["true"]);
+    let namespaces = config["linux"]["namespaces"].as_array_mut().unwrap();
+    namespaces.retain(|namespace| namespace["type"] != "network");
+    namespaces.push(json!({ "type": "network", "path": format!("/proc/{}/ns/net", std::process::id()) }));
+    let bundle = bench.bundle("c", &config);
+    assert!(bench.create("c", &bundle).failed(1).contains("the host's network cannot be given to a VM"));
+}
+
+#[test]
+fn a_capability_that_nobody_knows_yet_is_left_out() {
+    let out = inside(
+        |_, c| c["process"]["capabilities"]["bounding"] = json!(["CAP_KILL", "CAP_OF_TOMORROW"]),
+        "grep CapBnd /proc/self/status",
+    );
+    assert_eq!(out, "CapBnd:\t0000000000000020\n");
+}
+
+#[test]
+fn a_mount_on_a_link_to_what_is_not_there_is_where_the_link_leads() {
+    let bench = Bench::new();
+    fs::write(bench.path("resolv.conf"), "nameserver 192.0.2.1\n").unwrap();
+    let mut config = config(&["cat", "/run/resolve/stub.conf"]);
+    let source = bench.path("resolv.conf");
+    mount(
+        &mut config,
+        json!({ "destination": "/etc/resolv.conf", "type": "bind", "source": source, "options": ["bind"] }),
+    );
+    let bundle = bench.bundle("c", &config);
+    symlink("../run/resolve/stub.conf", bundle.join("rootfs/etc/resolv.conf")).unwrap();
+    let _ = bench.create("c", &bundle).ok();
+    let _ = bench.call(&["start", "c"]).ok();
+    bench.wait_stopped("c");
+    assert_eq!(bench.read("c.out"), "nameserver 192.0.2.1\n");
+}
+
+#[test]
+fn a_tmpfs_over_a_directory_has_its_permissions() {
+    let tmpfs = |c: &mut Value, options: Value| {
+        mount(c, json!({ "destination": "/srv", "type": "tmpfs", "source": "tmpfs", "options": options }));
+        mount(c, json!({ "destination": "/new", "type": "tmpfs", "source": "tmpfs", "options": ["ro"] }));
+    };
+    let script = "stat -c %a /srv /new";
+    assert_eq!(inside(|_, c| tmpfs(c, json!(["ro"])), script), "755\n1777\n");
+    assert_eq!(inside(|_, c| tmpfs(c, json!(["mode=712"])), script), "712\n1777\n");
 }
 
 #[test]

@@ -50,6 +50,10 @@ impl Vm {
     }
 }
 
+fn hosts_network() -> Error {
+    Error::State("the host's network cannot be given to a VM: use a bridge network or --network none".into())
+}
+
 impl Making<'_> {
     /// Starts a VM for this container and those that may follow.
     pub(super) fn boot(&self) -> Result<Vm, Error> {
@@ -87,9 +91,9 @@ impl Making<'_> {
     /// What the pod's namespace has, and taps for it. A pod that shares the host's network is refused.
     fn network(&self) -> Result<(Network, Vec<Tap>), Error> {
         match namespace(&self.plan.spec, Kind::Network) {
-            None => Err(Error::State(
-                "the host's network cannot be given to a VM: use a bridge network or --network none".into(),
-            )),
+            // By a path too: taps there would take every packet of the host's own interfaces.
+            None => Err(hosts_network()),
+            Some(Some(path)) if network::is_own(&path) => Err(hosts_network()),
             Some(None) => Ok((Network::default(), Vec::new())),
             Some(Some(path)) => network::inside(&path, || {
                 let network = network::look()?;
