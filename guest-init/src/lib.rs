@@ -9,6 +9,7 @@ pub mod confidential;
 pub mod container;
 #[cfg(feature = "confidential")]
 pub mod image;
+mod memory;
 pub mod network;
 #[cfg(feature = "confidential")]
 pub mod owner;

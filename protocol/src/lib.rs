@@ -13,6 +13,7 @@ mod frame;
 mod message;
 pub mod shell;
 pub mod signal;
+pub mod vm;
 
 pub use account::{CpuStats, Device, MemoryStats, ProcessInfo, Stats};
 pub use frame::{Decoder, Frame, FrameError, Kind, MAX_PAYLOAD, Outbox, encode};
@@ -22,7 +23,7 @@ pub use message::{
 };
 
 /// Version of everything in this crate; sent in [`Sandbox`] and refused by init when it differs.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 
 /// Guest port on which init listens for the host.
 pub const CONTROL_PORT: u32 = 1024;

@@ -46,6 +46,9 @@ pub enum Request {
         /// OCI `LinuxResources` as JSON.
         resources: Value,
     },
+    /// Takes the memory that the host has added to the machine, and lets go of what it wants back ([`crate::vm`]). Again: no
+    /// effect.
+    TakeMemory,
     /// Lists a container's processes.
     Processes {
         /// Container.

@@ -12,11 +12,11 @@ use std::{
 
 use coffer_layout::{PAGE, boot::MapEntry};
 use thiserror::Error;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress};
 
 use crate::{
     igvm::{Directive, Image, ParameterKind, Registers},
-    memory,
+    memory::{self, Ram},
 };
 
 /// Why an image cannot be launched in this guest.
@@ -222,7 +222,7 @@ fn memory_map(ram: &[(u64, u64)]) -> Vec<u8> {
 ///
 /// # Errors
 /// [`LaunchError::Write`], also when the file became shorter since it was checked.
-pub fn load(plan: &Plan, mut file: &File, memory: &GuestMemoryMmap<()>) -> Result<(), LaunchError> {
+pub fn load(plan: &Plan, mut file: &File, memory: &Ram) -> Result<(), LaunchError> {
     let failed = |gpa, reason: String| LaunchError::Write { gpa, reason };
     let write = |gpa: u64, bytes: &[u8]| {
         memory.write_slice(bytes, GuestAddress(gpa)).map_err(|e| failed(gpa, e.to_string()))

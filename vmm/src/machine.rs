@@ -3,6 +3,7 @@
 //! Owns: the order of making things. No VM is made before the whole image was checked, or a template in its place (`saved`).
 //! What no pod decides may have been made ahead (`prepared`).
 
+mod growth;
 mod prepared;
 mod saved;
 
@@ -17,16 +18,19 @@ use coffer_layout::{MMIO_IRQS, SERIAL_IRQ, mmio_address, slot};
 use kvm_bindings::{CpuId, kvm_userspace_memory_region};
 use kvm_ioctls::{IoEventAddress, VcpuFd, VmFd};
 use thiserror::Error;
-use vm_memory::{GuestMemory, GuestMemoryMmap, GuestMemoryRegion};
+use vm_memory::{GuestMemory, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 
 pub use self::prepared::Prepared;
-use self::prepared::{EmptyVm, Host, ImageFile};
+use self::{
+    growth::Growth,
+    prepared::{EmptyVm, Host, ImageFile},
+};
 use crate::{
     args::{Args, Tee},
     confine, cpuid,
     devices::{
-        board::Board,
+        board::{Board, Slots},
         serial,
         virtio::{
             DeviceError, VirtioDevice,
@@ -42,7 +46,7 @@ use crate::{
     igvm::{Image, ImageError, Platform},
     launch::{self, LaunchError},
     log::{Level, Log},
-    memory::{self, MemoryError},
+    memory::{self, MemoryError, Ram},
     tee::{
         emulated::{self, machine::SharedMachine, processor::Processor, start::StartError},
         snp::{
@@ -136,7 +140,7 @@ enum Planned {
 /// Processors and memory.
 struct Made {
     vcpus: Vec<(VcpuFd, Option<Processor>)>,
-    memory: Arc<GuestMemoryMmap<()>>,
+    memory: Arc<Ram>,
     emulated: Option<SharedMachine>,
     snp: Option<Arc<Running>>,
 }
@@ -151,7 +155,7 @@ pub struct Machine {
     saving: saved::Saving,
     // Dropped last: the processors refer to it.
     _vm: Arc<VmFd>,
-    _memory: Arc<GuestMemoryMmap<()>>,
+    _memory: Arc<Ram>,
 }
 
 impl Machine {
@@ -202,7 +206,7 @@ impl Machine {
         };
         trace.stage("vcpus-set");
 
-        let windows = windows(args, &vm, &memory, cpuid::has_random_numbers(&base))?;
+        let slots = make_devices(args, &vm, &memory, &base)?;
         let console = args.console.as_deref().map(|path| -> Result<_, MachineError> {
             let line = irq_line(&vm, SERIAL_IRQ)?;
             let failed = |source| MachineError::Host { what: "open the console", source };
@@ -210,7 +214,7 @@ impl Machine {
         });
         let console = console.transpose()?;
         trace.stage("devices-made");
-        let mut board = Board::new(windows, console, trace, log);
+        let mut board = Board::new(slots, console, trace, log);
         board.gate = args.make_template.as_ref().map(|_| Gate::default());
         // SAFETY: the caller inherited this descriptor for this purpose and nobody else here uses it.
         let lifeline = args.lifeline.map(|fd| unsafe { OwnedFd::from_raw_fd(fd) });
@@ -344,7 +348,7 @@ fn make_processors(
 }
 
 /// Tells KVM where RAM is.
-fn give_memory(vm: &VmFd, ram: &GuestMemoryMmap<()>) -> Result<(), MachineError> {
+fn give_memory(vm: &VmFd, ram: &Ram) -> Result<(), MachineError> {
     for (slot, region) in ram.iter().enumerate() {
         let address = region.get_host_address(vm_memory::MemoryRegionAddress(0));
         let address = address.map_err(|e| MachineError::Kvm(e.to_string()))?;
@@ -430,19 +434,17 @@ fn irq_line(vm: &VmFd, irq: u32) -> Result<EventFd, MachineError> {
 }
 
 /// All slots with their devices.
-fn windows(
-    args: &Args,
-    vm: &VmFd,
-    memory: &Arc<GuestMemoryMmap<()>>,
-    has_random_numbers: bool,
-) -> Result<[Option<Mutex<Window>>; MMIO_IRQS.len()], MachineError> {
+fn make_devices(args: &Args, vm: &Arc<VmFd>, memory: &Arc<Ram>, base: &CpuId) -> Result<Slots, MachineError> {
+    let slots = Slots::default();
     let mut devices: Vec<(usize, Box<dyn VirtioDevice>)> = Vec::new();
     // Its probe alone is some 60 exits.
-    if !has_random_numbers {
+    if !cpuid::has_random_numbers(base) {
         devices.push((slot::RNG, Box::new(Rng::default())));
     }
     if let Some(path) = &args.vsock {
-        devices.push((slot::VSOCK, Box::new(Vsock::new(path, GUEST_CID)?)));
+        let growth = Growth::new(args, vm, memory, base, &slots[slot::MEMORY]);
+        let device = Vsock::new(path, GUEST_CID)?.with_control(Arc::new(move |wanted| growth.answer(wanted)));
+        devices.push((slot::VSOCK, Box::new(device)));
     }
     if let Some(dir) = &args.fs {
         devices.push((slot::FS, Box::new(Fs::new("coffer", dir)?)));
@@ -460,18 +462,30 @@ fn windows(
         let device = Blk::new(&disk.path, disk.read_only, &format!("coffer-disk{index}"))?;
         devices.push((slot::BLK + index, Box::new(device)));
     }
-    let mut windows = std::array::from_fn(|_| None);
     for (slot, device) in devices {
-        let line = Arc::new(irq_line(vm, MMIO_IRQS[slot])?);
-        let mut window = Window::new(device, Arc::clone(memory), line)?;
-        if args.tee != Tee::None {
-            window = window.with_shared_memory_only();
-        }
-        let notify = IoEventAddress::Mmio(mmio_address(slot) + QUEUE_NOTIFY);
-        for (queue, kick) in window.kicks().iter().enumerate() {
-            vm.register_ioevent(kick, &notify, queue as u32).map_err(kvm_error("KVM_IOEVENTFD"))?;
-        }
-        windows[slot] = Some(Mutex::new(window));
+        let window = attach(slot, device, vm, memory, args.tee)?;
+        // Each has a slot of its own.
+        let _ = slots[slot].set(Mutex::new(window));
     }
-    Ok(windows)
+    Ok(slots)
+}
+
+/// Gives a device its registers, its interrupt and its kicks.
+fn attach(
+    slot: usize,
+    device: Box<dyn VirtioDevice>,
+    vm: &VmFd,
+    memory: &Arc<Ram>,
+    tee: Tee,
+) -> Result<Window, MachineError> {
+    let line = Arc::new(irq_line(vm, MMIO_IRQS[slot])?);
+    let mut window = Window::new(device, Arc::clone(memory), line)?;
+    if tee != Tee::None {
+        window = window.with_shared_memory_only();
+    }
+    let notify = IoEventAddress::Mmio(mmio_address(slot) + QUEUE_NOTIFY);
+    for (queue, kick) in window.kicks().iter().enumerate() {
+        vm.register_ioevent(kick, &notify, queue as u32).map_err(kvm_error("KVM_IOEVENTFD"))?;
+    }
+    Ok(window)
 }

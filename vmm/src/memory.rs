@@ -1,10 +1,13 @@
 //! Guest RAM: anonymous, on demand, split around the hole for devices.
 //!
-//! Owns: where RAM lies and its backing. Does not own: what is loaded into it.
+//! Owns: where RAM lies and its backing. Does not own: what is loaded into it, the region by which it grows (`growth`).
 
+mod ram;
+
+pub use self::ram::{BLOCK, Plugged, Ram, Region};
 use coffer_layout::{HIGH_RAM, LOW_RAM_END, PAGE};
 use thiserror::Error;
-use vm_memory::{GuestAddress, GuestMemory, GuestMemoryMmap, GuestMemoryRegion};
+use vm_memory::{GuestAddress, GuestMemory, GuestMemoryRegion};
 
 /// Why there is no RAM.
 #[derive(Debug, Error)]
@@ -36,14 +39,14 @@ pub fn layout(bytes: u64) -> Vec<(u64, u64)> {
 ///
 /// # Errors
 /// [`MemoryError`].
-pub fn reserve(mib: u64) -> Result<GuestMemoryMmap<()>, MemoryError> {
+pub fn reserve(mib: u64) -> Result<Ram, MemoryError> {
     if !(32..=1 << 20).contains(&mib) {
         return Err(MemoryError::Size(mib));
     }
     let host = |reason: String| MemoryError::Host { mib, reason };
     let ranges: Vec<_> =
         layout(mib << 20).into_iter().map(|(start, size)| (GuestAddress(start), size as usize)).collect();
-    let memory = GuestMemoryMmap::from_ranges(&ranges).map_err(|e| host(e.to_string()))?;
+    let memory = Ram::from_ranges(&ranges).map_err(|e| host(e.to_string()))?;
     for region in memory.iter() {
         let address =
             region.get_host_address(vm_memory::MemoryRegionAddress(0)).map_err(|e| host(e.to_string()))?;

@@ -44,6 +44,8 @@ pub mod slot {
     pub const BLK: usize = 6;
     /// Number of block devices.
     pub const BLKS: usize = 4;
+    /// Memory that comes while the guest runs. Where there is a fourth block device there is none.
+    pub const MEMORY: usize = BLK + BLKS - 1;
 }
 
 /// Guest physical address of a slot's registers.

@@ -17,7 +17,7 @@ use crate::{
     confidential::Confidential,
     container::ContainerError,
     image::{Images, Room},
-    network, random,
+    memory, network, random,
 };
 
 impl Server {
@@ -47,6 +47,7 @@ impl Server {
                     .map_err(|e| ContainerError::new(ErrorKind::Invalid, format!("resources: {e}")))?;
                 self.get(&id)?.cgroup.apply(&resources)?;
             }
+            Request::TakeMemory => memory::take()?,
             Request::Processes { id } => {
                 return Ok(Reply::Processes { list: self.get(&id)?.cgroup.list() });
             }

@@ -5,27 +5,33 @@
 
 use std::{
     cell::RefCell,
-    io::{Read, Write},
+    collections::BTreeSet,
+    io::{self, Read, Write},
+    ops::Range,
     os::{
         fd::{AsRawFd, OwnedFd, RawFd},
         unix::net::{UnixDatagram, UnixStream},
     },
     path::PathBuf,
-    sync::Arc,
+    sync::{Arc, Mutex},
     thread,
     time::{Duration, Instant},
 };
 
-use coffer_vmm::devices::virtio::{
-    VirtioDevice,
-    blk::Blk,
-    fs::Fs,
-    mmio::{QUEUE_NOTIFY, Window},
-    net::Net,
-    rng::Rng,
-    vsock::Vsock,
+use coffer_vmm::{
+    devices::virtio::{
+        VirtioDevice,
+        blk::Blk,
+        fs::Fs,
+        mem::{Backing, Handle, Mem},
+        mmio::{QUEUE_NOTIFY, Window},
+        net::Net,
+        rng::Rng,
+        vsock::Vsock,
+    },
+    memory::{BLOCK, Ram},
 };
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::input::Input;
@@ -67,10 +73,15 @@ struct Nobody;
 
 impl Host for Nobody {}
 
+fn memory() -> Arc<Ram> {
+    let ranges = [(GuestAddress(0), LOW), (GuestAddress(HIGH.0), HIGH.1)];
+    Arc::new(Ram::from_ranges(&ranges).expect("memory"))
+}
+
 /// A device, its registers and its guest.
 struct Bench {
     window: Window,
-    memory: Arc<GuestMemoryMmap<()>>,
+    memory: Arc<Ram>,
     host: Box<dyn Host>,
     queues: u32,
     available: [u16; 4],
@@ -79,8 +90,10 @@ struct Bench {
 
 impl Bench {
     fn new(device: Box<dyn VirtioDevice>, host: Box<dyn Host>) -> Self {
-        let ranges = [(GuestAddress(0), LOW), (GuestAddress(HIGH.0), HIGH.1)];
-        let memory = Arc::new(GuestMemoryMmap::from_ranges(&ranges).expect("memory"));
+        Self::with(memory(), device, host)
+    }
+
+    fn with(memory: Arc<Ram>, device: Box<dyn VirtioDevice>, host: Box<dyn Host>) -> Self {
         let queues = device.queue_sizes().len() as u32;
         let line = Arc::new(EventFd::new(libc::EFD_NONBLOCK).expect("an eventfd"));
         let window = Window::new(device, Arc::clone(&memory), line).expect("a window");
@@ -357,4 +370,70 @@ pub fn net(data: &[u8]) {
         RefCell::new(Bench::new(Box::new(device), Box::new(Network(outside))))
     });
     BENCH.with_borrow_mut(|bench| bench.run(data));
+}
+
+/// A host that asks for more and less memory, and now and then has none.
+struct Owner {
+    handle: Handle,
+    memory: Arc<Ram>,
+    account: Arc<Mutex<Account>>,
+}
+
+/// Which blocks the guest can reach.
+#[derive(Default)]
+struct Account {
+    blocks: BTreeSet<u64>,
+    fails: bool,
+}
+
+struct Ledger(Arc<Mutex<Account>>);
+
+impl Backing for Ledger {
+    fn plug(&mut self, blocks: Range<u64>) -> io::Result<()> {
+        let mut account = self.0.lock().expect("an account");
+        if account.fails {
+            return Err(io::ErrorKind::OutOfMemory.into());
+        }
+        blocks.for_each(|block| assert!(account.blocks.insert(block), "block {block} is plugged twice"));
+        Ok(())
+    }
+
+    fn unplug(&mut self, blocks: Range<u64>) -> io::Result<()> {
+        let mut account = self.0.lock().expect("an account");
+        if account.fails {
+            return Err(io::ErrorKind::OutOfMemory.into());
+        }
+        blocks.for_each(|block| assert!(account.blocks.remove(&block), "block {block} was not plugged"));
+        Ok(())
+    }
+}
+
+impl Host for Owner {
+    fn act(&mut self, what: u8, bytes: &[u8]) {
+        let number = |at: usize| u64::from(bytes.get(at).copied().unwrap_or(0)) % 20;
+        self.account.lock().expect("an account").fails = what & 1 != 0;
+        let most = self.handle.sizes().plugged.max(number(0) * BLOCK);
+        self.handle.request(number(0) * BLOCK, number(1) * BLOCK);
+        let account = self.account.lock().expect("an account");
+        let sizes = self.handle.sizes();
+        assert!(sizes.plugged <= most && sizes.plugged == account.blocks.len() as u64 * BLOCK);
+        for block in 0..REGION {
+            let reached = self.memory.read_obj::<u8>(GuestAddress(REGION_START + block * BLOCK)).is_ok();
+            assert_eq!(reached, account.blocks.contains(&block), "block {block}");
+        }
+    }
+}
+
+/// Blocks of the region, and where it lies.
+const REGION: u64 = 16;
+const REGION_START: u64 = 4 << 30;
+
+/// Memory that comes and goes. Blocks outlive a device's reset: each input has a device of its own.
+pub fn mem(data: &[u8]) {
+    let memory = memory();
+    memory.add(REGION_START, REGION * BLOCK).expect("a region");
+    let account = Arc::new(Mutex::new(Account::default()));
+    let (device, handle) = Mem::new(&memory, Box::new(Ledger(Arc::clone(&account)))).expect("a device");
+    let owner = Owner { handle, memory: Arc::clone(&memory), account };
+    Bench::with(memory, Box::new(device), Box::new(owner)).run(data);
 }

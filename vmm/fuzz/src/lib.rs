@@ -12,7 +12,7 @@ pub mod template;
 use coffer_fuzz::Target;
 
 /// The targets by name.
-pub const TARGETS: [Target; 10] = [
+pub const TARGETS: [Target; 11] = [
     ("igvm", image::igvm),
     ("parameter-page", image::parameter_page),
     ("ghcb", emulated::ghcb),
@@ -22,6 +22,7 @@ pub const TARGETS: [Target; 10] = [
     ("blk", devices::blk),
     ("fs", devices::fs),
     ("net", devices::net),
+    ("mem", devices::mem),
     ("template", template::state),
 ];
 

@@ -29,6 +29,7 @@ pub fn all() -> Vec<Seed> {
         ("blk", "requests", blk()),
         ("fs", "files", fs()),
         ("net", "packets", net()),
+        ("mem", "blocks", mem()),
         ("template", "state", crate::template::body()),
     ]
 }
@@ -251,6 +252,16 @@ fn blk() -> Vec<u8> {
         vec![step::KICK, 0],
     ]
     .concat()
+}
+
+/// The host asks for blocks; PLUG, STATE, UNPLUG, too much, UNPLUG_ALL.
+fn mem() -> Vec<u8> {
+    let request = |kind: u64, block: u64, count: u64| {
+        [number(kind, 8), number((4 << 30) + block * (2 << 20), 8), number(count, 8)].concat()
+    };
+    let requests = [(0, 0, 3), (3, 1, 4), (1, 1, 1), (0, 8, 1), (2, 0, 0)];
+    let asks = requests.map(|(kind, block, count)| chain(0, &[&request(kind, block, count)], &[10]));
+    [vec![start(), host(0, &[4, 8])], asks.to_vec(), vec![host(0, &[0, 0])]].concat().concat()
 }
 
 /// INIT, LOOKUP, OPEN, READ, WRITE, GETATTR, CREATE, READDIRPLUS, RELEASE, FORGET.

@@ -3,7 +3,7 @@
 //! Owns: the decoding of accesses, marks, the reset port. An address without a device reads as all ones, as on a PC.
 
 use std::sync::{
-    Mutex, MutexGuard, PoisonError,
+    Arc, Mutex, MutexGuard, OnceLock, PoisonError,
     atomic::{AtomicBool, AtomicU64, Ordering},
 };
 
@@ -21,9 +21,14 @@ use crate::{
 
 const SERIAL_PORTS: u16 = 8;
 
+/// A place for a device. One may come while the guest runs; none goes.
+pub type Slot = Arc<OnceLock<Mutex<Window>>>;
+/// All places.
+pub type Slots = [Slot; MMIO_IRQS.len()];
+
 /// Everything behind exits. Shared by all processors' threads.
 pub struct Board {
-    windows: [Option<Mutex<Window>>; MMIO_IRQS.len()],
+    windows: Slots,
     console: Option<Mutex<Console>>,
     /// Where stages go.
     pub trace: Trace,
@@ -40,12 +45,7 @@ pub struct Board {
 impl Board {
     /// A board with these devices.
     #[must_use]
-    pub fn new(
-        windows: [Option<Mutex<Window>>; MMIO_IRQS.len()],
-        console: Option<Mutex<Console>>,
-        trace: Trace,
-        log: Log,
-    ) -> Self {
+    pub fn new(windows: Slots, console: Option<Mutex<Console>>, trace: Trace, log: Log) -> Self {
         Self {
             windows,
             console,
@@ -60,7 +60,7 @@ impl Board {
 
     /// All slots that have a device.
     pub fn devices(&self) -> impl Iterator<Item = (usize, MutexGuard<'_, Window>)> {
-        let some = self.windows.iter().enumerate().filter_map(|(slot, w)| Some((slot, w.as_ref()?)));
+        let some = self.windows.iter().enumerate().filter_map(|(slot, w)| Some((slot, w.get()?)));
         some.map(|(slot, window)| (slot, window.lock().unwrap_or_else(PoisonError::into_inner)))
     }
 
@@ -73,7 +73,7 @@ impl Board {
     /// A read of device memory.
     pub fn mmio_read(&self, address: u64, data: &mut [u8]) {
         match self.slot(address) {
-            Some((slot, offset)) => match &self.windows[slot] {
+            Some((slot, offset)) => match self.windows[slot].get() {
                 Some(window) => window.lock().unwrap_or_else(PoisonError::into_inner).read(offset, data),
                 None => empty_slot(offset, data),
             },
@@ -86,7 +86,7 @@ impl Board {
 
     /// A write to device memory.
     pub fn mmio_write(&self, address: u64, data: &[u8]) {
-        match self.slot(address).map(|(slot, offset)| (&self.windows[slot], offset)) {
+        match self.slot(address).map(|(slot, offset)| (self.windows[slot].get(), offset)) {
             Some((Some(window), offset)) => {
                 let mut window = window.lock().unwrap_or_else(PoisonError::into_inner);
                 window.write(offset, data);
@@ -173,7 +173,7 @@ mod tests {
     use proptest::prelude::*;
 
     fn board() -> Board {
-        Board::new(std::array::from_fn(|_| None), None, Trace::default(), Log::open(None, false).unwrap())
+        Board::new(Slots::default(), None, Trace::default(), Log::open(None, false).unwrap())
     }
 
     #[test]

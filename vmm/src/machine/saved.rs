@@ -12,7 +12,6 @@ use std::{
 
 use kvm_bindings::CpuId;
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
-use vm_memory::GuestMemoryMmap;
 
 use super::{EmptyVm, Host, MachineError, Made, give_memory, make_processors};
 use crate::{
@@ -20,7 +19,7 @@ use crate::{
     devices::{board::Board, virtio::mmio::WindowState},
     end::End,
     log::{Level, Log},
-    memory as ram,
+    memory::{self as ram, Ram},
     template::{self, Stopped, Template, TemplateError, gate, memory, processor},
     trace::Trace,
     vcpu,
@@ -124,7 +123,7 @@ impl Saving {
         ends: &mpsc::Receiver<End>,
         board: &Board,
         vm: &VmFd,
-        memory: &GuestMemoryMmap<()>,
+        memory: &Ram,
     ) -> Result<End, MachineError> {
         let Some(directory) = &self.args.make_template else { return Ok(End::Stopped) };
         let failed = || failed(&self.args, Some(directory));

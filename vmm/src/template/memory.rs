@@ -12,9 +12,9 @@ use std::{
 
 use coffer_layout::PAGE;
 use serde::{Deserialize, Serialize};
-use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryMmap, GuestMemoryRegion};
+use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryRegion};
 
-use crate::memory::layout;
+use crate::memory::{Ram, layout};
 
 /// RAM that is looked at in one piece.
 const CHUNK: usize = 1 << 20;
@@ -37,7 +37,7 @@ pub struct Extent {
 ///
 /// # Errors
 /// The system's.
-pub fn write(memory: &GuestMemoryMmap<()>, file: &File) -> io::Result<Vec<Extent>> {
+pub fn write(memory: &Ram, file: &File) -> io::Result<Vec<Extent>> {
     let mut pages = Pages::default();
     let mut buffer = vec![0; CHUNK];
     let mut offset = 0;
@@ -124,7 +124,7 @@ fn place(extent: Extent, bytes: u64) -> Option<(u64, u64)> {
 ///
 /// # Errors
 /// The system's.
-pub fn map(memory: &GuestMemoryMmap<()>, extents: &[Extent], mib: u64, file: &File) -> io::Result<()> {
+pub fn map(memory: &Ram, extents: &[Extent], mib: u64, file: &File) -> io::Result<()> {
     for extent in extents {
         let (offset, _) = place(*extent, mib << 20).ok_or(io::ErrorKind::InvalidInput)?;
         let size = extent.size as usize;

@@ -30,13 +30,12 @@ use kvm_bindings::{
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use sha2::{Digest, Sha256};
 use thiserror::Error;
-use vm_memory::GuestMemoryMmap;
 
 use self::{
     format::{Shape, State},
     identity::{Content, Identity},
 };
-use crate::{args::Args, devices::virtio::mmio::WindowState};
+use crate::{args::Args, devices::virtio::mmio::WindowState, memory::Ram};
 
 /// Why a template is not made, not used, or not a machine.
 #[derive(Debug, Error)]
@@ -215,7 +214,7 @@ pub struct Stopped<'a> {
     /// Its processors, by id.
     pub vcpus: &'a [VcpuFd],
     /// Its RAM.
-    pub memory: &'a GuestMemoryMmap<()>,
+    pub memory: &'a Ram,
     /// The devices' registers and states.
     pub windows: Vec<WindowState>,
     /// Its CPUID, before it is made a processor's.

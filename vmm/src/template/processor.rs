@@ -9,9 +9,10 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{Kvm, VcpuFd};
 use serde::{Deserialize, Serialize};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress};
 
 use super::TemplateError;
+use crate::memory::Ram;
 
 const TSC: u32 = 0x10;
 const TSC_DEADLINE: u32 = 0x6e0;
@@ -156,7 +157,7 @@ const ALIGNMENT_CHECK: u64 = 1 << 18;
 ///
 /// # Errors
 /// [`TemplateError`].
-pub fn say_again(vcpu: &VcpuFd, id: u32, memory: &GuestMemoryMmap<()>) -> Result<(), TemplateError> {
+pub fn say_again(vcpu: &VcpuFd, id: u32, memory: &Ram) -> Result<(), TemplateError> {
     let regs = vcpu.get_regs().map_err(kvm("KVM_GET_REGS", id))?;
     let set = |regs| vcpu.set_regs(&regs).map_err(kvm("KVM_SET_REGS", id));
     let before = regs.rip.wrapping_sub(1);

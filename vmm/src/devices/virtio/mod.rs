@@ -4,6 +4,7 @@
 
 pub mod blk;
 pub mod fs;
+pub mod mem;
 pub mod mmio;
 pub mod net;
 mod ring;
@@ -18,11 +19,12 @@ use std::sync::{
 };
 
 use virtio_queue::Queue;
-use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::memory::Ram;
+
 /// Guest RAM, shared by all devices; every access through it is bounds-checked.
-pub type GuestRam = Arc<GuestMemoryMmap<()>>;
+pub type GuestRam = Arc<Ram>;
 
 /// Why a device could not start to work. The transport sets DEVICE_NEEDS_RESET and logs it; the VMM goes on.
 #[derive(Debug, thiserror::Error)]

@@ -6,10 +6,12 @@ use std::sync::atomic::{Ordering, fence};
 
 use virtio_bindings::bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VRING_AVAIL_F_NO_INTERRUPT};
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
-use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Address, Bytes, GuestAddress};
+
+use crate::memory::Ram;
 
 /// A chain of descriptors that the driver made available.
-pub(crate) type Chain<'m> = DescriptorChain<&'m GuestMemoryMmap<()>>;
+pub(crate) type Chain<'m> = DescriptorChain<&'m Ram>;
 
 /// One virtqueue. After the driver wrote something impossible into the rings the queue stays silent until a reset:
 /// there is no state to go on from, and retrying would spin.
@@ -31,7 +33,7 @@ impl Ring {
     }
 
     /// The next chain. `None` means that there is none now and that the driver will kick when there is.
-    pub(crate) fn pop<'m>(&mut self, memory: &'m GuestMemoryMmap<()>) -> Option<Chain<'m>> {
+    pub(crate) fn pop<'m>(&mut self, memory: &'m Ram) -> Option<Chain<'m>> {
         if self.broken {
             return None;
         }
@@ -61,7 +63,7 @@ impl Ring {
         self.broken = true;
     }
 
-    fn take<'m>(&mut self, memory: &'m GuestMemoryMmap<()>) -> Option<Chain<'m>> {
+    fn take<'m>(&mut self, memory: &'m Ram) -> Option<Chain<'m>> {
         match self.queue.iter(memory) {
             Ok(mut chains) => chains.next(),
             Err(_) => {
@@ -80,21 +82,21 @@ impl Ring {
 
     /// Puts a chain on the used ring. `written` is in bytes. True if the driver wants an interrupt for it.
     #[must_use]
-    pub(crate) fn complete(&mut self, memory: &GuestMemoryMmap<()>, head: u16, written: u32) -> bool {
+    pub(crate) fn complete(&mut self, memory: &Ram, head: u16, written: u32) -> bool {
         self.push_used(memory, &[(head, written)]);
         self.wants_interrupt(memory)
     }
 
     /// Puts chains, `(head, bytes written)` each, on the used ring, so that the driver sees all of them or none: a packet that
     /// lies in several chains is lost if the driver sees only the first.
-    pub(crate) fn push_used(&mut self, memory: &GuestMemoryMmap<()>, chains: &[(u16, u32)]) {
+    pub(crate) fn push_used(&mut self, memory: &Ram, chains: &[(u16, u32)]) {
         if self.broken || chains.is_empty() {
             return;
         }
         self.broken = self.try_push_used(memory, chains).is_none();
     }
 
-    fn try_push_used(&mut self, memory: &GuestMemoryMmap<()>, chains: &[(u16, u32)]) -> Option<()> {
+    fn try_push_used(&mut self, memory: &Ram, chains: &[(u16, u32)]) -> Option<()> {
         let size = self.queue.size();
         let ring = GuestAddress(self.queue.used_ring());
         let mut next = self.queue.next_used();
@@ -115,7 +117,7 @@ impl Ring {
     }
 
     /// Whether the driver wants an interrupt for what was used since the last question.
-    pub(crate) fn wants_interrupt(&mut self, memory: &GuestMemoryMmap<()>) -> bool {
+    pub(crate) fn wants_interrupt(&mut self, memory: &Ram) -> bool {
         let used = self.queue.next_used();
         let before = std::mem::replace(&mut self.asked_at, used);
         if self.broken || used == before {

@@ -7,10 +7,11 @@ use std::{
 };
 
 use virtio_queue::{Queue, QueueT};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::{Activation, GuestRam, Interrupt, VirtioDevice};
+use crate::memory::Ram;
 
 /// Size of guest memory; rings are in the first MiB, `BUFFERS` and above are the test's.
 pub(crate) const MEMORY: u64 = 16 << 20;
@@ -42,7 +43,7 @@ pub(crate) struct Driver {
 impl Driver {
     /// Sets up all queues of `device` and activates it with `features`.
     pub(crate) fn new(device: &mut dyn VirtioDevice, features: u64) -> Self {
-        let memory = Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY as usize)]).unwrap());
+        let memory = Arc::new(Ram::from_ranges(&[(GuestAddress(0), MEMORY as usize)]).unwrap());
         let sizes = device.queue_sizes().to_vec();
         let event = || EventFd::new(EFD_NONBLOCK).unwrap();
         let kicks: Vec<_> = sizes.iter().map(|_| event()).collect();

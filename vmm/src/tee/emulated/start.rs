@@ -12,7 +12,6 @@ use coffer_layout::PAGE;
 use kvm_bindings::{CpuId, kvm_userspace_memory_region};
 use kvm_ioctls::{VcpuFd, VmFd};
 use thiserror::Error;
-use vm_memory::GuestMemoryMmap;
 
 use super::{
     C_BIT,
@@ -23,6 +22,7 @@ use super::{
 };
 use crate::{
     cpuid,
+    memory::Ram,
     tee::snp::{
         self,
         launch::{Counts, Guest, Launch, SnpError},
@@ -84,7 +84,7 @@ pub struct Started {
     /// Processors, each with its emulated part.
     pub vcpus: Vec<(VcpuFd, Processor)>,
     /// What devices see.
-    pub memory: Arc<GuestMemoryMmap<()>>,
+    pub memory: Arc<Ram>,
     /// The machine.
     pub machine: SharedMachine,
     /// What the launch cost.

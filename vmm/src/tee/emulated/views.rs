@@ -7,7 +7,9 @@
 use std::{fs::File, io, os::fd::AsRawFd, ptr, sync::Arc};
 
 use coffer_layout::{PAGE, snp::SHARED_BASE};
-use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
+use vm_memory::{GuestAddress, GuestRegionMmap, MmapRegion};
+
+use crate::memory::Ram;
 
 const LARGE: usize = 2 << 20;
 /// RAM up to here lies in files, so that the same page can be shown in both views: see [`Views::lend`].
@@ -48,7 +50,7 @@ pub struct Views {
     private: Vec<Range>,
     window: Range,
     low: [File; 2],
-    devices: Arc<GuestMemoryMmap<()>>,
+    devices: Arc<Ram>,
     c_bit: u32,
 }
 
@@ -84,7 +86,7 @@ impl Views {
             regions.push(region.ok_or_else(|| io::Error::other("RAM wraps around"))?);
         }
         regions.sort_by_key(vm_memory::GuestMemoryRegion::start_addr);
-        let devices = GuestMemoryMmap::from_regions(regions).map_err(|e| io::Error::other(e.to_string()))?;
+        let devices = Ram::from_regions(regions).map_err(|e| io::Error::other(e.to_string()))?;
         let views = Self { shared, private, window, low, devices: Arc::new(devices), c_bit };
         for range in views.private.iter().chain(&views.shared) {
             protect(range.address, range.size as usize, libc::PROT_NONE)?;
@@ -100,7 +102,7 @@ impl Views {
 
     /// What devices see: the shared view and the window.
     #[must_use]
-    pub fn devices(&self) -> Arc<GuestMemoryMmap<()>> {
+    pub fn devices(&self) -> Arc<Ram> {
         Arc::clone(&self.devices)
     }
 

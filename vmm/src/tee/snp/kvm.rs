@@ -13,7 +13,7 @@ use std::{
 use coffer_layout::{PAGE, snp::SHARED_BASE};
 use kvm_bindings::{kvm_enable_cap, kvm_userspace_memory_region};
 use kvm_ioctls::{Cap, VmFd};
-use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryMmap, GuestMemoryRegion, MemoryRegionAddress};
+use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryRegion, MemoryRegionAddress};
 
 use super::{
     abi::{
@@ -23,11 +23,12 @@ use super::{
     conversion::Backing,
     launch::{Command, Failure, Host},
 };
+use crate::memory::Ram;
 
 /// A VM's memory on hardware. Both backings go through these functions, so that they may one day be the same file.
 pub struct Memory {
     /// The shared view of RAM, and the shared window.
-    pub shared: Arc<GuestMemoryMmap<()>>,
+    pub shared: Arc<Ram>,
     private: File,
     /// RAM, `(first address, bytes)`; the guest_memfd has the ranges one behind the other.
     ram: Vec<(u64, u64)>,
@@ -60,8 +61,7 @@ impl Memory {
         ranges.push((SHARED_BASE, window));
         ranges.sort_unstable();
         let places: Vec<_> = ranges.iter().map(|(gpa, size)| (GuestAddress(*gpa), *size as usize)).collect();
-        let shared =
-            GuestMemoryMmap::from_ranges(&places).map_err(other).map_err(at("reserve shared memory"))?;
+        let shared = Ram::from_ranges(&places).map_err(other).map_err(at("reserve shared memory"))?;
         let size = ram.iter().map(|(_, size)| size).sum();
         let private = vm
             .create_guest_memfd(kvm_create_guest_memfd { size, ..Default::default() })

@@ -14,9 +14,9 @@ use virtio_bindings::bindings::virtio_blk::{
     VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
     VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
 };
-use vm_memory::GuestMemoryMmap;
 
 use super::{super::ring::Chain, SECTOR};
+use crate::memory::Ram;
 
 /// Bytes that are moved at once.
 pub(super) const BUFFER: usize = 128 << 10;
@@ -62,7 +62,7 @@ impl Disk {
     /// Serves one request and returns the bytes that the driver may rely on at the front of its writable buffers.
     pub(super) fn serve(
         &self,
-        memory: &GuestMemoryMmap<()>,
+        memory: &Ram,
         chain: Chain<'_>,
         buffer: &mut [u8],
         write_through: bool,

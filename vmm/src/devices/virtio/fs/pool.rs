@@ -18,7 +18,7 @@ use fuse_backend_rs::{
     api::server::{MAX_BUFFER_SIZE, Server},
     transport::{Reader, VirtioFsWriter, Writer},
 };
-use vm_memory::{ByteValued, GuestMemoryMmap};
+use vm_memory::ByteValued;
 use vmm_sys_util::{
     epoll::{ControlOperation, Epoll, EpollEvent, EventSet},
     eventfd::EventFd,
@@ -31,6 +31,7 @@ use super::{
     },
     share::Share,
 };
+use crate::memory::Ram;
 
 /// Most bytes of a request, and of an answer: what INIT grants, and a page for headers. The server allocates up to this much.
 const MAX_MESSAGE: usize = MAX_BUFFER_SIZE as usize + 4096;
@@ -165,7 +166,7 @@ fn own_credentials() {
 }
 
 /// Serves one request and returns the bytes written into the chain.
-pub(super) fn answer(server: &Server<Share>, memory: &GuestMemoryMmap<()>, chain: Chain<'_>) -> u32 {
+pub(super) fn answer(server: &Server<Share>, memory: &Ram, chain: Chain<'_>) -> u32 {
     // Both are made before they are measured: the guest may rewrite its descriptors at any time, the slices stay.
     let (Ok(reader), Ok(writer)) =
         (Reader::from_descriptor_chain(memory, chain.clone()), VirtioFsWriter::new(memory, chain))

@@ -1,12 +1,12 @@
 //! A driver's way through the registers, right and wrong, and windows that were saved.
 
 use super::*;
-use crate::devices::virtio::rng::Rng;
+use crate::{devices::virtio::rng::Rng, memory::Ram};
 use proptest::prelude::*;
-use vm_memory::{GuestAddress, GuestMemoryMmap};
+use vm_memory::GuestAddress;
 
 fn window() -> Window {
-    let memory = Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap());
+    let memory = Arc::new(Ram::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap());
     Window::new(Box::new(Rng::default()), memory, Arc::new(EventFd::new(0).unwrap())).unwrap()
 }
 

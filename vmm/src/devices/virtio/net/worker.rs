@@ -12,7 +12,7 @@ use std::{
 };
 
 use virtio_bindings::bindings::virtio_net::VIRTIO_NET_F_MRG_RXBUF;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::{
     epoll::{ControlOperation, Epoll, EpollEvent, EventSet},
     eventfd::EventFd,
@@ -26,6 +26,7 @@ use super::{
     QUEUE_SIZES,
     tap::HEADER_SIZE,
 };
+use crate::memory::Ram;
 
 /// The largest packet with its header: 64 KiB of IP less one, Ethernet's header with a VLAN tag, rounded up as the
 /// specification's 65550 does.
@@ -276,7 +277,7 @@ impl Worker {
 }
 
 /// Copies a chain's readable buffers into `packet`. False if that is no packet: too short, too long or outside of memory.
-fn gather(memory: &GuestMemoryMmap<()>, chain: Chain<'_>, packet: &mut Vec<u8>) -> bool {
+fn gather(memory: &Ram, chain: Chain<'_>, packet: &mut Vec<u8>) -> bool {
     packet.clear();
     for buffer in chain.readable() {
         let (start, length) = (packet.len(), buffer.len() as usize);

@@ -9,12 +9,12 @@ use std::{
     os::{fd::AsRawFd, unix::net::UnixStream},
 };
 
+use coffer_protocol::vm::{LONGEST_LINE, Line};
+
 use super::packet::{SHUTDOWN_RECEIVE, SHUTDOWN_SEND};
 
 /// What the guest may have sent that the host has not taken yet, in bytes. The guest knows it as `buf_alloc`.
 pub(super) const WINDOW: u32 = 256 * 1024;
-/// Longest first line: `CONNECT 4294967295` and its end.
-const LONGEST_LINE: usize = 19;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum State {
@@ -96,7 +96,7 @@ impl Connection {
     }
 
     /// Reads the host's first line. `Some` once it is whole; `Err` when it is no such line.
-    pub(super) fn read_line(&mut self) -> io::Result<Option<u32>> {
+    pub(super) fn read_line(&mut self) -> io::Result<Option<Line>> {
         let mut byte = [0];
         loop {
             match self.stream.read(&mut byte) {
@@ -108,9 +108,7 @@ impl Connection {
                 Err(e) => return Err(e),
             }
         }
-        let port =
-            std::str::from_utf8(&self.line).ok().and_then(|l| l.strip_prefix("CONNECT ")?.parse().ok());
-        port.map(Some).ok_or_else(|| io::ErrorKind::InvalidData.into())
+        Line::parse(&self.line).map(Some).ok_or_else(|| io::ErrorKind::InvalidData.into())
     }
 
     /// Bytes that the guest can still take. A guest that claims to have taken more than was sent gets nothing.

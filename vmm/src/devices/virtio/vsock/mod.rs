@@ -1,7 +1,8 @@
 //! virtio-vsock in user space (virtio 1.2, 5.10): a unix socket on the host, ports in the guest.
 //!
 //! Owns: the device, its worker thread, the host's listening socket. `CONNECT PORT\n` on the socket is answered by
-//! `OK PORT\n` when the guest accepted; then bytes flow. Hosts wait until the guest has connected to [`READY_PORT`].
+//! `OK PORT\n` when the guest accepted; then bytes flow. Hosts wait until the guest has connected to [`READY_PORT`]. A host that asks about
+//! the VM itself ([`coffer_protocol::vm`]) hears from [`Control`].
 
 mod connection;
 mod muxer;
@@ -17,9 +18,11 @@ use std::{
         unix::{fs::PermissionsExt, net::UnixListener},
     },
     path::Path,
+    sync::Arc,
     thread::JoinHandle,
 };
 
+use coffer_protocol::vm::SizeAnswer;
 use muxer::Muxer;
 use packet::{HEADER, Header};
 use thiserror::Error;
@@ -41,12 +44,15 @@ pub struct VsockError {
     source: io::Error,
 }
 
+/// Answers a host that wants the VM to have this many MiB more than it booted with, or asks how many it has.
+pub type Control = Arc<dyn Fn(Option<u32>) -> SizeAnswer + Send + Sync>;
+
 /// The device.
-#[derive(Debug)]
 pub struct Vsock {
     guest_cid: u64,
     listener: UnixListener,
     worker: Option<JoinHandle<Rest>>,
+    control: Option<Control>,
     /// The guest listened already when it was saved.
     ready: bool,
 }
@@ -68,7 +74,13 @@ impl Vsock {
         let listener = UnixListener::bind(path).map_err(failed)?;
         fs::set_permissions(path, fs::Permissions::from_mode(0o600)).map_err(failed)?;
         listener.set_nonblocking(true).map_err(failed)?;
-        Ok(Self { guest_cid, listener, worker: None, ready: false })
+        Ok(Self { guest_cid, listener, worker: None, control: None, ready: false })
+    }
+
+    /// Lets hosts ask about the VM itself.
+    #[must_use]
+    pub fn with_control(self, control: Control) -> Self {
+        Self { control: Some(control), ..self }
     }
 }
 
@@ -97,7 +109,8 @@ impl VirtioDevice for Vsock {
         let failed = |reason: String| DeviceError { device: "vsock", reason };
         let listener = self.listener.try_clone().map_err(|e| failed(format!("share its socket: {e}")))?;
         let ready = std::mem::take(&mut self.ready);
-        let worker = Worker::new(activation, listener, self.guest_cid, ready)
+        let muxer = Muxer::new(self.guest_cid, READY_PORT, ready).with_control(self.control.clone());
+        let worker = Worker::new(activation, listener, muxer)
             .ok_or_else(|| failed("the driver did not set up its queues".to_owned()))?;
         let thread = std::thread::Builder::new().name("vsock".into()).spawn(move || worker.run());
         self.worker = Some(thread.map_err(|e| failed(format!("start its thread: {e}")))?);
@@ -139,13 +152,12 @@ struct Worker {
 }
 
 impl Worker {
-    fn new(activation: Activation, listener: UnixListener, guest_cid: u64, ready: bool) -> Option<Self> {
+    fn new(activation: Activation, listener: UnixListener, muxer: Muxer) -> Option<Self> {
         let Activation { memory, queues, kicks, interrupt, features, stop } = activation;
         let mut queues = queues.into_iter();
         let receive = Ring::new(queues.next()?, features);
         let transmit = Ring::new(queues.next()?, features);
         (kicks.len() == 3).then_some(())?;
-        let muxer = Muxer::new(guest_cid, READY_PORT, ready);
         Some(Self { memory, receive, transmit, kicks, stop, interrupt, listener, muxer })
     }
 

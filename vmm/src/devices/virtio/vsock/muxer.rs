@@ -9,7 +9,10 @@ use std::{
     os::unix::net::UnixStream,
 };
 
+use coffer_protocol::vm::{Line, SizeAnswer};
+
 use super::{
+    Control,
     connection::{Connection, Input, State, WINDOW},
     packet::{HOST_CID, Header, Op, SHUTDOWN_RECEIVE, SHUTDOWN_SEND, TYPE_STREAM},
 };
@@ -33,6 +36,8 @@ pub(super) struct Muxer {
     next_port: u32,
     /// Who was read last, so that a busy connection does not starve the others.
     turn: Key,
+    /// Who answers a host that asks about the VM itself.
+    control: Option<Control>,
 }
 
 impl Muxer {
@@ -46,7 +51,13 @@ impl Muxer {
             answers: VecDeque::new(),
             next_port: FIRST_PORT,
             turn: 0,
+            control: None,
         }
+    }
+
+    /// Lets hosts ask about the VM itself.
+    pub(super) fn with_control(self, control: Option<Control>) -> Self {
+        Self { control, ..self }
     }
 
     /// The guest listens: hosts may be let in.
@@ -122,10 +133,19 @@ impl Muxer {
         if connection.state == State::Line {
             match connection.read_line() {
                 Ok(None) => {}
-                Ok(Some(port)) => {
+                Ok(Some(Line::Connect(port))) => {
                     *guest_port = port;
                     connection.state = State::Requested;
                     self.tell(key, Op::Request, 0);
+                }
+                Ok(Some(Line::Memory(wanted))) => {
+                    let answer = match &self.control {
+                        Some(control) => control(wanted),
+                        None => SizeAnswer::Refused("this VM has nobody who could change it".into()),
+                    };
+                    // A host that has left does not hear it.
+                    let _ = connection.say(&answer.to_line());
+                    self.connections.remove(&key);
                 }
                 Err(_) => {
                     self.connections.remove(&key);
