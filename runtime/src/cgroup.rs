@@ -79,6 +79,26 @@ pub fn apply(path: &Path, resources: &LinuxResources) -> Result<(), Error> {
     Ok(())
 }
 
+/// The cgroup of a process, where the host has version 2 alone.
+#[must_use]
+pub fn of(pid: i32) -> Option<PathBuf> {
+    let text = fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?;
+    let path = text.lines().find_map(|line| line.strip_prefix("0::/"))?;
+    is_unified().then(|| Path::new(ROOT).join(path))
+}
+
+/// Raises a memory limit by so many bytes, or lowers it. A cgroup without a limit stays so.
+///
+/// # Errors
+/// The system's, naming the directory.
+pub fn widen(path: &Path, bytes: i64) -> Result<(), Error> {
+    let file = path.join("memory.max");
+    let limit = fs::read_to_string(&file).ok().and_then(|text| text.trim().parse::<i64>().ok());
+    let Some(limit) = limit.filter(|_| bytes != 0) else { return Ok(()) };
+    let value = limit.saturating_add(bytes).max(0).to_string();
+    fs::write(&file, &value).map_err(host(format!("set memory.max to {value} in {}", path.display())))
+}
+
 /// Files and what is written into them.
 #[must_use]
 pub fn settings(resources: &LinuxResources) -> Vec<(&'static str, String)> {

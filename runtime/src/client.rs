@@ -10,7 +10,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use coffer_protocol::{CONTROL_PORT, Decoder, Frame, Kind, Reply, Request, encode};
+use coffer_protocol::{
+    CONTROL_PORT, Decoder, Frame, Kind, Reply, Request, encode,
+    vm::{LONGEST_ANSWER, Line, SizeAnswer, VmSize},
+};
 use serde_json::Value;
 
 use crate::error::{Error, host};
@@ -66,7 +69,7 @@ impl Connection {
             }
         };
         stream.set_read_timeout(Some(ANSWER_LIMIT)).map_err(host("set a time limit"))?;
-        stream.write_all(format!("CONNECT {CONTROL_PORT}\n").as_bytes()).map_err(|_| gone())?;
+        stream.write_all(Line::Connect(CONTROL_PORT).to_string().as_bytes()).map_err(|_| gone())?;
         let mut line = Vec::new();
         let mut byte = [0];
         while line.len() < 32 {
@@ -130,4 +133,26 @@ impl Connection {
 /// As [`Connection::ask`].
 pub fn ask(socket: &Path, request: &Request) -> Result<Reply, Error> {
     Connection::open(socket, || false)?.ask(request)
+}
+
+/// How large a VM is, after its VMM was told how many MiB more than at boot it shall have.
+///
+/// # Errors
+/// [`Error::State`] with the VMM's reason to leave it as it is, [`Error::VmGone`] when there is no VM.
+pub fn vm_size(socket: &Path, wanted_mib: Option<u32>) -> Result<VmSize, Error> {
+    let mut stream = UnixStream::connect(socket).map_err(|_| gone())?;
+    stream.set_read_timeout(Some(ANSWER_LIMIT)).map_err(host("set a time limit"))?;
+    stream.write_all(Line::Memory(wanted_mib).to_string().as_bytes()).map_err(|_| gone())?;
+    let mut text = String::new();
+    match stream.take(LONGEST_ANSWER as u64).read_to_string(&mut text) {
+        Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Err(no_answer(ANSWER_LIMIT)),
+        Err(_) => return Err(gone()),
+        Ok(0) => return Err(gone()),
+        Ok(_) => {}
+    }
+    match SizeAnswer::parse(&text) {
+        Some(SizeAnswer::Size(size)) => Ok(size),
+        Some(SizeAnswer::Refused(words)) => Err(Error::State(words)),
+        None => Err(Error::Vm("the VMM's answer about its size is none".into())),
+    }
 }

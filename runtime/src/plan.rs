@@ -19,7 +19,7 @@ use crate::{
 /// MiB of a guest without a memory limit.
 pub(crate) const DEFAULT_MEMORY_MIB: u64 = 512;
 /// MiB that the guest's kernel and init need beside the container.
-const GUEST_OVERHEAD_MIB: u64 = 64;
+pub(crate) const GUEST_OVERHEAD_MIB: u64 = 64;
 /// MiB that no guest is smaller than.
 pub(crate) const LEAST_MEMORY_MIB: u64 = 128;
 pub(crate) const MOST_VCPUS: u32 = 64;
@@ -330,9 +330,13 @@ fn memory_mib(spec: &Spec) -> Result<u64, Error> {
     let pod =
         annotation(spec, "io.kubernetes.cri.sandbox-memory").and_then(|t| t.parse().ok()).filter(|l| *l > 0);
     let Some(limit) = pod.or(limit) else { return Ok(DEFAULT_MEMORY_MIB) };
-    let overhead = GUEST_OVERHEAD_MIB + scratch::wanted(spec)?.map_or(0, scratch::memory_mib);
-    let mib = (limit as u64).div_ceil(1 << 20).saturating_add(overhead);
-    Ok(mib.next_multiple_of(2).clamp(LEAST_MEMORY_MIB, 1 << 20))
+    Ok(vm_memory_mib(limit as u64, scratch::wanted(spec)?.map_or(0, scratch::memory_mib)))
+}
+
+/// MiB of a VM whose containers may have so many bytes together, with a scratch disk that takes so many MiB of memory.
+pub(crate) fn vm_memory_mib(limit: u64, scratch_mib: u64) -> u64 {
+    let mib = limit.div_ceil(1 << 20).saturating_add(GUEST_OVERHEAD_MIB + scratch_mib);
+    mib.min(1 << 20).next_multiple_of(2).max(LEAST_MEMORY_MIB)
 }
 
 /// The limits.
@@ -349,12 +353,16 @@ fn vcpus(spec: &Spec) -> Result<u32, Error> {
         return text.parse().ok().filter(|n| (1..=MOST_VCPUS).contains(n)).ok_or_else(wrong);
     }
     let Some(cpu) = resources(spec).and_then(|r| r.cpu().as_ref()) else { return Ok(1) };
-    let quota = cpu.quota().filter(|q| *q > 0).map(|quota| {
-        let period = cpu.period().filter(|p| *p > 0).unwrap_or(100_000);
-        u32::try_from((quota as u64).div_ceil(period)).unwrap_or(MOST_VCPUS)
-    });
+    let quota = quota_vcpus(cpu);
     let set = cpu.cpus().as_deref().map(count_cpus);
     Ok(quota.or(set).unwrap_or(1).clamp(1, MOST_VCPUS))
+}
+
+/// Processors that a quota is worth, rounded up.
+pub(crate) fn quota_vcpus(cpu: &oci_spec::runtime::LinuxCpu) -> Option<u32> {
+    let period = cpu.period().filter(|p| *p > 0).unwrap_or(100_000);
+    let quota = u64::try_from(cpu.quota()?).ok().filter(|q| *q > 0)?;
+    Some(u32::try_from(quota.div_ceil(period)).unwrap_or(u32::MAX))
 }
 
 /// Processors in a list such as `0-3,8`.

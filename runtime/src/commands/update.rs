@@ -1,10 +1,11 @@
 //! `update`: other limits for a container that runs.
 //!
-//! Owns: flags and files to OCI `LinuxResources`. Does not own: setting them, which the guest and the host's cgroup do.
+//! Owns: flags and files to OCI `LinuxResources`, in which order guest, VM (`resize`) and host get them. Does not own: setting them.
 
 use std::path::Path;
 
 use coffer_protocol::Request;
+use oci_spec::runtime::LinuxResources;
 use serde_json::{Value, json};
 
 use super::find;
@@ -13,7 +14,10 @@ use crate::{
     cli::Call,
     client,
     error::{Error, host},
-    state::Status,
+    log::{self, Level},
+    plan,
+    resize::{self, Change, Vm},
+    state::{Record, Status},
     support,
 };
 
@@ -35,7 +39,7 @@ const NUMBERS: &[(&str, [&str; 2])] = &[
 /// host's processor.
 const REFUSED: &[&str] = &["cpu-rt-period", "cpu-rt-runtime", "l3-cache-schema", "mem-bw-schema"];
 
-/// Changes limits in the guest, then the host's.
+/// Changes limits: of the host first where they grow, of the guest first where they shrink, and the VM between.
 pub(super) fn update(call: &Call, root: &Path) -> Result<(), Error> {
     let (directory, record) = find(root, call.id()?)?;
     let text = match call.value("resources") {
@@ -47,10 +51,72 @@ pub(super) fn update(call: &Call, root: &Path) -> Result<(), Error> {
     if directory.status(&record) == Status::Stopped {
         return Err(Error::NotRunning);
     }
-    client::ask(&directory.socket(), &Request::Update { id: record.id, resources: resources.clone() })?;
-    let parsed = serde_json::from_value(resources).map_err(|e| Error::Usage(format!("update: {e}")))?;
-    record.cgroup.map_or(Ok(()), |path| cgroup::apply(&path, &parsed))?;
-    record.scope.map_or(Ok(()), |scope| scope.update(&parsed))
+    let parsed: LinuxResources =
+        serde_json::from_value(resources.clone()).map_err(|e| Error::Usage(format!("update: {e}")))?;
+    let guest = Request::Update { id: record.id.clone(), resources: resources.clone() };
+    let guest = || client::ask(&directory.socket(), &guest).map(drop);
+    let vcpus = parsed.cpu().as_ref().and_then(plan::quota_vcpus);
+    let limit = parsed.memory().as_ref().and_then(|m| m.limit()).filter(|limit| *limit != 0);
+    if vcpus.is_none() && limit.is_none() {
+        guest()?;
+        return set_host(&record, &parsed);
+    }
+    let mut vm = Vm::of(root, &directory, &record)?;
+    enough_processors(vcpus, vm.size.vcpus)?;
+    let Some(limit) = limit else {
+        guest()?;
+        return set_host(&record, &parsed);
+    };
+    match resize::change(&vm.size, vm.needed_mib(limit)) {
+        Change::Grow(mib) => {
+            set_host(&record, &parsed)?;
+            vm.grow(mib)?;
+            guest()?;
+        }
+        Change::Stay if limit < 0 || limit >= vm.least() => {
+            set_host(&record, &parsed)?;
+            guest()?;
+        }
+        change => {
+            guest()?;
+            if let Change::Shrink(mib) = change {
+                let kept = vm.shrink(mib)?;
+                if kept > 0 {
+                    let words = format!(
+                        "update: the guest still uses {kept} MiB of what it is to give back; it does so when it can"
+                    );
+                    log::say(&call.global, Level::Warning, &words);
+                }
+            }
+            set_host(&record, &spared(&vm, resources, limit)?)?;
+        }
+    }
+    resize::remember(&directory, limit)
+}
+
+/// Limits of the host's cgroup, and of the unit that it may be.
+fn set_host(record: &Record, resources: &LinuxResources) -> Result<(), Error> {
+    record.cgroup.as_ref().map_or(Ok(()), |path| cgroup::apply(path, resources))?;
+    record.scope.as_ref().map_or(Ok(()), |scope| scope.update(resources))
+}
+
+/// The limits with as much memory as the VM has, where its process is under them: a guest keeps what it booted with, and a limit below
+/// that would have the host kill it.
+fn spared(vm: &Vm<'_>, mut resources: Value, limit: i64) -> Result<LinuxResources, Error> {
+    if limit > 0 && vm.is_in_own_cgroup() {
+        resources["memory"]["limit"] = json!(limit.max(vm.least()));
+    }
+    serde_json::from_value(resources).map_err(|e| Error::Usage(format!("update: {e}")))
+}
+
+/// A VM has the processors that it booted with.
+fn enough_processors(wanted: Option<u32>, has: u32) -> Result<(), Error> {
+    match wanted {
+        Some(wanted) if wanted > has => Err(Error::State(format!(
+            "update: {wanted} processors: the VM booted with {has} and gets no more while it runs; make it with annotation io.coffer.vcpus={wanted}"
+        ))),
+        _ => Ok(()),
+    }
 }
 
 /// What the file says, or else the flags; never both, as with runc.

@@ -140,6 +140,21 @@ fn update_takes_a_file_stdin_or_flags() {
 }
 
 #[test]
+fn update_says_in_one_line_why_a_vm_stays_as_it_is() {
+    let bench = Bench::new();
+    bench.start("c", &config(&["sleep", "1000"]));
+    let said = bench.call(&["update", "--cpu-quota", "150000", "--cpu-period=100000", "c"]).failed(1);
+    assert!(
+        said.contains("2 processors: the VM booted with 1") && said.contains("io.coffer.vcpus=2"),
+        "{said}"
+    );
+    let said = bench.call(&["update", "--memory", "8g", "c"]).failed(1);
+    assert!(said.contains("booted with 512 MiB and needs 8256: at most 4096 MiB"), "{said}");
+    let size = coffer::client::vm_size(&bench.path("state/c/vsock"), None).unwrap();
+    assert_eq!((size.wanted_mib, size.plugged_mib), (0, 0));
+}
+
+#[test]
 fn spec_writes_a_configuration_that_runs() {
     let bench = Bench::new();
     let bundle = bench.bundle("c", &config(&["true"]));

@@ -57,6 +57,31 @@ fn members_run_in_the_vm_of_their_sandbox_each_with_its_own_files() {
 }
 
 #[test]
+fn the_vm_grows_for_a_member_that_needs_more_than_there_is() {
+    let bench = Bench::new();
+    let limited = |mut config: Value, mib: u64| {
+        config["linux"]["resources"] = json!({ "memory": { "limit": mib << 20 } });
+        config
+    };
+    // MiB at boot, and more than that.
+    let size = || {
+        let size = coffer::client::vm_size(&bench.path("state/infra/vsock"), None).unwrap();
+        assert_eq!(size.wanted_mib, size.plugged_mib);
+        (size.boot_mib, size.plugged_mib)
+    };
+    bench.start("infra", &config(&["sleep", "1000"]));
+    assert_eq!(size(), (512, 0));
+    bench.start("one", &limited(member(&bench, &["sleep", "1000"], SHARED), 300));
+    assert_eq!(size(), (512, 0), "300 and 64 of the guest's own are there");
+    bench.start("two", &limited(member(&bench, &["sleep", "1000"], SHARED), 300));
+    assert_eq!(size(), (512, 300 + 300 + 64 - 512));
+    // More than the stand-in has: the member runs with what there is, and the log says so.
+    bench.start("three", &limited(member(&bench, &["sleep", "1000"], SHARED), 8192));
+    assert_eq!((bench.status("three"), size()), ("running".into(), (512, 152)));
+    assert!(bench.read("three.log").contains("at most 4096 MiB"), "{}", bench.read("three.log"));
+}
+
+#[test]
 fn an_id_can_be_used_again_at_once_in_the_same_vm() {
     let bench = Bench::new();
     bench.start("infra", &config(&["sleep", "1000"]));

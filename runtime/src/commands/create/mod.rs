@@ -19,7 +19,7 @@ use vm::Vm;
 use super::{Ready, config, delete, foreground, pod, start as start_container, terminal};
 use crate::{
     cgroup,
-    cli::Call,
+    cli::{Call, Global},
     clock,
     descriptors::{self, Carried},
     error::{Error, host},
@@ -88,6 +88,7 @@ pub(super) fn create(call: &Call, root: &Path) -> Result<(), Error> {
     let config = call.value("config").map(|_| path);
     let streams = carried.iter().map(|c| c.stream).collect();
     let made = Making {
+        global: &call.global,
         root,
         plan: &plan,
         directory: &directory,
@@ -138,6 +139,7 @@ pub(super) fn run(call: &Call, root: &Path) -> Result<i32, Error> {
 
 /// A container that is being made.
 struct Making<'a> {
+    global: &'a Global,
     root: &'a Path,
     plan: &'a Plan,
     directory: &'a Directory,
@@ -202,6 +204,7 @@ impl Making<'_> {
             }
         }
         if let Some(running) = &self.vm {
+            self.make_room(&record)?;
             pod::show(running, &self.plan.binds)?;
         }
         if !vm.network.interfaces.is_empty() {

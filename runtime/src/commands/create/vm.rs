@@ -20,12 +20,14 @@ use crate::{
     error::Error,
     home::Home,
     image,
+    log::{self, Level},
     network::{self, Tap},
     pid::{self, Pid},
-    plan::namespace,
+    plan::{self, namespace},
+    resize::{self, Change},
     spawn::{self, Started},
     start::{self, Start},
-    state::Directory,
+    state::{Directory, Record},
     stub, template,
 };
 
@@ -86,6 +88,21 @@ impl Making<'_> {
         };
         let process = process.ok_or_else(|| Error::Vm("it ended at once".into()))?;
         Ok(Vm { process, child, fresh: true, hold, network })
+    }
+
+    /// Has the pod's VM grow where a further container needs more than there is. One that cannot stays as it is: the container's limit is
+    /// then more than it can have.
+    pub(super) fn make_room(&self, record: &Record) -> Result<(), Error> {
+        let limit =
+            plan::resources(&self.plan.spec).and_then(|r| r.memory().as_ref()).and_then(|m| m.limit());
+        let Some(limit) = limit.filter(|limit| *limit > 0) else { return Ok(()) };
+        let mut vm = resize::Vm::of(self.root, self.directory, record)?;
+        if let Change::Grow(mib) = resize::change(&vm.size, vm.needed_mib(limit))
+            && let Err(error) = vm.grow(mib)
+        {
+            log::say(self.global, Level::Warning, &error.to_string());
+        }
+        Ok(())
     }
 
     /// What the pod's namespace has, and taps for it. A pod that shares the host's network is refused.

@@ -15,12 +15,15 @@ use std::{
     },
     path::{Path, PathBuf},
     process::exit,
-    sync::atomic::{AtomicUsize, Ordering},
+    sync::atomic::{AtomicU64, AtomicUsize, Ordering},
     thread,
 };
 
 use coffer_init::{boot, network, server::Server};
-use coffer_protocol::{Decoder, Kind, Request, SHARE_DIR, encode};
+use coffer_protocol::{
+    CONTROL_PORT, Decoder, Kind, Reply, Request, SHARE_DIR, encode,
+    vm::{Line, SizeAnswer, VmSize},
+};
 use nix::{
     mount::{MsFlags, mount},
     sched::{CloneFlags, unshare},
@@ -31,6 +34,11 @@ use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, TargetArch};
 
 /// Connections of the host.
 static OPEN: AtomicUsize = AtomicUsize::new(0);
+/// MiB that the host wants this to have beside those of `--memory-mib`, and MiB that the guest took of them: as many, when it was told to.
+static WANTED: AtomicU64 = AtomicU64::new(0);
+static TAKEN: AtomicU64 = AtomicU64::new(0);
+/// MiB that can be wanted.
+const MOST_MIB: u64 = 4096;
 
 fn main() {
     let words: Vec<String> = std::env::args().skip(1).collect();
@@ -75,12 +83,18 @@ fn main() {
         exit(0);
     });
     let outer = UnixListener::bind(&socket).expect("bind --vsock");
+    let booted = VmSize {
+        boot_mib: get("--memory-mib").parse().expect("MiB"),
+        vcpus: get("--vcpus").parse().expect("a number"),
+        most_mib: MOST_MIB,
+        ..VmSize::default()
+    };
     thread::spawn(move || {
         for (number, host) in outer.incoming().flatten().enumerate() {
             let inner = inner.clone();
             OPEN.fetch_add(1, Ordering::SeqCst);
             thread::spawn(move || {
-                connection(host, &inner, number);
+                connection(host, &inner, number, booted);
                 OPEN.fetch_sub(1, Ordering::SeqCst);
             });
         }
@@ -200,18 +214,29 @@ fn keep_the_hosts_clock() -> Result<(), Box<dyn std::error::Error>> {
 }
 
 /// The VMM's part of a connection: the handshake, then bytes both ways.
-fn connection(mut host: UnixStream, inner: &SocketAddr, number: usize) -> Option<()> {
+fn connection(mut host: UnixStream, inner: &SocketAddr, number: usize, booted: VmSize) -> Option<()> {
     let mut line = Vec::new();
     let mut byte = [0];
     while host.read(&mut byte).ok()? == 1 && byte[0] != b'\n' {
         line.push(byte[0]);
     }
-    if line != b"CONNECT 1024" {
-        return None;
+    match Line::parse(&line)? {
+        Line::Connect(CONTROL_PORT) => {}
+        Line::Connect(_) => return None,
+        Line::Memory(wanted) => return host.write_all(resize(booted, wanted).to_line().as_bytes()).ok(),
     }
     let mut guest = UnixStream::connect_addr(inner).ok()?;
     host.write_all(format!("OK {number}\n").as_bytes()).ok()?;
     let request = first_frame(&mut host)?;
+    let mut take = Vec::new();
+    encode(Kind::Request, &Request::TakeMemory.to_payload(), &mut take);
+    if request == take {
+        // The guest's kernel is the host's, and takes no memory from here.
+        TAKEN.store(WANTED.load(Ordering::SeqCst), Ordering::SeqCst);
+        let mut reply = Vec::new();
+        encode(Kind::Reply, &Reply::Done.to_payload(), &mut reply);
+        return host.write_all(&reply).ok();
+    }
     guest.write_all(&request).ok()?;
     let (mut from_host, mut to_guest) = (host.try_clone().ok()?, guest.try_clone().ok()?);
     thread::spawn(move || {
@@ -221,6 +246,19 @@ fn connection(mut host: UnixStream, inner: &SocketAddr, number: usize) -> Option
     relay(&mut guest, &mut host);
     let _ = host.shutdown(Shutdown::Both);
     Some(())
+}
+
+/// What a VMM says about its size. This guest gives back at once what is not wanted any more.
+fn resize(booted: VmSize, wanted: Option<u32>) -> SizeAnswer {
+    if let Some(mib) = wanted.map(u64::from) {
+        if mib > MOST_MIB {
+            return SizeAnswer::Refused(format!("at most {MOST_MIB} MiB can come"));
+        }
+        WANTED.store(mib, Ordering::SeqCst);
+        TAKEN.fetch_min(mib, Ordering::SeqCst);
+    }
+    let (wanted_mib, plugged_mib) = (WANTED.load(Ordering::SeqCst), TAKEN.load(Ordering::SeqCst));
+    SizeAnswer::Size(VmSize { wanted_mib, plugged_mib, ..booted })
 }
 
 /// Bytes from one to the other until either ends, in pieces as long as a VMM's packets; io::copy's have 8 KiB.

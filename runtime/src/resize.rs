@@ -1,0 +1,240 @@
+//! A pod's VM that runs and is to be larger, or may be smaller.
+//!
+//! Owns: how much memory the pod's containers need together, the order of host's cgroup, VM and guest, how long a guest is waited for.
+//! Does not own: a container's own limits (`commands::update`), how memory gets into the guest (the VMM and the guest's kernel).
+//!
+//! What a VM booted with it keeps: it grows beyond that and shrinks back to it.
+
+use std::{
+    fs::{self, File},
+    os::unix::fs::OpenOptionsExt,
+    path::Path,
+    thread,
+    time::{Duration, Instant},
+};
+
+use coffer_protocol::{Request, vm::VmSize};
+use nix::fcntl::{Flock, FlockArg};
+use oci_spec::runtime::Spec;
+
+use crate::{
+    cgroup, client,
+    error::{Error, host},
+    plan, scratch,
+    state::{self, Directory, Record},
+};
+
+/// In a container's directory: the memory limit in bytes that an update gave it, in place of its configuration's.
+const LIMIT: &str = "memory-limit";
+/// A guest that takes or gives nothing for so long will not.
+const PATIENCE: Duration = Duration::from_secs(30);
+/// The same for memory that it is asked to give back: it may be in use.
+const SHRINK_PATIENCE: Duration = Duration::from_secs(5);
+const POLL: Duration = Duration::from_millis(10);
+
+/// What a VM is to become.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Change {
+    /// Is large enough, and has nothing to give back.
+    Stay,
+    /// To this many MiB more than it booted with, which is more than now.
+    Grow(u64),
+    /// To this many MiB more than it booted with, which is less than now.
+    Shrink(u64),
+}
+
+/// How a VM becomes as large as it needs to be. `None`: nobody says how large.
+#[must_use]
+pub fn change(size: &VmSize, needed_mib: Option<u64>) -> Change {
+    let Some(needed_mib) = needed_mib else { return Change::Stay };
+    let wanted = needed_mib.saturating_sub(size.boot_mib).next_multiple_of(2);
+    match wanted.cmp(&size.wanted_mib) {
+        std::cmp::Ordering::Greater => Change::Grow(wanted),
+        std::cmp::Ordering::Less => Change::Shrink(wanted),
+        std::cmp::Ordering::Equal => Change::Stay,
+    }
+}
+
+/// A VM that runs, while nobody else changes its size.
+pub struct Vm<'a> {
+    root: &'a Path,
+    directory: &'a Directory,
+    record: &'a Record,
+    /// As it is now.
+    pub size: VmSize,
+    _lock: Flock<File>,
+}
+
+impl<'a> Vm<'a> {
+    /// The VM of a container.
+    ///
+    /// # Errors
+    /// [`Error::VmGone`], or the VMM's answer.
+    pub fn of(root: &'a Path, directory: &'a Directory, record: &'a Record) -> Result<Self, Error> {
+        // All of the VM's containers have it. A VMM that has ended reads no more: this must not wait for one.
+        let lifeline =
+            File::options().write(true).custom_flags(libc::O_NONBLOCK).open(directory.file("lifeline"));
+        let lock = Flock::lock(lifeline.map_err(|_| Error::VmGone)?, FlockArg::LockExclusive);
+        let lock = lock.map_err(|(_, e)| host("wait for others that change the VM")(e))?;
+        let size = client::vm_size(&directory.socket(), None)?;
+        Ok(Self { root, directory, record, size, _lock: lock })
+    }
+
+    /// MiB that the VM needs for its containers, this one with a limit of so many bytes: as a VM that is made for one with their
+    /// limits together. Those without a limit have what there is; `None` when this one has none.
+    pub fn needed_mib(&self, limit: i64) -> Option<u64> {
+        u64::try_from(limit).ok()?;
+        let mut bytes = 0u64;
+        let mut scratch_mib = 0;
+        for (directory, record) in state::all(self.root) {
+            let own = record.id == self.record.id;
+            let alive = own || record.stub.is_some_and(|stub| stub.is_alive());
+            if record.vmm != self.record.vmm || !alive {
+                continue;
+            }
+            let (of_configuration, disk) = configured(&directory);
+            let limit = if own { Some(limit) } else { updated(&directory).or(of_configuration) };
+            bytes = bytes.saturating_add(u64::try_from(limit.unwrap_or(0)).unwrap_or(0));
+            scratch_mib += disk;
+        }
+        Some(plan::vm_memory_mib(bytes, scratch_mib))
+    }
+
+    /// Makes the VM larger: first its host's cgroup, where it has one of its own, then the VM.
+    ///
+    /// # Errors
+    /// The VMM's reason, or that the guest did not take it. It is then as large as before.
+    pub fn grow(&mut self, wanted_mib: u64) -> Result<(), Error> {
+        let before = self.size;
+        let more = wanted_mib.saturating_sub(before.wanted_mib);
+        let words = |reason: String| {
+            let (boot, wanted) = (before.boot_mib, before.boot_mib + wanted_mib);
+            Error::State(format!("memory: the VM booted with {boot} MiB and needs {wanted}: {reason}"))
+        };
+        self.widen(i64::try_from(more << 20).unwrap_or(i64::MAX))?;
+        let grown = self.ask(wanted_mib).and_then(|()| {
+            client::ask(&self.directory.socket(), &Request::TakeMemory)?;
+            self.settle(PATIENCE)
+        });
+        let reason = match grown {
+            Ok(()) if self.size.plugged_mib >= wanted_mib => return Ok(()),
+            Ok(()) => format!("its guest took {} MiB more and no further", self.size.plugged_mib),
+            Err(error) => error.to_string(),
+        };
+        // As before, as far as that goes.
+        let _ = self.ask(before.wanted_mib);
+        let _ = self.widen(-i64::try_from(more << 20).unwrap_or(i64::MAX));
+        Err(words(reason))
+    }
+
+    /// Asks the VM to be smaller, then its host's cgroup. The MiB over what was wanted that the guest keeps; it gives them back when it
+    /// can.
+    ///
+    /// # Errors
+    /// When there is no VM.
+    pub fn shrink(&mut self, wanted_mib: u64) -> Result<u64, Error> {
+        let before = self.size.plugged_mib;
+        self.ask(wanted_mib)?;
+        self.settle(SHRINK_PATIENCE)?;
+        let less = before.saturating_sub(self.size.plugged_mib);
+        self.widen(-i64::try_from(less << 20).unwrap_or(i64::MAX))?;
+        Ok(self.size.plugged_mib.saturating_sub(wanted_mib))
+    }
+
+    /// Bytes that a limit of the host's cgroup must leave to the VM's guest, whatever the container has: the VM is not killed for
+    /// what it has not given back.
+    #[must_use]
+    pub fn least(&self) -> i64 {
+        let mib = (self.size.boot_mib + self.size.plugged_mib).saturating_sub(plan::GUEST_OVERHEAD_MIB);
+        i64::try_from(mib << 20).unwrap_or(i64::MAX)
+    }
+
+    /// Whether the VM's process is in this container's own cgroup.
+    #[must_use]
+    pub fn is_in_own_cgroup(&self) -> bool {
+        self.record.cgroup.is_some() && cgroup::of(self.record.vmm.pid) == self.record.cgroup
+    }
+
+    fn ask(&mut self, wanted_mib: u64) -> Result<(), Error> {
+        let wanted = u32::try_from(wanted_mib).unwrap_or(u32::MAX);
+        self.size = client::vm_size(&self.directory.socket(), Some(wanted))?;
+        Ok(())
+    }
+
+    /// Waits until the guest has what is wanted, no more and no less, or does nothing about it for a while.
+    fn settle(&mut self, patience: Duration) -> Result<(), Error> {
+        let mut since = Instant::now();
+        while self.size.plugged_mib != self.size.wanted_mib && since.elapsed() < patience {
+            thread::sleep(POLL);
+            let size = client::vm_size(&self.directory.socket(), None)?;
+            if size.plugged_mib != self.size.plugged_mib {
+                since = Instant::now();
+            }
+            self.size = size;
+        }
+        Ok(())
+    }
+
+    /// Changes the limit of the cgroup that the VM's process is in, when that is another container's: of this one the caller sets it.
+    fn widen(&self, bytes: i64) -> Result<(), Error> {
+        match cgroup::of(self.record.vmm.pid) {
+            Some(group) if !self.is_in_own_cgroup() => cgroup::widen(&group, bytes),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Remembers a limit that a container has from an update.
+///
+/// # Errors
+/// The system's.
+pub fn remember(directory: &Directory, limit: i64) -> Result<(), Error> {
+    state::write_whole(&directory.file(LIMIT), limit.to_string().as_bytes())
+}
+
+fn updated(directory: &Directory) -> Option<i64> {
+    fs::read_to_string(directory.file(LIMIT)).ok()?.trim().parse().ok()
+}
+
+/// The memory limit of a container's configuration in bytes, and the MiB that its scratch disk takes of memory.
+fn configured(directory: &Directory) -> (Option<i64>, u64) {
+    let text = fs::read(directory.file("config.json")).unwrap_or_default();
+    let Ok(spec) = serde_json::from_slice::<Spec>(&text) else { return (None, 0) };
+    let limit = plan::resources(&spec).and_then(|r| r.memory().as_ref()).and_then(|m| m.limit());
+    let disk = scratch::wanted(&spec).ok().flatten().map_or(0, scratch::memory_mib);
+    (limit, disk)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_vm_grows_beyond_what_it_booted_with_and_shrinks_back_to_it() {
+        let size = VmSize { boot_mib: 192, ..VmSize::default() };
+        assert_eq!(change(&size, Some(0)), Change::Stay);
+        assert_eq!(change(&size, Some(192)), Change::Stay);
+        assert_eq!(change(&size, Some(193)), Change::Grow(2));
+        assert_eq!(change(&size, Some(576)), Change::Grow(384));
+        let size = VmSize { wanted_mib: 384, plugged_mib: 384, ..size };
+        assert_eq!(change(&size, Some(576)), Change::Stay);
+        assert_eq!(change(&size, Some(700)), Change::Grow(508));
+        assert_eq!(change(&size, Some(300)), Change::Shrink(108));
+        assert_eq!(change(&size, Some(0)), Change::Shrink(0));
+        assert_eq!(change(&size, None), Change::Stay, "without a limit it keeps what it has");
+    }
+
+    #[test]
+    fn a_limit_is_the_last_updates_or_the_configurations() {
+        let root = tempfile::tempdir().unwrap();
+        let directory = Directory::of(root.path(), "a").unwrap();
+        directory.create().unwrap();
+        assert_eq!((configured(&directory), updated(&directory)), ((None, 0), None));
+        let text = r#"{"ociVersion":"1.0.2","annotations":{"io.coffer.scratch":"2G"},
+            "linux":{"resources":{"memory":{"limit":1048576}}}}"#;
+        fs::write(directory.file("config.json"), text).unwrap();
+        assert_eq!(configured(&directory), (Some(1 << 20), 14));
+        remember(&directory, -1).unwrap();
+        assert_eq!(updated(&directory), Some(-1));
+    }
+}
