@@ -1,9 +1,10 @@
 //! The image that the guest unpacks itself: which blobs it is shown, and which of them are signatures.
 //!
-//! Owns: `io.coffer.image` and `io.coffer.image.name`. Does not own: whether the image may run, which the guest decides; what the
-//! host says here only helps it to find what it checks.
+//! Owns: `io.coffer.image` and `io.coffer.image.name`, the layout that all pods share. Does not own: whether the image may run, which the
+//! guest decides; what the host says here only helps it to find what it checks. Filling that layout is `coffer image pull`'s: an engine
+//! does not wait as long as a download may last.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use coffer_layers::{
     image::resolve,
@@ -19,15 +20,17 @@ use crate::{
     plan::{Bind, annotation},
 };
 
-/// The annotation that names the image of a pod: `LAYOUT[:TAG]@sha256:…`.
+/// The layout of images that pods name as a registry does.
+pub const SHARED: &str = "/var/lib/coffer/images";
+
+/// The annotation that names the image of a pod: `LAYOUT[:TAG]@sha256:…`, or `docker://REGISTRY/REPOSITORY[:TAG]@sha256:…`.
 const IMAGE: &str = "io.coffer.image";
 /// The annotation with the image's name in a registry.
 const NAME: &str = "io.coffer.image.name";
 
 /// What other tools write before the name of an image that is no layout, and why that cannot be shown to a guest.
-const OTHERS: [(&str, &str); 4] = [
+const OTHERS: [(&str, &str); 3] = [
     ("containers-storage:", "podman's storage keeps layers unpacked, not the blobs that a manifest names"),
-    ("docker://", "the runtime does not pull"),
     ("docker-archive:", "an archive has no blobs by digest"),
     ("dir:", "a dir: is no OCI layout"),
 ];
@@ -37,6 +40,10 @@ const OTHERS: [(&str, &str); 4] = [
 /// # Errors
 /// [`Error::Bundle`], naming the annotation.
 pub fn source(spec: &Spec, id: &str) -> Result<Option<(ImageSource, Bind)>, Error> {
+    source_in(spec, id, Path::new(SHARED))
+}
+
+fn source_in(spec: &Spec, id: &str, shared: &Path) -> Result<Option<(ImageSource, Bind)>, Error> {
     let wrong =
         |name: &str, text: &str, why: String| Error::Bundle(format!("annotation {name}={text}: {why}"));
     let name = annotation(spec, NAME);
@@ -54,11 +61,22 @@ pub fn source(spec: &Spec, id: &str) -> Result<Option<(ImageSource, Bind)>, Erro
             "{why}: skopeo copy {scheme}{rest} oci:DIRECTORY:TAG, and name DIRECTORY@sha256:…"
         )));
     }
-    let reference: Reference = text.parse().map_err(|e| wrong(format!("{e}")))?;
+    let (reference, pulled) = match text.strip_prefix("docker://") {
+        None => (text.parse::<Reference>().map_err(|e| wrong(format!("{e}")))?, None),
+        Some(text) => {
+            let name = text.parse::<Name>().map_err(|e| wrong(e.to_string()))?;
+            (Reference { path: shared.to_owned(), tag: None, digest: name.digest().cloned() }, Some(name))
+        }
+    };
     let digest =
         reference.digest.ok_or_else(|| wrong("an image is named by its digest: …@sha256:…".into()))?;
     if !reference.path.is_absolute() {
         return Err(wrong("the layout's path is not absolute".into()));
+    }
+    if let Some(name) = &pulled
+        && !Layout::open(&reference.path).is_ok_and(|layout| layout.has(&digest))
+    {
+        return Err(wrong(format!("it is not in {}: coffer image pull {name}", reference.path.display())));
     }
     let blobs = Bind {
         source: reference.path.join("blobs"),
@@ -69,7 +87,7 @@ pub fn source(spec: &Spec, id: &str) -> Result<Option<(ImageSource, Bind)>, Erro
     let source = ImageSource {
         blobs: format!("{SHARE_DIR}/{id}/image"),
         digest: digest.to_string(),
-        name: name.map(str::to_owned),
+        name: name.map(str::to_owned).or(pulled.map(|name| name.to_string())),
         signatures: Vec::new(),
         simple_signatures: Vec::new(),
     };
@@ -117,13 +135,32 @@ mod tests {
             (vec![(IMAGE, "/a:latest")], "by its digest"),
             (vec![(IMAGE, &*format!("a@{digest}"))], "not absolute"),
             (vec![(IMAGE, "containers-storage:app")], "skopeo copy containers-storage:app oci:DIRECTORY"),
-            (vec![(IMAGE, "docker://r.io/a:1")], "skopeo copy docker://r.io/a:1 oci:DIRECTORY"),
+            (vec![(IMAGE, "docker://r.io/a:1")], "by its digest"),
             (vec![(IMAGE, &image), (NAME, "R io")], "is no image name"),
             (vec![(NAME, "r.io/a")], "whose name it could be"),
         ] {
             let message = source(&spec(&annotations), "c").unwrap_err().to_string();
             assert!(message.contains(words), "{message}");
         }
+    }
+
+    #[test]
+    fn a_name_of_a_registry_is_looked_for_in_the_shared_layout() {
+        let dir = tempfile::tempdir().unwrap();
+        let layout = Layout::create(dir.path()).unwrap();
+        let image = layout.put("x", b"manifest").unwrap().digest;
+        let named = |digest: &Digest, more: &[(&str, &str)]| {
+            let text = format!("docker://r.io/team/a:1@{digest}");
+            source_in(&spec(&[&[(IMAGE, text.as_str())], more].concat()), "c", dir.path())
+        };
+        let (made, blobs) = named(&image, &[]).unwrap().unwrap();
+        assert_eq!((made.digest, blobs.source), (image.to_string(), dir.path().join("blobs")));
+        assert_eq!(made.name, Some(format!("r.io/team/a:1@{image}")));
+        let (made, _) = named(&image, &[(NAME, "r.io/b:2")]).unwrap().unwrap();
+        assert_eq!(made.name.as_deref(), Some("r.io/b:2"));
+        let other = Digest::sha256(b"other");
+        let said = named(&other, &[]).unwrap_err().to_string();
+        assert!(said.ends_with(&format!("coffer image pull r.io/team/a:1@{other}")), "{said}");
     }
 
     #[test]

@@ -20,6 +20,7 @@ pub mod pid;
 pub mod plan;
 pub mod pool;
 pub mod program;
+pub mod registry;
 pub mod resize;
 pub mod scratch;
 pub mod spawn;

@@ -184,6 +184,12 @@ impl Layout {
         self.blob(digest).is_file()
     }
 
+    /// Whether a blob's file is there and has its length.
+    #[must_use]
+    pub fn has_sized(&self, digest: &Digest, size: u64) -> bool {
+        std::fs::symlink_metadata(self.blob(digest)).is_ok_and(|m| m.is_file() && m.len() == size)
+    }
+
     /// Stores a document and describes it.
     ///
     /// # Errors
@@ -294,6 +300,20 @@ impl BlobWriter {
     }
 }
 
+impl BlobWriter {
+    /// Names the blob if it is this one.
+    ///
+    /// # Errors
+    /// [`BlobError::Digest`], and nothing is left of what was written; the file system's.
+    pub fn finish_as(self, want: &Digest) -> Result<(), BlobError> {
+        let got = self.hasher.clone().end();
+        if got != *want {
+            return Err(BlobError::Digest { want: want.clone(), got });
+        }
+        self.finish().map(drop).map_err(|e| BlobError::Read(want.clone(), e))
+    }
+}
+
 impl Drop for BlobWriter {
     fn drop(&mut self) {
         // Gone already after finish().
@@ -313,6 +333,11 @@ mod tests {
         assert_eq!(document(&layout, &d.digest, Some(5)).unwrap(), b"hello");
         assert!(matches!(document(&layout, &d.digest, Some(4)), Err(BlobError::Size { .. })));
         assert!(matches!(document(&layout, &d.digest, Some(1 << 40)), Err(BlobError::Size { .. })));
+        assert!(layout.has_sized(&d.digest, 5) && !layout.has_sized(&d.digest, 4));
+        let mut writer = layout.writer().unwrap();
+        writer.write_all(b"other").unwrap();
+        assert!(matches!(writer.finish_as(&d.digest), Err(BlobError::Digest { .. })));
+        assert_eq!(std::fs::read_dir(layout.path().join("blobs/sha256")).unwrap().count(), 1);
         std::fs::write(layout.blob(&d.digest), b"hellO").unwrap();
         assert!(matches!(document(&layout, &d.digest, None), Err(BlobError::Digest { .. })));
         std::fs::remove_file(layout.blob(&d.digest)).unwrap();

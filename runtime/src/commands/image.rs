@@ -35,6 +35,10 @@ use thiserror::Error;
 use zeroize::Zeroizing;
 
 use self::{arguments::Arguments, progress::Progress};
+use crate::{
+    image::SHARED,
+    registry::{self, RegistryError},
+};
 
 /// Shown by `coffer image --help`.
 pub const USAGE: &str = "\
@@ -43,6 +47,10 @@ coffer image: images that only an attested pod can read
   coffer image key FILE                       a new key (32 random bytes) for the KBS
   coffer image encrypt [--key KID=FILE]... [--jwe PUBLIC.pem]... FROM TO
                                               encrypt every layer; KID is kbs:///REPOSITORY/TYPE/TAG
+  coffer image pull [--plain-http REGISTRY]... [--authfile FILE] [--authority CERTIFICATES.pem]...
+                    NAME [LAYOUT[:TAG]]
+                                              from a registry, for this machine; prints what a pod names.
+                                              Without LAYOUT into the one that all pods share
   coffer image sign --key PRIVATE.pem --name NAME IMAGE
                                               sign as cosign does (P-256), beside the image
   coffer image inspect IMAGE                  layers, keys that they need, what the image runs
@@ -53,7 +61,9 @@ coffer image: images that only an attested pod can read
 
 FROM, TO and IMAGE are [oci:]LAYOUT[:TAG][@DIGEST]. An encrypted image is only unpacked by its
 digest or under a policy (containers-policy.json) that asks for a signature. NAME is what it is
-called in a registry, REGISTRY/REPOSITORY[:TAG]; without, the policy's rules for oci: apply.";
+called in a registry, REGISTRY/REPOSITORY[:TAG]; without, the policy's rules for oci: apply.
+Passwords are podman login's. Only this machine's registries, and those of --plain-http, are
+spoken with without TLS.";
 
 /// A command failed. One line.
 #[derive(Debug, Error)]
@@ -85,6 +95,9 @@ pub enum Error {
     /// A signature.
     #[error(transparent)]
     Signature(#[from] SignatureError),
+    /// A registry.
+    #[error(transparent)]
+    Registry(#[from] RegistryError),
     /// A key provider's request.
     #[error(transparent)]
     Provider(#[from] ProviderError),
@@ -109,6 +122,7 @@ pub fn run(words: &[String]) -> Result<(), Error> {
     match command.as_str() {
         "key" => key(&arguments(&[], 1)?),
         "encrypt" => encrypt_image(&arguments(&["--key", "--jwe"], 2)?),
+        "pull" => pull(&arguments(&["--plain-http", "--authfile", "--authority"], 2)?),
         "inspect" => inspect(&arguments(&[], 1)?),
         "sign" => sign(&arguments(&["--key", "--name"], 1)?),
         "unpack" => unpack(&arguments(&["--key", "--jwe", "--most", "--policy", "--name"], 2)?),
@@ -175,6 +189,31 @@ fn encrypt_image(arguments: &Arguments) -> Result<(), Error> {
     let made = progress.during(|| encrypt(&source, &image, &target, tag, &recipients, &bytes))?;
     println!("{}:{tag}@{}", to.path.display(), made.digest);
     eprintln!("{} layers encrypted; the digest above is what a pod names", made.layers);
+    Ok(())
+}
+
+fn pull(arguments: &Arguments) -> Result<(), Error> {
+    let name = Name::of_image(arguments.word(0, "NAME")?)?;
+    let shared = arguments.word(1, "LAYOUT").is_err();
+    let to: Reference = arguments.word(1, "LAYOUT").unwrap_or(SHARED).parse()?;
+    let registry = name.repository().split('/').next().unwrap_or_default();
+    let options = registry::Options {
+        plain_http: arguments.values("--plain-http").iter().any(|plain| plain == registry),
+        credentials: arguments.values("--authfile").last().map(PathBuf::from),
+        authorities: arguments.values("--authority").iter().map(PathBuf::from).collect(),
+    };
+    let layout = Layout::create(&to.path)?;
+    let bytes = AtomicU64::new(0);
+    let progress = Progress::start("pulled", &bytes, 0);
+    let image = progress.during(|| registry::pull(&name, &layout, &options, &bytes))?;
+    if shared {
+        let tag = name.tag().map(|tag| format!(":{tag}")).unwrap_or_default();
+        println!("docker://{}{tag}@{}", name.repository(), image.digest);
+        return Ok(());
+    }
+    let tag = to.tag.as_deref().or(name.tag()).unwrap_or("latest");
+    layout.tag(image.clone(), tag)?;
+    println!("{}:{tag}@{}", to.path.display(), image.digest);
     Ok(())
 }
 

@@ -78,7 +78,9 @@ impl Url {
 
     /// Where a `Location` leads from here.
     pub(super) fn join(&self, location: &str) -> Option<Self> {
-        let path = |path: &str| Url::parse(&format!("http://h{path}")).map(|url| Self { path: url.path, ..self.clone() });
+        let path = |path: &str| {
+            Url::parse(&format!("http://h{path}")).map(|url| Self { path: url.path, ..self.clone() })
+        };
         match location {
             _ if location.starts_with("//") => Self::parse(&format!("{}:{location}", self.scheme())),
             _ if location.starts_with('/') => path(location),
@@ -115,7 +117,10 @@ impl Answer {
 
     /// All values of a header.
     pub(super) fn headers<'a>(&'a self, name: &'a str) -> impl Iterator<Item = &'a str> {
-        self.headers.iter().filter(move |(n, _)| n.eq_ignore_ascii_case(name)).map(|(_, value)| value.as_str())
+        self.headers
+            .iter()
+            .filter(move |(n, _)| n.eq_ignore_ascii_case(name))
+            .map(|(_, value)| value.as_str())
     }
 
     /// The body, if it has no more than so many bytes.
@@ -165,7 +170,10 @@ impl Read for Body {
             let most = buffer.len().min(usize::try_from(left).unwrap_or(usize::MAX));
             let count = self.stream.read(&mut buffer[..most])?;
             if count == 0 && most > 0 {
-                return Err(io::Error::new(io::ErrorKind::UnexpectedEof, format!("the connection ended {left} bytes early")));
+                return Err(io::Error::new(
+                    io::ErrorKind::UnexpectedEof,
+                    format!("the connection ended {left} bytes early"),
+                ));
             }
             let left = left - count as u64;
             self.framing = match self.framing {
@@ -187,7 +195,8 @@ impl Body {
     fn next_chunk(&mut self) -> io::Result<Framing> {
         let line = self.line()?;
         let digits = line.split(';').next().unwrap_or_default().trim();
-        let length = u64::from_str_radix(digits, 16).ok().filter(|_| digits.bytes().all(|b| b.is_ascii_hexdigit()));
+        let length =
+            u64::from_str_radix(digits, 16).ok().filter(|_| digits.bytes().all(|b| b.is_ascii_hexdigit()));
         match length.ok_or_else(|| io::Error::other("a chunk without a length"))? {
             0 => Ok(Framing::End),
             length => Ok(Framing::Chunk(length)),
@@ -197,7 +206,8 @@ impl Body {
     fn line(&mut self) -> io::Result<String> {
         let mut line = Vec::new();
         self.stream.by_ref().take(MOST_LINE).read_until(b'\n', &mut line)?;
-        let line = line.strip_suffix(b"\r\n").ok_or_else(|| io::Error::other("a chunk's line does not end"))?;
+        let line =
+            line.strip_suffix(b"\r\n").ok_or_else(|| io::Error::other("a chunk's line does not end"))?;
         Ok(String::from_utf8_lossy(line).into_owned())
     }
 }
@@ -260,12 +270,16 @@ impl Http {
         files.extend(self.authorities.iter().cloned());
         let mut roots = RootCertStore::empty();
         for file in &files {
-            let text = fs::read(file).map_err(|e| io::Error::new(e.kind(), format!("{}: {e}", file.display())))?;
+            let text =
+                fs::read(file).map_err(|e| io::Error::new(e.kind(), format!("{}: {e}", file.display())))?;
             // An authority that the library does not take only makes fewer servers acceptable.
             roots.add_parsable_certificates(CertificateDer::pem_slice_iter(&text).flatten());
         }
         if roots.is_empty() {
-            return Err(io::Error::other(format!("no certificates of authorities in {}", AUTHORITIES.join(", "))));
+            return Err(io::Error::other(format!(
+                "no certificates of authorities in {}",
+                AUTHORITIES.join(", ")
+            )));
         }
         let config = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
             .with_safe_default_protocol_versions()
@@ -297,7 +311,11 @@ fn answer(mut stream: BufReader<Box<dyn Stream>>) -> io::Result<Answer> {
         Ok(_) => return Err(wrong("no head of an answer".into())),
         Err(error) => return Err(wrong(format!("no answer of HTTP: {error}"))),
     }
-    let headers = parsed.headers.iter().map(|h| (h.name.to_owned(), String::from_utf8_lossy(h.value).into_owned())).collect();
+    let headers = parsed
+        .headers
+        .iter()
+        .map(|h| (h.name.to_owned(), String::from_utf8_lossy(h.value).into_owned()))
+        .collect();
     let body = Body { stream, framing: Framing::End };
     let mut answer = Answer { status: parsed.code.unwrap_or_default(), headers, body };
     answer.body.framing = framing(&answer).map_err(wrong)?;
@@ -326,13 +344,25 @@ mod tests {
     #[test]
     fn urls_are_taken_apart_and_put_together() {
         let url = Url::parse("https://R.example:8443/v2/a?b=c#d").unwrap();
-        assert_eq!((url.tls, url.authority().as_str(), url.path.as_str()), (true, "r.example:8443", "/v2/a?b=c"));
+        assert_eq!(
+            (url.tls, url.authority().as_str(), url.path.as_str()),
+            (true, "r.example:8443", "/v2/a?b=c")
+        );
         assert_eq!(url.join("/x?y").unwrap().path, "/x?y");
         assert_eq!(url.join("//other/x").unwrap().authority(), "other");
         assert!(!url.is_same_server(&url.join("https://r.example/x").unwrap()));
         assert!(url.is_same_server(&url.join("/x").unwrap()));
         assert_eq!(Url::parse("http://[::1]:5000?x").unwrap().path, "/?x");
-        for bad in ["a", "ftp://a/", "http:///x", "http://u@h/", "http://h:x/", "http://h/a b", "http://h/\r\n", "http://[a]/"] {
+        for bad in [
+            "a",
+            "ftp://a/",
+            "http:///x",
+            "http://u@h/",
+            "http://h:x/",
+            "http://h/a b",
+            "http://h/\r\n",
+            "http://[a]/",
+        ] {
             assert!(Url::parse(bad).is_none(), "{bad}");
         }
     }
@@ -343,7 +373,8 @@ mod tests {
     }
 
     const PLAIN: &[u8] = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello";
-    const CHUNKED: &[u8] = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nhel\r\n2;x\r\nlo\r\n0\r\n\r\n";
+    const CHUNKED: &[u8] =
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nhel\r\n2;x\r\nlo\r\n0\r\n\r\n";
 
     #[test]
     fn bodies_end_where_they_said() {

@@ -86,6 +86,12 @@ impl Name {
         self.digest.as_ref()
     }
 
+    /// Its tag.
+    #[must_use]
+    pub fn tag(&self) -> Option<&str> {
+        self.tag.as_deref()
+    }
+
     /// Has a tag.
     #[must_use]
     pub fn is_tagged(&self) -> bool {
