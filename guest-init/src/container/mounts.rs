@@ -41,7 +41,7 @@ pub(super) fn set_up(spec: &Spec) -> Result<(), ContainerError> {
     };
     let mut fd = root_fd()?;
     for mount in spec.mounts().iter().flatten() {
-        one(fd.as_fd(), mount)?;
+        one(fd.as_fd(), &root, mount)?;
         if mount.destination() == Path::new("/") {
             fd = root_fd()?;
         }
@@ -62,7 +62,16 @@ pub(super) fn set_up(spec: &Spec) -> Result<(), ContainerError> {
     }
 }
 
-fn one(root: BorrowedFd<'_>, wanted: &Mount) -> Result<(), ContainerError> {
+/// The place of a mount, as it is after mounting: below `root`, or, where the root itself was mounted over, by its path.
+fn opened(root: BorrowedFd<'_>, root_path: &Path, target: &Path) -> Result<OwnedFd, ContainerError> {
+    let place = match target == Path::new("/") {
+        true => fs::File::open(root_path).map(OwnedFd::from),
+        false => path::open(root, target),
+    };
+    place.map_err(|e| ContainerError::guest(&format!("open {}", target.display()), e))
+}
+
+fn one(root: BorrowedFd<'_>, root_path: &Path, wanted: &Mount) -> Result<(), ContainerError> {
     let words = wanted.options().clone().unwrap_or_default();
     let options = options::parse(&words);
     let target_path = wanted.destination();
@@ -79,7 +88,7 @@ fn one(root: BorrowedFd<'_>, wanted: &Mount) -> Result<(), ContainerError> {
         mount(Some(&source), name.as_str(), NONE, MsFlags::MS_BIND | recursive, NONE)
             .map_err(failed(stage(&format!("bind {} at", source.display()))))?;
         // The place now is what was mounted there: open it again to change its flags.
-        let mounted = path::open(root, target_path).map_err(|e| ContainerError::guest(&stage("open"), e))?;
+        let mounted = opened(root, root_path, target_path)?;
         let flags = options.set - MsFlags::MS_REC - MsFlags::MS_BIND;
         if !flags.is_empty() {
             let remount = flags | MsFlags::MS_BIND | MsFlags::MS_REMOUNT;
@@ -109,7 +118,7 @@ fn one(root: BorrowedFd<'_>, wanted: &Mount) -> Result<(), ContainerError> {
     let before = options.copy_up.then(|| fs::File::open(&name)).transpose().ok().flatten();
     mount(Some(kind), name.as_str(), Some(kind), options.set, Some(data.join(",").as_str()))
         .map_err(failed(stage(&format!("mount {kind} at"))))?;
-    let mounted = path::open(root, target_path).map_err(|e| ContainerError::guest(&stage("open"), e))?;
+    let mounted = opened(root, root_path, target_path)?;
     if let Some(before) = before {
         let from = PathBuf::from(format!("/proc/self/fd/{}", before.as_raw_fd()));
         copy_tree(&from, Path::new(&path::name(&mounted)), 0)

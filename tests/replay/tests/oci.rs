@@ -228,6 +228,25 @@ fn a_mount_on_a_link_to_what_is_not_there_is_where_the_link_leads() {
 }
 
 #[test]
+fn a_mount_over_the_root_has_its_own_options() {
+    let first = |c: &mut Value, mount: Value| c["mounts"].as_array_mut().unwrap().insert(0, mount);
+    let copied = json!({ "destination": "/", "type": "tmpfs", "source": "tmpfs", "options": ["tmpcopyup"] });
+    let kind = "stat -fc %T /; cat /etc/passwd | head -1";
+    assert_eq!(inside(|_, c| first(c, copied), kind), "tmpfs\nroot:x:0:0:root:/root:/bin/sh\n");
+    let out = inside(
+        |bench, c| {
+            let other = bench.bundle("other", c).join("rootfs");
+            first(
+                c,
+                json!({ "destination": "/", "type": "bind", "source": other, "options": ["bind", "ro"] }),
+            );
+        },
+        "touch /srv/x 2> /dev/null || echo read-only",
+    );
+    assert_eq!(out, "read-only\n");
+}
+
+#[test]
 fn a_tmpfs_over_a_directory_has_its_permissions() {
     let tmpfs = |c: &mut Value, options: Value| {
         mount(c, json!({ "destination": "/srv", "type": "tmpfs", "source": "tmpfs", "options": options }));
