@@ -65,7 +65,11 @@ fn one(hook: &Hook, state: &str) -> Result<(), Error> {
     let mut words = String::new();
     let _ = said.rewind();
     let _ = said.take(MOST_WORDS).read_to_string(&mut words);
-    Err(Error::State(format!("hook {name}: {ended}: {}", words.trim().replace('\n', "; "))))
+    let words = match words.trim() {
+        "" => String::new(),
+        words => format!(": {}", words.replace('\n', "; ")),
+    };
+    Err(Error::State(format!("hook {name}: {ended}{words}")))
 }
 
 /// `None` when it took too long; it is gone then.

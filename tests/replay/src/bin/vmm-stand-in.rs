@@ -45,6 +45,9 @@ fn main() {
     let flags: HashMap<&str, &str> =
         words.chunks(2).filter_map(|p| Some((p.first()?.as_str(), p.get(1)?.as_str()))).collect();
     let get = |name: &str| flags.get(name).copied().unwrap_or_else(|| panic!("{name} is missing"));
+    let lifeline = get("--lifeline-fd").parse().expect("a descriptor");
+    // SAFETY: sets a flag on a descriptor: containers, which a VM would keep from it, do not get it.
+    unsafe { libc::fcntl(lifeline, libc::F_SETFD, libc::FD_CLOEXEC) };
     // What a broken image does, for tests: no guest comes up.
     if fs::read(get("--image")).is_ok_and(|image| image == b"broken") {
         report(Path::new(get("--exit-report")), "panic", 70, "the guest's kernel or init failed");
@@ -70,7 +73,6 @@ fn main() {
         }),
     };
     let abandoned = get("--exit-report").to_owned();
-    let lifeline = get("--lifeline-fd").parse().expect("a descriptor");
     let account = group.clone();
     thread::spawn(move || {
         // SAFETY: the caller left this descriptor open for us alone.
