@@ -10,6 +10,7 @@
 
 mod account;
 mod frame;
+pub mod limits;
 mod message;
 pub mod shell;
 pub mod signal;

@@ -10,6 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use coffer_protocol::limits;
 use oci_spec::runtime::{LinuxResources, Spec};
 
 use crate::error::{Error, host};
@@ -72,7 +73,7 @@ fn delegate(path: &Path) {
 /// # Errors
 /// The system's, naming file and value.
 pub fn apply(path: &Path, resources: &LinuxResources) -> Result<(), Error> {
-    for (file, value) in settings(resources) {
+    for (file, value) in settings(resources, &bandwidth(path)) {
         fs::write(path.join(file), &value)
             .map_err(host(format!("set {file} to {value} in {}", path.display())))?;
     }
@@ -99,9 +100,15 @@ pub fn widen(path: &Path, bytes: i64) -> Result<(), Error> {
     fs::write(&file, &value).map_err(host(format!("set memory.max to {value} in {}", path.display())))
 }
 
-/// Files and what is written into them.
+/// The CPU time that a cgroup may have now, as its file says it.
 #[must_use]
-pub fn settings(resources: &LinuxResources) -> Vec<(&'static str, String)> {
+pub fn bandwidth(path: &Path) -> String {
+    fs::read_to_string(path.join("cpu.max")).unwrap_or_default()
+}
+
+/// Files and what is written into them. `now` is what [`bandwidth`] says.
+#[must_use]
+pub fn settings(resources: &LinuxResources, now: &str) -> Vec<(&'static str, String)> {
     let mut list = Vec::new();
     if let Some(limit) = resources.memory().as_ref().and_then(|m| m.limit()).filter(|l| *l != 0) {
         let whole = if limit < 0 { "max".to_owned() } else { limit.saturating_add(OVERHEAD).to_string() };
@@ -120,10 +127,23 @@ pub fn settings(resources: &LinuxResources) -> Vec<(&'static str, String)> {
             }
         }
     }
+    if let Some(reservation) = resources.memory().as_ref().and_then(|m| m.reservation()).filter(|r| *r != 0) {
+        let kept = if reservation < 0 { "max".to_owned() } else { reservation.to_string() };
+        list.push(("memory.low", kept));
+    }
     let Some(cpu) = resources.cpu() else { return list };
-    if let Some(quota) = cpu.quota().filter(|q| *q != 0) {
-        let quota = if quota < 0 { "max".to_owned() } else { quota.to_string() };
-        list.push(("cpu.max", format!("{quota} {}", cpu.period().filter(|p| *p > 0).unwrap_or(100_000))));
+    if let Some(idle) = cpu.idle() {
+        list.push(("cpu.idle", idle.to_string()));
+    }
+    // The kernel takes no weight for a group that is idle.
+    if let Some(shares) = cpu.shares().filter(|s| *s != 0 && cpu.idle() != Some(1)) {
+        list.push(("cpu.weight", limits::cpu_weight(shares).to_string()));
+    }
+    if let Some(bandwidth) = limits::bandwidth(now, cpu.quota(), cpu.period()) {
+        list.push(("cpu.max", bandwidth));
+    }
+    if let Some(burst) = cpu.burst() {
+        list.push(("cpu.max.burst", burst.to_string()));
     }
     for (file, value) in [("cpuset.cpus", cpu.cpus()), ("cpuset.mems", cpu.mems())] {
         if let Some(value) = value.as_ref().filter(|v| !v.is_empty()) {
@@ -170,7 +190,7 @@ mod tests {
 
     #[test]
     fn the_host_adds_what_the_vm_needs_to_memory_and_leaves_the_rest() {
-        let of = |value| settings(&serde_json::from_value(value).unwrap());
+        let of = |value| settings(&serde_json::from_value(value).unwrap(), "max 100000");
         assert_eq!(
             of(serde_json::json!({
                 "memory": { "limit": 67_108_864 }, "cpu": { "quota": 50_000, "cpus": "0-1", "shares": 2 },
@@ -178,6 +198,8 @@ mod tests {
             })),
             [
                 ("memory.max", (67_108_864 + OVERHEAD).to_string()),
+                // Between this VM and others; between its containers the guest weighs.
+                ("cpu.weight", "1".to_owned()),
                 ("cpu.max", "50000 100000".to_owned()),
                 ("cpuset.cpus", "0-1".to_owned())
             ]

@@ -2,30 +2,26 @@
 //!
 //! Owns: the directory below `/sys/fs/cgroup`. Does not own: which limits the host's side adds.
 
-use std::{fs, io, path::PathBuf};
+use std::{
+    fs, io,
+    path::{Component, Path, PathBuf},
+};
 
+use coffer_protocol::{ErrorKind, limits};
 use oci_spec::runtime::LinuxResources;
 
 use super::ContainerError;
 
 const ROOT: &str = "/sys/fs/cgroup";
+/// Most cgroups below a container's that are looked at; the container makes them.
+const MOST_BELOW: usize = 4096;
 
 /// One container's cgroup.
 #[derive(Debug)]
 pub struct Cgroup(PathBuf);
 
-/// CPU shares of version 1 (2 to 262144) as a weight of version 2 (1 to 10000), as runc converts them.
-fn weight(shares: u64) -> u64 {
-    1 + (shares.clamp(2, 262_144) - 2) * 9999 / 262_142
-}
-
-/// Block weight of version 1 (10 to 1000) as one of version 2 (1 to 10000), as runc converts it.
-fn block_weight(weight: u16) -> u64 {
-    1 + (u64::from(weight.clamp(10, 1000)) - 10) * 9999 / 990
-}
-
-/// Files and their contents for these limits, in the order to write.
-fn settings(resources: &LinuxResources) -> Result<Vec<(String, String)>, ContainerError> {
+/// Files and their contents for these limits, in the order to write. `now` is what `cpu.max` says.
+fn settings(resources: &LinuxResources, now: &str) -> Result<Vec<(String, String)>, ContainerError> {
     let mut list: Vec<(String, String)> = Vec::new();
     let mut set = |file: &str, value: String| list.push((file.to_owned(), value));
     let limit = |value: i64| if value < 0 { "max".to_owned() } else { value.to_string() };
@@ -40,14 +36,13 @@ fn settings(resources: &LinuxResources) -> Result<Vec<(String, String)>, Contain
     }
     if let Some(cpu) = resources.cpu() {
         if let Some(shares) = cpu.shares().filter(|s| *s != 0) {
-            set("cpu.weight", weight(shares).to_string());
+            set("cpu.weight", limits::cpu_weight(shares).to_string());
         }
         if let Some(idle) = cpu.idle() {
             set("cpu.idle", idle.to_string());
         }
-        if cpu.quota().is_some() || cpu.period().is_some() {
-            let quota = cpu.quota().filter(|q| *q > 0).map_or("max".to_owned(), |q| q.to_string());
-            set("cpu.max", format!("{quota} {}", cpu.period().filter(|p| *p > 0).unwrap_or(100_000)));
+        if let Some(bandwidth) = limits::bandwidth(now, cpu.quota(), cpu.period()) {
+            set("cpu.max", bandwidth);
         }
         if let Some(burst) = cpu.burst() {
             set("cpu.max.burst", burst.to_string());
@@ -59,13 +54,13 @@ fn settings(resources: &LinuxResources) -> Result<Vec<(String, String)>, Contain
         set("pids.max", if value <= 0 { "max".to_owned() } else { value.to_string() });
     }
     if let Some(weight) = resources.block_io().as_ref().and_then(|b| b.weight()).filter(|w| *w != 0) {
-        set("io.weight", block_weight(weight).to_string());
+        set("io.weight", limits::block_weight(weight).to_string());
     }
     for page in resources.hugepage_limits().iter().flatten() {
         let size = page.page_size();
         if size.is_empty() || !size.chars().all(|c| c.is_ascii_alphanumeric()) {
             let message = format!("config.json: linux.resources.hugepageLimits: {size:?} is no page size");
-            return Err(ContainerError::new(coffer_protocol::ErrorKind::Invalid, message));
+            return Err(ContainerError::new(ErrorKind::Invalid, message));
         }
         set(&format!("hugetlb.{size}.max"), limit(page.limit()));
     }
@@ -76,11 +71,32 @@ fn settings(resources: &LinuxResources) -> Result<Vec<(String, String)>, Contain
         if !plain || file.starts_with('.') || file.starts_with("cgroup.") {
             let message =
                 format!("config.json: linux.resources.unified: {file:?} is not a controller's file");
-            return Err(ContainerError::new(coffer_protocol::ErrorKind::Invalid, message));
+            return Err(ContainerError::new(ErrorKind::Invalid, message));
         }
         set(file, value.clone());
     }
     Ok(list)
+}
+
+/// A cgroup and those below it, each after the one that it is in.
+fn tree(path: &Path) -> Vec<PathBuf> {
+    let mut list = vec![path.to_owned()];
+    let mut next = 0;
+    while let Some(group) = list.get(next) {
+        let entries = fs::read_dir(group).into_iter().flatten().flatten();
+        let below = entries.filter(|e| e.file_type().is_ok_and(|t| t.is_dir())).map(|e| e.path());
+        let below: Vec<PathBuf> = below.take(MOST_BELOW.saturating_sub(list.len())).collect();
+        list.extend(below);
+        next += 1;
+    }
+    list
+}
+
+/// Removes it and those below it, as far as they are empty.
+fn remove_tree(path: &Path) {
+    for group in tree(path).iter().rev() {
+        let _ = fs::remove_dir(group);
+    }
 }
 
 impl Cgroup {
@@ -92,12 +108,11 @@ impl Cgroup {
         let path = PathBuf::from(ROOT).join(id);
         // One of this name may not be gone yet: its processes were killed and have to end first.
         for _ in 0..200 {
-            match fs::remove_dir(&path) {
-                Err(e) if e.kind() != io::ErrorKind::NotFound => {
-                    std::thread::sleep(std::time::Duration::from_millis(5));
-                }
-                _ => break,
+            remove_tree(&path);
+            if !path.exists() {
+                break;
             }
+            std::thread::sleep(std::time::Duration::from_millis(5));
         }
         fs::create_dir(&path).map_err(|e| ContainerError::guest("make the container's cgroup", e))?;
         Ok(Self(path))
@@ -114,18 +129,53 @@ impl Cgroup {
     /// # Errors
     /// [`ContainerError`], naming the file.
     pub fn apply(&self, resources: &LinuxResources) -> Result<(), ContainerError> {
-        for (file, value) in settings(resources)? {
+        let now = fs::read_to_string(self.0.join("cpu.max")).unwrap_or_default();
+        for (file, value) in settings(resources, &now)? {
             fs::write(self.0.join(&file), &value)
                 .map_err(|e| ContainerError::guest(&format!("set {file} to {value}"), e))?;
         }
         Ok(())
     }
 
-    /// Processes in it.
+    /// Opens it, or one that the container has made below it: a path that starts there, with or without `/`.
+    ///
+    /// # Errors
+    /// [`ContainerError`] when the path leads elsewhere or to nothing.
+    pub fn open(&self, below: Option<&str>) -> Result<fs::File, ContainerError> {
+        let inside = Path::new(below.unwrap_or_default().trim_start_matches('/'));
+        if inside.components().any(|c| !matches!(c, Component::Normal(_) | Component::CurDir)) {
+            let message =
+                format!("exec: --cgroup {}: it leads out of the container's cgroup", inside.display());
+            return Err(ContainerError::new(ErrorKind::Invalid, message));
+        }
+        // A hierarchy of cgroups has no links that could lead elsewhere.
+        let path = self.0.join(inside);
+        fs::File::open(&path).map_err(|e| match below {
+            Some(below) => ContainerError::guest(&format!("exec: --cgroup {below}"), e),
+            None => ContainerError::guest("open the cgroup", e),
+        })
+    }
+
+    /// Opens the one that a process is in.
+    ///
+    /// # Errors
+    /// [`ContainerError`] when the process is gone.
+    pub fn open_of(pid: i32) -> Result<fs::File, ContainerError> {
+        let failed = |e| ContainerError::guest("open the cgroup of the container's process", e);
+        let text = fs::read_to_string(format!("/proc/{pid}/cgroup")).map_err(failed)?;
+        let inside = text.lines().find_map(|l| l.strip_prefix("0::/")).unwrap_or_default();
+        fs::File::open(Path::new(ROOT).join(inside)).map_err(failed)
+    }
+
+    /// Processes in it and in those below it.
     #[must_use]
     pub fn processes(&self) -> Vec<u32> {
-        let text = fs::read_to_string(self.0.join("cgroup.procs")).unwrap_or_default();
-        text.lines().filter_map(|l| l.parse().ok()).collect()
+        let mut list = Vec::new();
+        for group in tree(&self.0) {
+            let text = fs::read_to_string(group.join("cgroup.procs")).unwrap_or_default();
+            list.extend(text.lines().filter_map(|l| l.parse::<u32>().ok()));
+        }
+        list
     }
 
     /// What it uses.
@@ -159,7 +209,7 @@ impl Cgroup {
     pub fn remove(&self) {
         let _ = fs::write(self.0.join("cgroup.kill"), "1");
         // Its processes are children of PID 1 and reaped there; the directory goes once they are.
-        let _ = fs::remove_dir(&self.0);
+        remove_tree(&self.0);
     }
 }
 
@@ -176,7 +226,7 @@ mod tests {
             "blockIO": { "weight": 505 }, "hugepageLimits": [{ "pageSize": "2MB", "limit": 4194304 }]
         }))
         .unwrap();
-        let list = settings(&resources).unwrap();
+        let list = settings(&resources, "max 100000").unwrap();
         let list: Vec<(&str, &str)> = list.iter().map(|(f, v)| (f.as_str(), v.as_str())).collect();
         assert_eq!(
             list,
@@ -196,11 +246,47 @@ mod tests {
     fn unified_limits_are_files_of_controllers_and_nothing_else() {
         let of = |name: &str| {
             let value = serde_json::json!({ "unified": { name: "7" } });
-            settings(&serde_json::from_value(value).unwrap())
+            settings(&serde_json::from_value(value).unwrap(), "")
         };
         assert_eq!(of("memory.high").unwrap(), [("memory.high".to_owned(), "7".to_owned())]);
         for name in ["../x/pids.max", "cgroup.procs", "memory", ".", "a/b.c", ""] {
             assert!(of(name).is_err(), "{name:?}");
         }
+    }
+
+    #[test]
+    fn a_cgroup_below_is_one_of_the_containers_own() {
+        let root = tempfile::tempdir().unwrap();
+        fs::create_dir_all(root.path().join("c/a/b")).unwrap();
+        fs::create_dir(root.path().join("other")).unwrap();
+        let group = Cgroup(root.path().join("c"));
+        for there in [None, Some("/"), Some(""), Some("."), Some("a"), Some("/a/b")] {
+            group.open(there).unwrap();
+        }
+        for elsewhere in ["..", "/../other", "a/../../other"] {
+            let message = group.open(Some(elsewhere)).unwrap_err().message;
+            assert!(message.contains("leads out"), "{message}");
+        }
+        assert!(group.open(Some("none")).unwrap_err().message.starts_with("exec: --cgroup none"));
+    }
+
+    #[test]
+    fn those_below_are_found_and_removed() {
+        let root = tempfile::tempdir().unwrap();
+        let group = Cgroup(root.path().join("c"));
+        fs::create_dir_all(group.0.join("a/b")).unwrap();
+        fs::create_dir_all(group.0.join("d")).unwrap();
+        for (below, pids) in [("", ""), ("a", "5\n"), ("a/b", "6\n7\n"), ("d", "8\n")] {
+            fs::write(group.0.join(below).join("cgroup.procs"), pids).unwrap();
+        }
+        let mut list = group.processes();
+        list.sort_unstable();
+        assert_eq!(list, [5, 6, 7, 8]);
+        // In a hierarchy of cgroups these files are no obstacle.
+        for group in tree(&group.0) {
+            fs::remove_file(group.join("cgroup.procs")).unwrap();
+        }
+        group.remove();
+        assert!(!root.path().join("c/a").exists() && !root.path().join("c/d").exists());
     }
 }

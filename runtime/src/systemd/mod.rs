@@ -106,7 +106,7 @@ impl Scope {
         ];
         let accounts = ["CPUAccounting", "MemoryAccounting", "IOAccounting", "TasksAccounting"];
         properties.extend(accounts.map(|name| (name, Value::Switch(true))));
-        properties.extend(resources.map(limits).unwrap_or_default());
+        properties.extend(resources.map(|r| limits(r, "")).unwrap_or_default());
         let answer = bus.ask(&START, |w| {
             w.string(&self.unit);
             w.string("replace");
@@ -139,7 +139,7 @@ impl Scope {
     /// # Errors
     /// [`Error::State`] in systemd's words.
     pub fn update(&self, resources: &LinuxResources) -> Result<(), Error> {
-        let limits = limits(resources);
+        let limits = limits(resources, &cgroup::bandwidth(&self.path()));
         if limits.is_empty() {
             return Ok(());
         }
@@ -184,11 +184,13 @@ fn slices(name: &str) -> Option<PathBuf> {
 }
 
 /// Limits as systemd's properties: those that it would otherwise reset.
-fn limits(resources: &LinuxResources) -> Vec<(&'static str, Value)> {
+fn limits(resources: &LinuxResources, now: &str) -> Vec<(&'static str, Value)> {
     let mut list = Vec::new();
-    for (file, value) in cgroup::settings(resources) {
+    for (file, value) in cgroup::settings(resources, now) {
         match file {
             "memory.max" => list.push(("MemoryMax", Value::Number(value.parse().unwrap_or(u64::MAX)))),
+            "memory.low" => list.push(("MemoryLow", Value::Number(value.parse().unwrap_or(u64::MAX)))),
+            "cpu.weight" => list.push(("CPUWeight", Value::Number(value.parse().unwrap_or(100)))),
             "cpu.max" => {
                 let mut words = value.split(' ').map(|word| word.parse::<u64>().ok());
                 let (quota, period) = (words.next().flatten(), words.next().flatten().unwrap_or(100_000));
@@ -382,13 +384,13 @@ mod tests {
 
     #[test]
     fn limits_are_systemds_too() {
-        let limits = |value| limits(&serde_json::from_value(value).unwrap());
-        let with =
-            serde_json::json!({ "memory": { "limit": -1 }, "cpu": { "quota": 50_000, "period": 200_000 } });
+        let limits = |value| limits(&serde_json::from_value(value).unwrap(), "");
+        let with = serde_json::json!({ "memory": { "limit": -1 }, "cpu": { "shares": 1024, "quota": 50_000, "period": 200_000 } });
         assert_eq!(
             limits(with),
             [
                 ("MemoryMax", Value::Number(u64::MAX)),
+                ("CPUWeight", Value::Number(39)),
                 ("CPUQuotaPerSecUSec", Value::Number(250_000)),
                 ("CPUQuotaPeriodUSec", Value::Number(200_000)),
             ]
