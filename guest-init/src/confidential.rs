@@ -260,6 +260,7 @@ mod tests {
 
     fn exec(program: &str) -> Request {
         Request::Exec(Box::new(Exec {
+            cgroup: None,
             id: "c".into(),
             exec_id: "e".into(),
             process: json!({ "args": [program] }),

@@ -163,7 +163,7 @@ pub struct CreateContainer {
 /// [`crate::MAX_STREAMS`]; the first has number 0 in frames and is the process's descriptor 3.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize, PartialEq, Eq)]
 pub struct Stream {
-    /// The process may read it.
+    /// The process may read it. Neither this nor `write`: its number is not open, and those after it are.
     pub read: bool,
     /// The process may write it.
     pub write: bool,
@@ -220,6 +220,9 @@ pub struct BindSource {
 pub struct Exec {
     /// Container.
     pub id: String,
+    /// A cgroup below the container's, as a path that starts there; none: the container's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cgroup: Option<String>,
     /// Names the process within the container.
     pub exec_id: String,
     /// OCI `process` as JSON.

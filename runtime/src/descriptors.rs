@@ -14,11 +14,22 @@ use crate::error::Error;
 /// One of them.
 #[derive(Debug)]
 pub struct Carried {
-    /// The host's.
-    pub fd: OwnedFd,
+    /// The host's; none where the caller has nothing open at this number.
+    pub fd: Option<OwnedFd>,
     /// What the process may do with its end.
     pub stream: Stream,
 }
+
+impl Carried {
+    /// Its number in this process.
+    #[must_use]
+    pub fn number(&self) -> Option<RawFd> {
+        self.fd.as_ref().map(AsRawFd::as_raw_fd)
+    }
+}
+
+/// Highest number that is looked at.
+const MOST: usize = 1 << 20;
 
 /// The caller's first descriptor beside stdin, stdout and stderr.
 const FIRST: RawFd = 3;
@@ -44,7 +55,7 @@ pub struct Count {
 /// Reads the option and, for a container's first process, the environment.
 ///
 /// # Errors
-/// [`Error::Usage`] when the option is no number, or there are too many.
+/// [`Error::Usage`] when the option is no number, or a large one.
 pub fn count(option: Option<&str>, first: bool) -> Result<Count, Error> {
     let preserved = match option {
         None => 0,
@@ -54,8 +65,8 @@ pub fn count(option: Option<&str>, first: bool) -> Result<Count, Error> {
     };
     let listen = if first { listening(|name| std::env::var(name).ok()) } else { 0 };
     let all = listen.saturating_add(preserved);
-    if all > MAX_STREAMS {
-        return Err(Error::Usage(format!("{all} open files to pass on: at most {MAX_STREAMS} are possible")));
+    if all > MOST {
+        return Err(Error::Usage(format!("{all} open files to pass on: at most {MOST} are looked at")));
     }
     Ok(Count { listen, all })
 }
@@ -69,13 +80,25 @@ pub fn tell(guest: &mut Value, listen: usize) {
     }
 }
 
-/// Takes them. Call it before this process opens anything.
+/// Takes them. Call it before this process opens anything. What `--preserve-fds` counts and is not open stays so in the
+/// container, as with crun and youki; what `LISTEN_FDS` counts must be there.
 ///
 /// # Errors
-/// [`Error::Usage`], naming the descriptor and the way round it.
+/// [`Error::Usage`], naming the descriptor and the way round it, or that there are too many.
 pub fn take(count: Count) -> Result<Vec<Carried>, Error> {
-    let numbers: Vec<RawFd> = (FIRST..).take(count.all).collect();
-    let streams = numbers.iter().map(|fd| check(*fd)).collect::<Result<Vec<_>, _>>()?;
+    let mut numbers: Vec<RawFd> = (FIRST..).take(count.all).collect();
+    let last = numbers.iter().rposition(|fd| is_open(*fd)).map_or(0, |n| n + 1);
+    numbers.truncate(last.max(count.listen));
+    if numbers.len() > MAX_STREAMS {
+        let highest = FIRST + MAX_STREAMS as RawFd - 1;
+        return Err(Error::Usage(format!(
+            "open file {} cannot be given to a VM: numbers up to {highest} are possible",
+            FIRST + numbers.len() as RawFd - 1
+        )));
+    }
+    let wanted = |(n, fd): (usize, &RawFd)| n < count.listen || is_open(*fd);
+    let stream = |(n, fd)| if wanted((n, fd)) { check(*fd).map(Some) } else { Ok(None) };
+    let streams = numbers.iter().enumerate().map(stream).collect::<Result<Vec<_>, _>>()?;
     let own = |fd: RawFd| {
         // SAFETY: the caller gave it to this process, in which nothing else uses it.
         let fd = unsafe { OwnedFd::from_raw_fd(fd) };
@@ -83,7 +106,16 @@ pub fn take(count: Count) -> Result<Vec<Carried>, Error> {
         unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFD, libc::FD_CLOEXEC) };
         fd
     };
-    Ok(numbers.into_iter().zip(streams).map(|(fd, stream)| Carried { fd: own(fd), stream }).collect())
+    let carried = |(fd, stream): (RawFd, Option<Stream>)| match stream {
+        Some(stream) => Carried { fd: Some(own(fd)), stream },
+        None => Carried { fd: None, stream: Stream { read: false, write: false } },
+    };
+    Ok(numbers.into_iter().zip(streams).map(carried).collect())
+}
+
+fn is_open(fd: RawFd) -> bool {
+    // SAFETY: reads flags of a number that need not be a descriptor.
+    unsafe { libc::fcntl(fd, libc::F_GETFD) >= 0 }
 }
 
 /// What a process may do with a descriptor, when it can be carried.
@@ -195,7 +227,7 @@ mod tests {
         };
         let me = std::process::id().to_string();
         assert_eq!((of(me.clone(), "2"), of("1".into(), "2"), of(me, "x")), (2, 0, 0));
-        assert!(count(Some("x"), false).is_err() && count(Some("65"), false).is_err());
+        assert!(count(Some("x"), false).is_err() && count(Some("1048577"), false).is_err());
         assert_eq!(count(Some("2"), false).unwrap(), Count { listen: 0, all: 2 });
     }
 }

@@ -151,7 +151,7 @@ pub struct Further {
 impl From<Carried> for Further {
     fn from(carried: Carried) -> Self {
         let credit = carried.stream.read.then_some(STDIN_WINDOW);
-        Self { fd: Some(carried.fd), credit, output: carried.stream.write }
+        Self { fd: carried.fd, credit, output: carried.stream.write }
     }
 }
 

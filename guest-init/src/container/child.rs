@@ -158,6 +158,7 @@ fn become_program(
         // PID 1 does not want this process any more.
         _ => std::process::exit(1),
     }
+    keep_own_files()?;
     if let Some(id) = first {
         hooks::start_container(spec, id)?;
     }
@@ -174,7 +175,9 @@ fn become_program(
         .map_err(|e| ContainerError::guest("program", e))?;
     // Last: what else is open below has done its work, and everything that is still needed is above.
     for (number, fd) in theirs.further.iter().enumerate() {
-        duplicate(fd.as_raw_fd(), 3 + number as RawFd)?;
+        if let Some(fd) = fd {
+            duplicate(fd.as_raw_fd(), 3 + number as RawFd)?;
+        }
     }
     nix::unistd::execve(&path, &args, &env).map_err(|e| {
         let kind = if e == nix::Error::ENOENT { ErrorKind::NotFound } else { ErrorKind::NotExecutable };
@@ -315,6 +318,17 @@ fn resolve(process: &Process) -> Result<PathBuf, ContainerError> {
             format!("exec: {name:?}: executable file not found in $PATH"),
         )
     })
+}
+
+/// Lets no file of PID 1 into a program: what is open from 3 on closes when one starts, but for what is put there after this.
+fn keep_own_files() -> Result<(), ContainerError> {
+    // SAFETY: sets a flag of this process's descriptors.
+    let set = unsafe { libc::syscall(libc::SYS_close_range, 3, u32::MAX, libc::CLOSE_RANGE_CLOEXEC) };
+    if set < 0 {
+        Err(ContainerError::guest("keep open files", std::io::Error::last_os_error()))
+    } else {
+        Ok(())
+    }
 }
 
 /// A program starts with default actions and nothing blocked.

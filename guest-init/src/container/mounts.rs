@@ -78,6 +78,13 @@ fn one(root: BorrowedFd<'_>, root_path: &Path, wanted: &Mount) -> Result<(), Con
     let stage = |what: &str| format!("{what} {}", target_path.display());
     let source = wanted.source().clone().unwrap_or_default();
     let bind = options.set.contains(MsFlags::MS_BIND) || wanted.typ().as_deref() == Some("bind");
+    if matches!(wanted.typ().as_deref(), Some("proc" | "sysfs")) && path::is_link(root, target_path) {
+        // Whoever wrote the root would say where they are mounted, and what masks them would lie elsewhere. runc's words.
+        let kind = wanted.typ().clone().unwrap_or_default();
+        let message =
+            format!("{}: filesystem {kind:?} must be mounted on ordinary directory", stage("mount"));
+        return Err(ContainerError::new(ErrorKind::Invalid, message));
+    }
     let is_file = bind && !source.is_dir();
     let there = path::open(root, target_path).ok();
     let target = path::make(root, target_path, is_file)
@@ -116,7 +123,9 @@ fn one(root: BorrowedFd<'_>, root_path: &Path, wanted: &Mount) -> Result<(), Con
         data.extend(mode(&there));
     }
     let before = options.copy_up.then(|| fs::File::open(&name)).transpose().ok().flatten();
-    mount(Some(kind), name.as_str(), Some(kind), options.set, Some(data.join(",").as_str()))
+    // By the configuration's name, which /proc/self/mountinfo shows.
+    let device = if source.as_os_str().is_empty() { Path::new(kind) } else { &source };
+    mount(Some(device), name.as_str(), Some(kind), options.set, Some(data.join(",").as_str()))
         .map_err(failed(stage(&format!("mount {kind} at"))))?;
     let mounted = opened(root, root_path, target_path)?;
     if let Some(before) = before {
@@ -181,6 +190,11 @@ fn pivot(root: &Path) -> Result<(), ContainerError> {
     nix::unistd::chdir("/").map_err(failed("enter /".into()))
 }
 
+/// Nothing is there. Whatever else keeps a path from being looked at would leave it open: that is no reason to go on.
+fn is_absent(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory)
+}
+
 /// Read-only root, masked and read-only paths: after everything that still writes there.
 pub(super) fn protect(spec: &Spec) -> Result<(), ContainerError> {
     let linux = spec.linux().as_ref();
@@ -190,15 +204,18 @@ pub(super) fn protect(spec: &Spec) -> Result<(), ContainerError> {
                 mount(Some("tmpfs"), masked.as_str(), Some("tmpfs"), MsFlags::MS_RDONLY, Some("size=0k"))
             }
             Ok(_) => mount(Some("/dev/null"), masked.as_str(), NONE, MsFlags::MS_BIND, NONE),
-            Err(_) => continue,
+            Err(e) if is_absent(&e) => continue,
+            Err(e) => return Err(ContainerError::guest(&format!("mask {masked}"), e)),
         };
         hidden.map_err(failed(format!("mask {masked}")))?;
     }
     for fixed in linux.iter().flat_map(|l| l.readonly_paths().iter().flatten()) {
-        if !Path::new(fixed).exists() {
-            continue;
-        }
         let stage = || format!("make {fixed} read-only");
+        match fs::metadata(fixed) {
+            Ok(_) => {}
+            Err(e) if is_absent(&e) => continue,
+            Err(e) => return Err(ContainerError::guest(&stage(), e)),
+        }
         mount(Some(fixed.as_str()), fixed.as_str(), NONE, MsFlags::MS_BIND | MsFlags::MS_REC, NONE)
             .map_err(failed(stage()))?;
         let flags = MsFlags::MS_BIND

@@ -45,6 +45,13 @@ fn open_with(root: BorrowedFd<'_>, path: &Path, flags: i32) -> io::Result<OwnedF
     Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
 }
 
+/// The last part of the path is a link, wherever that leads.
+pub(super) fn is_link(root: BorrowedFd<'_>, path: &Path) -> bool {
+    let flags = libc::O_PATH | libc::O_CLOEXEC | libc::O_NOFOLLOW;
+    let there = open_with(root, path, flags).map(std::fs::File::from);
+    there.and_then(|there| there.metadata()).is_ok_and(|meta| meta.is_symlink())
+}
+
 /// As many links as the kernel follows in one path.
 const MOST_LINKS: usize = 40;
 
@@ -124,6 +131,10 @@ mod tests {
         symlink("/../../..", root.join("up")).unwrap();
         symlink("/dir", root.join("link")).unwrap();
         let fd: OwnedFd = fs::File::open(&root).unwrap().into();
+        symlink("loop", root.join("loop")).unwrap();
+        let link = |path: &str| is_link(fd.as_fd(), Path::new(path));
+        assert!(link("/up") && link("link") && link("/loop"));
+        assert!(!link("/dir") && !link("/none") && !link("/link/made"));
         for path in ["/up/made", "../../made", "/link/../made"] {
             make(fd.as_fd(), Path::new(path), false).unwrap();
             assert!(root.join("made").is_dir(), "{path}");

@@ -101,8 +101,8 @@ pub struct Files {
 pub(super) struct Theirs {
     /// 0, 1 and 2; none for a terminal.
     pub(super) stdio: Vec<OwnedFd>,
-    /// From 3 on.
-    pub(super) further: Vec<OwnedFd>,
+    /// From 3 on; a number that is not open is `None`.
+    pub(super) further: Vec<Option<OwnedFd>>,
     pub(super) window: Option<WindowSize>,
     pub(super) notify: Option<String>,
     pub(super) sync: OwnedFd,
@@ -178,6 +178,11 @@ fn files(terminal: bool, wanted: &Files) -> Result<(Stdio, OwnedFd, Theirs), Con
     }
     let mut further = Vec::new();
     for stream in &wanted.streams {
+        if !stream.read && !stream.write {
+            ours.further.push(Further { fd: None, input: None, output: false });
+            further.push(None);
+            continue;
+        }
         let (our, their) = match stream {
             Stream { read: true, write: true } => {
                 socketpair(AddressFamily::Unix, SockType::Stream, None, SockFlag::SOCK_CLOEXEC)
@@ -191,9 +196,9 @@ fn files(terminal: bool, wanted: &Files) -> Result<(Stdio, OwnedFd, Theirs), Con
         ours.further.push(Further {
             fd: Some(our),
             input: stream.read.then(Input::default),
-            output: stream.write || !stream.read,
+            output: stream.write,
         });
-        further.push(above(their, count)?);
+        further.push(Some(above(their, count)?));
     }
     let theirs = Theirs {
         stdio,
@@ -284,7 +289,7 @@ pub fn launch(
     }
 }
 
-/// Makes one more process in the namespaces of `target`.
+/// Makes one more process in the namespaces of `target`, in the container's cgroup or one `below` it.
 ///
 /// # Errors
 /// As [`launch`].
@@ -293,12 +298,17 @@ pub fn exec(
     target: i32,
     cgroup: &Cgroup,
     spec: &Spec,
+    below: Option<&str>,
     wanted: &Files,
 ) -> Result<Launched, ContainerError> {
     let (stdio, ours, theirs) = files(process.terminal().unwrap_or(false), wanted)?;
-    let directory =
-        std::fs::File::open(cgroup.path()).map_err(|e| ContainerError::guest("open the cgroup", e))?;
-    match fork(0, Some(directory.as_raw_fd()), libc::SIGCHLD).map_err(|e| ContainerError::guest("fork", e))? {
+    let directory = cgroup.open(below)?;
+    let mut forked = fork(0, Some(directory.as_raw_fd()), libc::SIGCHLD);
+    if below.is_none() && matches!(&forked, Err(e) if e.raw_os_error() == Some(libc::EBUSY)) {
+        // The container has moved its processes below and turned controllers on there, as systemd does: where they are then.
+        forked = fork(0, Some(Cgroup::open_of(target)?.as_raw_fd()), libc::SIGCHLD);
+    }
+    match forked.map_err(|e| ContainerError::guest("fork", e))? {
         None => {
             drop(ours);
             child::further(process, spec, target, &theirs)

@@ -155,7 +155,14 @@ impl Server {
             .map_err(|e| ContainerError::new(ErrorKind::Invalid, format!("process: {e}")))?;
         container::check_process(&process)?;
         let files = Files { window: exec.window, streams: exec.streams, notify: None };
-        let launched = container::exec(&process, container.pid, &container.cgroup, &container.spec, &files)?;
+        let launched = container::exec(
+            &process,
+            container.pid,
+            &container.cgroup,
+            &container.spec,
+            exec.cgroup.as_deref(),
+            &files,
+        )?;
         launched.sync.go()?;
         self.attach(key, &exec.id, launched.pid, launched.stdio)
     }

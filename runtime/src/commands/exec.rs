@@ -20,7 +20,7 @@ use crate::{
     cgroup,
     cli::Call,
     client::Connection,
-    descriptors,
+    descriptors::{self, Carried},
     error::{Error, host},
     spawn,
     state::{self, Status},
@@ -38,6 +38,9 @@ pub(super) fn exec(call: &Call, root: &Path) -> Result<i32, Error> {
             return Err(Error::State(
                 "cannot exec in a paused container (use --ignore-paused to override)".into(),
             ));
+        }
+        Status::Creating => {
+            return Err(Error::State("cannot exec in a container that is being created".into()));
         }
         Status::Stopped => return Err(Error::State("cannot exec in a stopped container".into())),
     }
@@ -65,8 +68,8 @@ pub(super) fn exec(call: &Call, root: &Path) -> Result<i32, Error> {
     let window = pty.as_ref().map(|(_, slave)| slave).or(own.as_ref()).and_then(stub::window);
     let exec_id = format!("{}", std::process::id());
     let streams = carried.iter().map(|c| c.stream).collect();
-    let id = record.id.clone();
-    connection.ask(&Request::Exec(Box::new(Exec { id, exec_id, process, window, streams })))?;
+    let (id, cgroup) = (record.id.clone(), below(call)?);
+    connection.ask(&Request::Exec(Box::new(Exec { id, cgroup, exec_id, process, window, streams })))?;
     let (ready, tell_ready) = pipe2(OFlag::O_CLOEXEC).map_err(host("make a pipe"))?;
     let reports = File::open(directory.file("")).ok();
     let vmm = record.vmm.open().ok();
@@ -85,7 +88,7 @@ pub(super) fn exec(call: &Call, root: &Path) -> Result<i32, Error> {
             let kept = [ready.as_raw_fd(), connection.stream.as_raw_fd()];
             let others = slave.iter().chain(&vmm).map(AsRawFd::as_raw_fd);
             let others = others.chain(reports.iter().map(AsRawFd::as_raw_fd));
-            let others = others.chain(carried.iter().map(|c| c.fd.as_raw_fd()));
+            let others = others.chain(carried.iter().filter_map(Carried::number));
             create::close_others(
                 &kept
                     .into_iter()
@@ -133,4 +136,15 @@ pub(super) fn exec(call: &Call, root: &Path) -> Result<i32, Error> {
         state::write_whole(Path::new(path), pid.to_string().as_bytes())?;
     }
     if call.has("detach") { Ok(0) } else { foreground::wait(pid, own) }
+}
+
+/// The cgroup below the container's that `--cgroup` names. The hierarchy has one tree, so that no controller is named with it.
+fn below(call: &Call) -> Result<Option<String>, Error> {
+    let Some(path) = call.value("cgroup") else { return Ok(None) };
+    if path.contains(':') {
+        return Err(Error::Usage(format!(
+            "exec: --cgroup {path}: guests have cgroup version 2, whose paths are for all controllers"
+        )));
+    }
+    Ok(Some(path.to_owned()))
 }

@@ -140,7 +140,7 @@ impl Making<'_> {
                         .chain(reports.iter().chain(&bundle).map(AsRawFd::as_raw_fd))
                         .chain(vmm.iter().map(AsRawFd::as_raw_fd))
                         .chain(teller.iter().map(Teller::fd))
-                        .chain(carried.iter().map(|c| c.fd.as_raw_fd()))
+                        .chain(carried.iter().filter_map(Carried::number))
                         .chain(joins.iter().map(|(file, ..)| file.as_raw_fd()));
                     close_others(&kept.into_iter().chain(others).collect::<Vec<_>>());
                     for (file, flag, path) in &joins {
