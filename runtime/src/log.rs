@@ -2,7 +2,7 @@
 //!
 //! Owns: the formats of `--log-format`. Does not own: what is worth saying.
 
-use std::{fs::File, io::Write};
+use std::{fs::File, io::Write, sync::OnceLock};
 
 use crate::{cli::Global, clock};
 
@@ -25,6 +25,19 @@ impl Level {
             Self::Error => "error",
         }
     }
+}
+
+/// Where [`warn`] says it.
+static CALLERS: OnceLock<Global> = OnceLock::new();
+
+/// Remembers the options of this process's command line.
+pub fn remember(global: &Global) {
+    let _ = CALLERS.set(global.clone());
+}
+
+/// Says in the log that something was done otherwise than asked.
+pub fn warn(message: &str) {
+    say(CALLERS.get_or_init(Global::default), Level::Warning, message);
 }
 
 /// One line without its end, as `--log-format` wants it.
@@ -50,7 +63,8 @@ pub fn say(global: &Global, level: Level, message: &str) {
     };
     match level {
         Level::Error if global.log.is_none() && global.log_json => eprintln!("{text}"),
-        Level::Error => eprintln!("coffer: {message}"),
+        // With the word: some callers, youki's contest among them, look for it and not at the exit code.
+        Level::Error => eprintln!("coffer: error: {message}"),
         _ if !wrote => eprintln!("coffer: {}: {message}", level.word()),
         _ => {}
     }

@@ -2,10 +2,13 @@
 //!
 //! Owns: sizes of the VM, the configuration in the guest's terms. Does not own: doing it.
 
-use std::path::{Path, PathBuf};
+use std::{
+    collections::BTreeSet,
+    path::{Path, PathBuf},
+};
 
 use coffer_protocol::{BindSource, ImageSource, SHARE_DIR};
-use oci_spec::runtime::{LinuxDeviceType, LinuxNamespaceType, Spec};
+use oci_spec::runtime::{LinuxDevice, LinuxDeviceType, LinuxNamespaceType, Spec};
 use serde_json::Value;
 
 use crate::{
@@ -86,6 +89,13 @@ pub fn read(config: &[u8]) -> Result<(Value, Spec), Error> {
     Ok((value, spec))
 }
 
+/// The capabilities that [`read`] leaves out.
+#[must_use]
+pub fn unknown_capabilities(config: &[u8]) -> BTreeSet<String> {
+    let mut value: Value = serde_json::from_slice(config).unwrap_or_default();
+    value.get_mut("process").map(support::known_capabilities).unwrap_or_default()
+}
+
 /// Reads `config.json` and plans.
 ///
 /// # Errors
@@ -104,7 +114,7 @@ pub fn plan(bundle: &Path, id: &str, config: &[u8]) -> Result<Plan, Error> {
         return Err(wrong("config.json: process.args is empty".into()));
     }
     let terminal = process.terminal().unwrap_or(false);
-    devices(&mut value, &spec)?;
+    devices(&mut value, &spec, is_of_the_host)?;
     let config = value.clone();
     let notify = notify::mounted(&mut value, &spec, bundle);
     let (mut binds, bind_sources) =
@@ -253,9 +263,15 @@ fn shared_name(source: &Path) -> String {
 const GUEST_DEVICES: [(i64, i64); 11] =
     [(1, 3), (1, 5), (1, 7), (1, 8), (1, 9), (1, 11), (5, 0), (5, 1), (5, 2), (10, 200), (10, 229)];
 
+/// There is a device of this number on the host.
+fn is_of_the_host(device: &LinuxDevice) -> bool {
+    let kind = if device.typ() == LinuxDeviceType::B { "block" } else { "char" };
+    Path::new(&format!("/sys/dev/{kind}/{}:{}", device.major(), device.minor())).exists()
+}
+
 /// Refuses devices that only the host has. A container that may use every device (`--privileged`) asked for none in
-/// particular: it gets those that the guest has.
-fn devices(value: &mut Value, spec: &Spec) -> Result<(), Error> {
+/// particular: it gets those that the guest has. A number that nobody has a device for makes a node, as it would on a host.
+fn devices(value: &mut Value, spec: &Spec, is_hosts: impl Fn(&LinuxDevice) -> bool) -> Result<(), Error> {
     let Some(linux) = spec.linux() else { return Ok(()) };
     let rules = linux.resources().as_ref().and_then(|r| r.devices().as_ref());
     let all = rules.into_iter().flatten().any(|r| r.allow() && r.major().is_none() && r.minor().is_none());
@@ -267,7 +283,7 @@ fn devices(value: &mut Value, spec: &Spec) -> Result<(), Error> {
             }
             LinuxDeviceType::P => true,
             _ => false,
-        };
+        } || !is_hosts(device);
         if here {
             kept.push(value["linux"]["devices"][index].clone());
         } else if !all {
@@ -487,17 +503,22 @@ mod tests {
             let linux = json!({
                 "devices": [
                     { "path": "/dev/null2", "type": "c", "major": 1, "minor": 3 },
-                    { "path": "/dev/sda", "type": "b", "major": 8, "minor": 0 }
+                    { "path": "/dev/sda", "type": "b", "major": 8, "minor": 0 },
+                    { "path": "/dev/none", "type": "c", "major": 10, "minor": 666 }
                 ],
                 "resources": { "devices": rules }
             });
-            plan(Path::new("/b"), "c", &config(json!({ "linux": linux })))
+            let mut value = json!({ "ociVersion": "1.0.2", "linux": linux });
+            let spec: Spec = serde_json::from_value(value.clone()).unwrap();
+            devices(&mut value, &spec, |device| device.major() != 10).map(|()| value)
         };
         let one = json!([{ "allow": false, "access": "rwm" }, { "allow": true, "type": "b", "major": 8, "minor": 0 }]);
         assert!(with(one).unwrap_err().to_string().contains("device /dev/sda (8:0) is the host's"));
-        let every = with(json!([{ "allow": true, "access": "rwm" }])).unwrap().guest_spec;
-        assert_eq!(every["linux"]["devices"].as_array().unwrap().len(), 1);
-        assert_eq!(every["linux"]["devices"][0]["path"], "/dev/null2");
+        let every = with(json!([{ "allow": true, "access": "rwm" }])).unwrap();
+        let paths: Vec<&Value> =
+            every["linux"]["devices"].as_array().unwrap().iter().map(|d| &d["path"]).collect();
+        // What neither side has is a node like any other.
+        assert_eq!(paths, ["/dev/null2", "/dev/none"]);
     }
 
     #[test]

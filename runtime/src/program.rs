@@ -42,6 +42,7 @@ pub fn main() -> ExitCode {
         ),
         _ => {
             let words: Vec<String> = std::env::args().skip(1).collect();
+            log::remember(&call.global);
             log::say(&call.global, log::Level::Debug, &format!("called as {words:?}"));
             return match commands::run(&call) {
                 Ok(code) => ExitCode::from(u8::try_from(code).unwrap_or(1)),

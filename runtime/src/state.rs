@@ -24,6 +24,8 @@ pub const DEFAULT_ROOT: &str = "/run/coffer";
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Status {
+    /// `create` has not returned yet.
+    Creating,
     /// Made, not started.
     Created,
     /// Started.
@@ -39,6 +41,7 @@ impl Status {
     #[must_use]
     pub fn word(self) -> &'static str {
         match self {
+            Self::Creating => "creating",
             Self::Created => "created",
             Self::Running => "running",
             Self::Paused => "paused",
@@ -81,6 +84,9 @@ impl Record {
         self.conmon.is_some_and(|conmon| !conmon.is_alive())
     }
 }
+
+/// The file with the number of the process that makes the container.
+const MAKER: &str = "maker";
 
 /// A container's directory.
 #[derive(Clone, Debug)]
@@ -160,6 +166,9 @@ impl Directory {
     /// The status now.
     #[must_use]
     pub fn status(&self, record: &Record) -> Status {
+        if self.is_being_made() {
+            return Status::Creating;
+        }
         match record.stub {
             Some(stub) if stub.is_alive() => {
                 if self.file("paused").exists() {
@@ -172,6 +181,32 @@ impl Directory {
             }
             _ => Status::Stopped,
         }
+    }
+
+    /// Says that this process makes the container, until [`Self::made`] or its end.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn making(&self) -> Result<(), Error> {
+        let me = Pid::of(std::process::id() as i32);
+        let text = serde_json::to_vec(&me).map_err(|e| Error::State(e.to_string()))?;
+        write_whole(&self.file(MAKER), &text)
+    }
+
+    /// It is made.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn made(&self) -> Result<(), Error> {
+        self.mark(MAKER, false)
+    }
+
+    /// A command that makes it is still at it.
+    #[must_use]
+    pub fn is_being_made(&self) -> bool {
+        let maker =
+            fs::read(self.file(MAKER)).ok().and_then(|text| serde_json::from_slice::<Pid>(&text).ok());
+        maker.is_some_and(|maker| maker.is_alive())
     }
 
     /// Sets or clears a marker file.

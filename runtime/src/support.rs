@@ -3,12 +3,12 @@
 //! Owns: naming the field, the reason and, where there is one, the way round it. Does not own: what the guest checks
 //! itself. Pure. A runtime that cannot apply a property must fail (OCI runtime specification, runtime.md, "Errors").
 
-use std::path::Path;
+use std::{collections::BTreeSet, path::Path};
 
 use oci_spec::runtime::{LinuxNamespaceType, LinuxResources, LinuxSeccompAction, Process, Spec};
 use serde_json::Value;
 
-use crate::{commands::CAPABILITIES, error::Error};
+use crate::{commands::CAPABILITIES, error::Error, log};
 
 fn wrong(field: &str, why: &str) -> Error {
     Error::Bundle(format!("config.json: {field}: {why}"))
@@ -29,6 +29,13 @@ pub fn check(spec: &Spec, value: &Value) -> Result<(), Error> {
     let Some(linux) = spec.linux() else { return Ok(()) };
     namespaces(spec)?;
     sysctls(spec)?;
+    for (field, list) in
+        [("linux.maskedPaths", linux.masked_paths()), ("linux.readonlyPaths", linux.readonly_paths())]
+    {
+        if let Some(path) = list.iter().flatten().find(|path| !path.starts_with('/')) {
+            return Err(wrong(field, &format!("{path:?} is not absolute")));
+        }
+    }
     if linux.time_offsets().as_ref().is_some_and(|o| !o.is_empty()) {
         return Err(wrong("linux.timeOffsets", "a VM's clocks are the guest's own: run without it"));
     }
@@ -101,22 +108,38 @@ pub fn process(process: &Process) -> Result<(), Error> {
     if let Some((_, twice)) = limits.iter().enumerate().find(|(n, l)| limits[..*n].contains(l)) {
         return Err(wrong("process.rlimits", &format!("{twice} is there twice")));
     }
-    if process.exec_cpu_affinity().is_some() {
+    let affinity = process.exec_cpu_affinity().as_ref();
+    if affinity.is_some_and(|a| a.initial().is_some() || a.cpu_affinity_final().is_some()) {
         return Err(wrong("process.execCPUAffinity", "its processors are the host's, and a VM has its own"));
     }
     Ok(())
 }
 
-/// Leaves out capabilities whose names nobody knows, as runc does: a newer engine may know more than this guest's kernel.
-pub fn known_capabilities(process: &mut Value) {
+/// Leaves out capabilities whose names nobody knows: a newer engine may know more than this guest's kernel. Returns them, for a
+/// warning (OCI runtime specification, config.md, "Linux Process").
+pub fn known_capabilities(process: &mut Value) -> BTreeSet<String> {
+    let mut unknown = BTreeSet::new();
     for list in process.get_mut("capabilities").and_then(Value::as_object_mut).into_iter().flatten() {
         if let Value::Array(names) = list.1 {
             names.retain(|name| {
                 let name = name.as_str().unwrap_or_default();
-                let name = name.strip_prefix("CAP_").unwrap_or(name);
-                CAPABILITIES.contains(&name.to_ascii_uppercase().as_str())
+                let short = name.strip_prefix("CAP_").unwrap_or(name);
+                let known = CAPABILITIES.contains(&short.to_ascii_uppercase().as_str());
+                if !known {
+                    unknown.insert(name.to_owned());
+                }
+                known
             });
         }
+    }
+    unknown
+}
+
+/// The warning about them.
+pub fn warn_of_unknown(capabilities: &BTreeSet<String>) {
+    if !capabilities.is_empty() {
+        let names: Vec<&str> = capabilities.iter().map(String::as_str).collect();
+        log::warn(&format!("process.capabilities: {}: unknown, left out", names.join(", ").escape_debug()));
     }
 }
 
@@ -293,6 +316,8 @@ mod tests {
                 "mounts: /d",
             ),
             ("/hooks/poststop", json!([{ "path": "relative" }]), "hooks.poststop"),
+            ("/linux/maskedPaths", json!(["/proc/kcore", "../proc"]), "linux.maskedPaths"),
+            ("/linux/readonlyPaths", json!([""]), "linux.readonlyPaths"),
             (
                 "/process/rlimits",
                 json!([{ "type": "RLIMIT_CPU", "soft": 1, "hard": 1 }, { "type": "RLIMIT_CPU", "soft": 2, "hard": 2 }]),

@@ -16,6 +16,7 @@ use oci_spec::runtime::Hook;
 
 use crate::{
     error::{Error, host},
+    log,
     state::{self, Record, Status},
 };
 
@@ -29,6 +30,17 @@ const MOST_WORDS: u64 = 1024;
 pub(super) fn run(hooks: Option<&Vec<Hook>>, record: &Record, status: Status) -> Result<(), Error> {
     let state = state::json(record, status).to_string();
     hooks.into_iter().flatten().try_for_each(|hook| one(hook, &state))
+}
+
+/// Runs those of poststop in order; the log has a warning for each that fails, and the rest goes on (OCI runtime specification,
+/// runtime.md, "Lifecycle").
+pub(super) fn run_all(hooks: Option<&Vec<Hook>>, record: &Record, status: Status) {
+    let state = state::json(record, status).to_string();
+    for hook in hooks.into_iter().flatten() {
+        if let Err(error) = one(hook, &state) {
+            log::warn(&format!("poststop {}", error.line()));
+        }
+    }
 }
 
 fn one(hook: &Hook, state: &str) -> Result<(), Error> {

@@ -23,7 +23,7 @@ pub(crate) use features::CAPABILITIES;
 use std::{
     io::Write,
     path::{Path, PathBuf},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use coffer_protocol::{ErrorKind, Request, SignalTarget, signal};
@@ -32,13 +32,17 @@ use oci_spec::runtime::Spec;
 
 use crate::{
     cgroup,
-    cli::{Call, Global},
+    cli::Call,
     client,
     error::{self, Error},
-    log, network, notify, plan,
+    network, notify, plan,
     state::{self, DEFAULT_ROOT, Directory, Record, Status},
 };
 
+/// How long `start` waits for a `create` that is still at it: as long as a guest may take, and its hooks.
+const CREATE_LIMIT: Duration = Duration::from_secs(120);
+/// How long `delete` waits for the end of a container that runs: what has just ended in the guest ends here a moment later.
+const END_LIMIT: Duration = Duration::from_secs(1);
 /// How long a process may take to go after SIGKILL.
 const DEATH_LIMIT: Duration = Duration::from_secs(10);
 
@@ -125,10 +129,25 @@ fn ready(directory: &Directory, record: &Record, ready: Ready) -> Result<(), Err
     }
 }
 
+/// Waits until another command has made a container, or has failed to. A VM boots longer than a process forks, and callers that
+/// read `create`'s stdout to its end, which is the container's, call `start` without having waited for `create`.
+fn wait_created(root: &Path, id: &str) -> Result<(), Error> {
+    let directory = Directory::of(root, id)?;
+    let began = Instant::now();
+    while directory.is_being_made() && began.elapsed() < CREATE_LIMIT {
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    Ok(())
+}
+
 fn start(root: &Path, id: &str, waits: Ready) -> Result<(), Error> {
+    wait_created(root, id)?;
     let (directory, record) = find(root, id)?;
     match directory.status(&record) {
         Status::Created => {}
+        Status::Creating => {
+            return Err(Error::State("cannot start a container that is being created".into()));
+        }
         Status::Stopped => return Err(Error::State("cannot start a container that has stopped".into())),
         Status::Paused => return Err(Error::State("cannot start a container in the paused state".into())),
         Status::Running => return Err(Error::State("cannot start an already running container".into())),
@@ -163,6 +182,10 @@ fn kill(call: &Call, root: &Path) -> Result<(), Error> {
         delete(root, &record.id, true)?;
         return if status == Status::Stopped { Err(Error::NotRunning) } else { Ok(()) };
     }
+    if status == Status::Creating && record.stub.is_none() {
+        // Nothing is there yet that could be signalled.
+        return Err(Error::NotRunning);
+    }
     if status == Status::Stopped {
         return if call.has("all") { Ok(()) } else { Err(Error::NotRunning) };
     }
@@ -191,7 +214,13 @@ fn delete(root: &Path, id: &str, force: bool) -> Result<(), Error> {
         Err(_) if force => return directory.remove(),
         Err(error) => return Err(error),
     };
-    let status = directory.status(&record);
+    let mut status = directory.status(&record);
+    if matches!(status, Status::Created | Status::Running)
+        && !force
+        && record.stub.is_some_and(|stub| stub.wait(END_LIMIT))
+    {
+        status = Status::Stopped;
+    }
     if status != Status::Stopped && !force {
         return Err(Error::State(format!(
             "cannot delete container {id} that is not stopped: {}",
@@ -232,17 +261,13 @@ fn delete(root: &Path, id: &str, force: bool) -> Result<(), Error> {
     pod::sweep(root);
     let poststop = spec.as_ref().and_then(|s| s.hooks().as_ref()).and_then(|h| h.poststop().as_ref());
     // The container is gone whatever they say: each runs, and the caller hears of those that failed.
-    for hook in poststop.into_iter().flatten() {
-        if let Err(why) = hooks::run(Some(&vec![hook.clone()]), &record, Status::Stopped) {
-            log::say(&Global::default(), log::Level::Warning, &format!("poststop {why}"));
-        }
-    }
+    hooks::run_all(poststop, &record, Status::Stopped);
     Ok(())
 }
 
 /// Waits until a guest that goes on has done with a container, so that its id can be used again at once.
 fn forgotten(directory: &Directory, id: &str) {
-    let began = std::time::Instant::now();
+    let began = Instant::now();
     while began.elapsed() < DEATH_LIMIT {
         match client::ask(&directory.socket(), &Request::Delete { id: id.to_owned() }) {
             Err(Error::Guest { kind: ErrorKind::WrongState, .. }) => {
@@ -278,7 +303,7 @@ fn give_way(root: &Path, id: &str) {
 fn freeze(root: &Path, id: &str, frozen: bool) -> Result<(), Error> {
     let (directory, record) = find(root, id)?;
     match (directory.status(&record), frozen) {
-        (Status::Stopped, _) => return Err(Error::NotRunning),
+        (Status::Stopped | Status::Creating, _) => return Err(Error::NotRunning),
         (Status::Paused, true) => return Err(Error::State("container is paused already".into())),
         (Status::Paused, false) | (_, true) => {}
         (_, false) => return Err(Error::State("container is not paused".into())),

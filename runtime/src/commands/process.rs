@@ -15,13 +15,8 @@ use crate::{
 /// # Errors
 /// [`Error::Usage`], naming the option or file.
 pub(super) fn process(call: &Call, directory: &Directory) -> Result<Value, Error> {
-    if call.value("cgroup").is_some() {
-        return Err(Error::Usage(
-            "exec: --cgroup: a process is in its container's cgroup, without others below".into(),
-        ));
-    }
     let mut process = read(call, directory)?;
-    support::known_capabilities(&mut process);
+    support::warn_of_unknown(&support::known_capabilities(&mut process));
     let typed =
         serde_json::from_value(process.clone()).map_err(|e| Error::Usage(format!("exec: process: {e}")))?;
     support::process(&typed)?;

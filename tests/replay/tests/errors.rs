@@ -95,7 +95,8 @@ fn the_log_has_one_line_for_a_failure_in_the_format_that_was_asked_for() {
     let bench = Bench::new();
     let log = bench.path("log");
     let path = log.to_str().unwrap();
-    let _ = bench.call(&["--log", path, "--log-format", "json", "state", "x"]).failed(1);
+    let said = bench.call(&["--log", path, "--log-format", "json", "state", "x"]).failed(1);
+    assert_eq!(said, "coffer: error: container does not exist\n");
     let line: Value = serde_json::from_str(fs::read_to_string(&log).unwrap().trim_end()).unwrap();
     assert_eq!((&line["level"], &line["msg"]), (&json!("error"), &json!("container does not exist")));
     let time = line["time"].as_str().unwrap();
@@ -133,7 +134,7 @@ fn systemds_cgroups_are_asked_for_where_they_matter_and_ignored_elsewhere() {
         gave(&mut command).failed(1)
     };
     let said = create();
-    assert!(said.starts_with("coffer: --systemd-cgroup: ") && said.contains("cgroupfs"), "{said}");
+    assert!(said.starts_with("coffer: error: --systemd-cgroup: ") && said.contains("cgroupfs"), "{said}");
     config["linux"]["cgroupsPath"] = "/libpod_parent/libpod-c".into();
     bench.configure("c", &config);
     let said = create();

@@ -127,12 +127,53 @@ fn flags_say_who_where_and_with_what() {
 }
 
 #[test]
-fn unknown_capabilities_are_no_error_and_another_cgroup_is() {
+fn unknown_capabilities_are_no_error_but_a_warning() {
     let bench = Bench::new();
-    bench.start("c", &config(&["sleep", "1000"]));
-    let out = bench.call(&["exec", "--cap", "CAP_NO_SUCH", "c", "grep", "CapBnd", "/proc/self/status"]).ok();
-    assert_eq!(out, "CapBnd:\t00000000000400e3\n");
-    assert!(bench.call(&["exec", "--cgroup", "below", "c", "true"]).failed(255).contains("--cgroup"));
+    let mut config = config(&["sleep", "1000"]);
+    config["process"]["capabilities"]["bounding"].as_array_mut().unwrap().push(json!("CAP_NEWER"));
+    bench.start("c", &config);
+    let warned = |log: &str, name: &str| {
+        log.lines().any(|line| line.contains("warning") && line.contains(name) && line.contains("left out"))
+    };
+    assert!(warned(&bench.read("c.log"), "CAP_NEWER"), "{}", bench.read("c.log"));
+    let gave = bench.call(&["exec", "--cap", "CAP_NO_SUCH", "c", "grep", "CapBnd", "/proc/self/status"]);
+    assert!(warned(&gave.err, "CAP_NO_SUCH"), "{}", gave.err);
+    assert_eq!(gave.ok(), "CapBnd:\t00000000000400e3\n");
+}
+
+#[test]
+fn a_process_may_be_in_a_cgroup_below_the_containers() {
+    let bench = Bench::new();
+    let mut config = config(&["sh", "-c", "busybox mkdir /sys/fs/cgroup/below; echo made; sleep 1000"]);
+    config["mounts"].as_array_mut().unwrap().push(
+        json!({ "destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup", "options": ["rw"] }),
+    );
+    bench.start("c", &config);
+    until(|| bench.read("c.out") == "made\n");
+    let of = |cgroup: &str| bench.call(&["exec", "--cgroup", cgroup, "c", "cat", "/proc/self/cgroup"]);
+    let line = |text: String| text.lines().find(|l| l.starts_with("0::")).unwrap().to_owned();
+    for (cgroup, wanted) in [("/", "0::/"), (".", "0::/"), ("below", "0::/below"), ("/below", "0::/below")] {
+        assert_eq!(line(of(cgroup).ok()), wanted, "{cgroup}");
+    }
+    for cgroup in ["none", "..", "below/../..", "cpu:below"] {
+        assert!(of(cgroup).failed(255).contains("--cgroup"), "{cgroup}");
+    }
+    // ps shows it and kill --all reaches it there, too.
+    let mut sleeper = bench.command(&["exec", "--cgroup", "below", "c", "sleep", "4322"]).spawn().unwrap();
+    until(|| bench.call(&["ps", "c"]).ok().contains("sleep 4322"));
+    let _ = bench.call(&["kill", "--all", "c", "9"]).ok();
+    assert_eq!(finish(&mut sleeper), 137);
+}
+
+#[test]
+fn what_env_says_comes_in_place_of_the_containers_own() {
+    let bench = Bench::new();
+    let mut config = config(&["sleep", "1000"]);
+    config["process"]["env"] = json!(["PATH=/bin", "A=config", "B=config"]);
+    bench.start("c", &config);
+    let out = bench.call(&["exec", "-e", "A=option", "-e", "C=option", "c", "busybox", "env"]).ok();
+    let ours: Vec<&str> = out.lines().filter(|l| ["A=", "B=", "C="].contains(&&l[..2])).collect();
+    assert_eq!(ours, ["B=config", "A=option", "C=option"]);
 }
 
 #[test]

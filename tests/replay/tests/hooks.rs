@@ -160,3 +160,38 @@ fn a_hook_that_does_not_end_is_ended() {
     let bundle = bench.bundle("c", &config);
     assert!(bench.create("c", &bundle).failed(1).contains("timeout of 1 s"));
 }
+
+#[test]
+fn a_poststop_hook_that_fails_keeps_nothing_else_from_running_and_is_in_the_log() {
+    let bench = Bench::new();
+    let mut config = config(&["true"]);
+    let one = |text: &str| {
+        let script = format!("{text} >> {}", bench.path("order").display());
+        json!({ "path": "/bin/sh", "args": ["sh", "-c", script] })
+    };
+    config["hooks"]["poststop"] = json!([one("echo first"), { "path": "/bin/false" }, one("echo last")]);
+    bench.start("c", &config);
+    bench.wait_stopped("c");
+    let log = bench.path("delete.log");
+    let _ = bench.call(&["--log", log.to_str().unwrap(), "delete", "c"]).ok();
+    assert_eq!(bench.read("order"), "first\nlast\n");
+    let log = bench.read("delete.log");
+    assert!(log.contains("level=warning") && log.contains("hook /bin/false"), "{log}");
+    assert!(bench.state("c").is_err());
+}
+
+#[test]
+fn a_hook_in_the_container_without_an_environment_has_the_processs() {
+    for (env, wanted) in [(None, "of the process"), (Some(json!(["B=hook"])), ""), (Some(json!([])), "")] {
+        let bench = Bench::new();
+        let mut config = config(&["true"]);
+        config["process"]["env"] = json!(["PATH=/bin", "A=of the process"]);
+        let mut hook = json!({ "path": "/bin/sh", "args": ["sh", "-c", "echo \"$A\" > /srv/env"] });
+        if let Some(env) = env {
+            hook["env"] = env;
+        }
+        config["hooks"]["startContainer"] = json!([hook]);
+        bench.start("c", &config);
+        assert_eq!(bench.read("c/rootfs/srv/env"), format!("{wanted}\n"));
+    }
+}

@@ -90,3 +90,49 @@ fn an_id_can_be_used_again_when_its_conmon_was_killed_and_it_has_stopped() {
     end(conmon(&bench, "c", &bundle));
     assert_eq!(bench.status("c"), "running");
 }
+
+/// A `create` whose hook waits until it is told to go on; the child, and the file that tells it.
+fn create_that_waits(bench: &Bench) -> (Child, std::path::PathBuf) {
+    let mut config = config(&["echo", "ran"]);
+    let place = bench.path("hook");
+    let script = format!("touch {0}.there; while [ ! -e {0}.go ]; do sleep 0.01; done", place.display());
+    let env = json!(["PATH=/usr/bin:/bin"]);
+    config["hooks"]["createRuntime"] =
+        json!([{ "path": "/bin/sh", "args": ["sh", "-c", script], "env": env }]);
+    let bundle = bench.bundle("c", &config);
+    let mut command = bench.command(&["create", "-b"]);
+    command.arg(bundle).arg("c").stdout(Stdio::piped()).stderr(Stdio::piped());
+    let child = command.spawn().unwrap();
+    until(|| bench.path("hook.there").exists());
+    (child, bench.path("hook.go"))
+}
+
+/// A caller that reads create's stdout to its end reads the container's, and cannot wait for create before it calls start.
+#[test]
+fn a_start_that_comes_before_create_has_returned_waits_for_it() {
+    let bench = Bench::new();
+    let (create, go) = create_that_waits(&bench);
+    assert_eq!(bench.status("c"), "creating");
+    assert!(bench.call(&["delete", "c"]).failed(1).contains("that is not stopped: creating"));
+    assert!(bench.call(&["exec", "c", "true"]).failed(255).contains("being created"));
+    let mut start = bench.command(&["start", "c"]).spawn().unwrap();
+    fs::write(go, "").unwrap();
+    assert_eq!(coffer_replay::finish(&mut start), 0);
+    let output = create.wait_with_output().unwrap();
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    assert!(output.status.success());
+    assert_eq!((text(&output.stdout), text(&output.stderr)), ("ran\n".into(), String::new()));
+    bench.wait_stopped("c");
+}
+
+#[test]
+fn a_container_whose_create_was_killed_has_stopped() {
+    let bench = Bench::new();
+    let (create, go) = create_that_waits(&bench);
+    end(create);
+    bench.wait_stopped("c");
+    assert!(bench.call(&["start", "c"]).failed(1).contains("cannot start a container that has stopped"));
+    let _ = bench.call(&["delete", "c"]).ok();
+    assert_eq!(fs::read_dir(bench.root()).unwrap().count(), 0);
+    fs::write(go, "").unwrap();
+}

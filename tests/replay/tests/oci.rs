@@ -343,3 +343,63 @@ fn changes_of_the_bundle_after_create_have_no_effect() {
     bench.wait_stopped("c");
     assert_eq!(bench.read("c.out"), "first\n/root\n");
 }
+
+#[test]
+fn what_is_mounted_has_the_configurations_name() {
+    let out = inside(
+        |_, c| {
+            mount(
+                c,
+                json!({ "destination": "/dev/shm", "type": "tmpfs", "source": "shm", "options": ["nosuid", "size=64k"] }),
+            );
+            mount(c, json!({ "destination": "/tmp", "type": "tmpfs" }));
+        },
+        "for x in /dev /dev/shm /tmp /dev/pts; do grep \" $x \" /proc/self/mountinfo | busybox sed 's/.* - //' | busybox cut -d' ' -f1,2; done",
+    );
+    assert_eq!(out, "tmpfs tmpfs\ntmpfs shm\ntmpfs tmpfs\ndevpts devpts\n");
+}
+
+#[test]
+fn a_path_that_cannot_be_masked_fails_create() {
+    let bench = Bench::new();
+    for field in ["maskedPaths", "readonlyPaths"] {
+        let mut config = config(&["true"]);
+        // A link to itself: whatever is there cannot be looked at, and nobody knows that nothing is.
+        config["linux"][field] = json!(["/srv/loop"]);
+        let bundle = bench.bundle("c", &config);
+        let _ = std::os::unix::fs::symlink("../srv/loop", bundle.join("rootfs/srv/loop"));
+        let said = bench.create("c", &bundle).failed(1);
+        assert!(said.contains("/srv/loop"), "{field}: {said}");
+    }
+}
+
+#[test]
+fn a_number_that_no_device_has_makes_a_node_as_on_a_host() {
+    let out = inside(
+        |_, c| {
+            c["linux"]["devices"] = json!([
+                { "path": "/dev/test1", "type": "c", "major": 10, "minor": 666, "fileMode": 0o660, "uid": 0, "gid": 0 },
+                { "path": "/dev/test2", "type": "b", "major": 240, "minor": 666, "fileMode": 0o660, "uid": 3, "gid": 4 }
+            ]);
+        },
+        "stat -c '%n %a %u %g %t:%T %F' /dev/test1 /dev/test2",
+    );
+    assert_eq!(
+        out,
+        "/dev/test1 660 0 0 a:29a character special file\n/dev/test2 660 3 4 f0:29a block special file\n"
+    );
+}
+
+#[test]
+fn a_link_in_place_of_proc_or_sys_fails_create() {
+    let bench = Bench::new();
+    for name in ["proc", "sys"] {
+        let bundle = bench.bundle("c", &config(&["true"]));
+        let place = bundle.join("rootfs").join(name);
+        fs::remove_dir(&place).unwrap();
+        std::os::unix::fs::symlink("tmp", &place).unwrap();
+        let said = bench.create("c", &bundle).failed(1);
+        assert!(said.contains("must be mounted on ordinary directory"), "{name}: {said}");
+        fs::remove_file(&place).unwrap();
+    }
+}

@@ -28,6 +28,7 @@ use crate::{
     plan::{self, Plan},
     scratch, start,
     state::{self, Directory, Record},
+    support,
     systemd::Scope,
 };
 
@@ -41,6 +42,7 @@ pub(super) fn create(call: &Call, root: &Path) -> Result<(), Error> {
     let text = std::fs::read(&path).map_err(|e| Error::Bundle(format!("{}: {e}", path.display())))?;
     let text = plan::annotate(text, &call.global.annotations)?;
     let mut plan = plan::plan(&bundle, &id, &text)?;
+    support::warn_of_unknown(&plan::unknown_capabilities(&text));
     pod::sweep(root);
     let vm = pod::find(root, &plan.spec, &id);
     start::wanted(&plan)?;
@@ -80,6 +82,7 @@ pub(super) fn create(call: &Call, root: &Path) -> Result<(), Error> {
     super::give_way(root, &id);
     let directory = Directory::of(root, &id)?;
     directory.create()?;
+    directory.making()?;
     state::write_whole(&directory.file("config.json"), &text)?;
     if plan.notify.as_ref().is_some_and(|notify| notify.whom == Whom::Starter) {
         directory.mark("notifies", true)?;
@@ -101,6 +104,7 @@ pub(super) fn create(call: &Call, root: &Path) -> Result<(), Error> {
         scope,
     }
     .all(console.as_deref(), carried);
+    let made = made.and_then(|pid| directory.made().map(|()| pid));
     let result = made.and_then(|pid| match call.value("pid-file") {
         // Last: callers take create for done as soon as it is there.
         Some(path) => state::write_whole(Path::new(path), pid.to_string().as_bytes()),
