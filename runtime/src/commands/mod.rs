@@ -39,8 +39,8 @@ use crate::{
     state::{self, DEFAULT_ROOT, Directory, Record, Status},
 };
 
-/// How long `start` waits for a `create` that is still at it: as long as a guest may take, and its hooks.
-const CREATE_LIMIT: Duration = Duration::from_secs(120);
+/// How long `start` waits for a `create` that is still at it: longer than a guest may take with an image to unpack.
+const CREATE_LIMIT: Duration = Duration::from_secs(25 * 60);
 /// How long `delete` waits for the end of a container that runs: what has just ended in the guest ends here a moment later.
 const END_LIMIT: Duration = Duration::from_secs(1);
 /// How long a process may take to go after SIGKILL.
