@@ -15,6 +15,7 @@ pub mod network;
 pub mod owner;
 #[cfg(not(feature = "confidential"))]
 mod plain;
+mod processors;
 mod random;
 #[cfg(feature = "confidential")]
 pub mod scratch;

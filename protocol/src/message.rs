@@ -49,6 +49,11 @@ pub enum Request {
     /// Takes the memory that the host has added to the machine, and lets go of what it wants back ([`crate::vm`]). Again: no
     /// effect.
     TakeMemory,
+    /// Has so many of the machine's processors work and the others wait; no fewer than one, no more than it has.
+    Processors {
+        /// How many.
+        online: u32,
+    },
     /// Lists a container's processes.
     Processes {
         /// Container.

@@ -61,8 +61,10 @@ pub struct VmSize {
     pub plugged_mib: u64,
     /// MiB that it can have beside those it booted with.
     pub most_mib: u64,
-    /// Its processors.
+    /// Its processors, those among them that wait.
     pub vcpus: u32,
+    /// Those that its guest booted with. It takes others when it is told ([`crate::Request::Processors`]).
+    pub boot_vcpus: u32,
 }
 
 /// The VMM's answer to [`Line::Memory`].
@@ -105,8 +107,14 @@ mod tests {
             assert_eq!(Line::parse(text.trim_end().as_bytes()), Some(line));
         }
         let all = u64::MAX;
-        let size =
-            VmSize { boot_mib: all, wanted_mib: all, plugged_mib: all, most_mib: all, vcpus: u32::MAX };
+        let size = VmSize {
+            boot_mib: all,
+            wanted_mib: all,
+            plugged_mib: all,
+            most_mib: all,
+            vcpus: u32::MAX,
+            boot_vcpus: u32::MAX,
+        };
         assert!(SizeAnswer::Size(size).to_line().len() <= LONGEST_ANSWER);
     }
 
@@ -135,8 +143,8 @@ mod tests {
         }
 
         #[test]
-        fn an_answer_reads_back_as_itself(words in ".{0,60}", boot_mib: u64, wanted_mib: u64, plugged_mib: u64, most_mib: u64, vcpus: u32) {
-            let size = VmSize { boot_mib, wanted_mib, plugged_mib, most_mib, vcpus };
+        fn an_answer_reads_back_as_itself(words in ".{0,60}", boot_mib: u64, wanted_mib: u64, plugged_mib: u64, most_mib: u64, vcpus: u32, boot_vcpus: u32) {
+            let size = VmSize { boot_mib, wanted_mib, plugged_mib, most_mib, vcpus, boot_vcpus };
             for answer in [SizeAnswer::Size(size), SizeAnswer::Refused(words)] {
                 let line = answer.to_line();
                 prop_assert_eq!(line.matches('\n').count(), 1);

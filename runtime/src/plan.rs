@@ -26,6 +26,8 @@ pub(crate) const GUEST_OVERHEAD_MIB: u64 = 64;
 /// MiB that no guest is smaller than.
 pub(crate) const LEAST_MEMORY_MIB: u64 = 128;
 pub(crate) const MOST_VCPUS: u32 = 64;
+/// Names the processors that a VM can have, when it boots with fewer.
+pub(crate) const MOST_VCPUS_ANNOTATION: &str = "io.coffer.vcpus-max";
 /// As many as resolv.conf(5) has.
 const MOST_NAME_SERVERS: usize = 3;
 
@@ -65,8 +67,10 @@ pub struct Plan {
     pub rootfs: PathBuf,
     /// Guest RAM.
     pub memory_mib: u64,
-    /// Processors.
+    /// Processors that it boots with.
     pub vcpus: u32,
+    /// Processors that it can have; those beyond [`Self::vcpus`] wait.
+    pub most_vcpus: u32,
     /// A terminal is wanted.
     pub terminal: bool,
     /// The IGVM file to boot from, where the configuration names one (`vm.kernel.path`).
@@ -123,6 +127,10 @@ pub fn plan(bundle: &Path, id: &str, config: &[u8]) -> Result<Plan, Error> {
         binds.push(blobs);
         image
     });
+    let vcpus = match hardware(&config, "vcpus") {
+        Some(count) => u32::try_from(count).unwrap_or(u32::MAX).clamp(1, MOST_VCPUS),
+        None => vcpus(&spec)?,
+    };
     Ok(Plan {
         guest_spec: value,
         bind_sources,
@@ -136,10 +144,8 @@ pub fn plan(bundle: &Path, id: &str, config: &[u8]) -> Result<Plan, Error> {
             Some(bytes) => bytes.div_ceil(1 << 20).next_multiple_of(2).clamp(LEAST_MEMORY_MIB, 1 << 20),
             None => memory_mib(&spec)?,
         },
-        vcpus: match hardware(&config, "vcpus") {
-            Some(count) => u32::try_from(count).unwrap_or(u32::MAX).clamp(1, MOST_VCPUS),
-            None => vcpus(&spec)?,
-        },
+        vcpus,
+        most_vcpus: most_vcpus(&spec, vcpus)?,
         terminal,
         igvm: config["vm"]["kernel"]["path"].as_str().map(PathBuf::from),
         notify: notify.map(|(_, notify)| notify),
@@ -374,6 +380,21 @@ fn vcpus(spec: &Spec) -> Result<u32, Error> {
     Ok(quota.or(set).unwrap_or(1).clamp(1, MOST_VCPUS))
 }
 
+/// Processors that a VM can have which boots with so many.
+fn most_vcpus(spec: &Spec, boot: u32) -> Result<u32, Error> {
+    let Some(text) = annotation(spec, MOST_VCPUS_ANNOTATION) else { return Ok(boot) };
+    let tee = annotation(spec, "io.coffer.tee").unwrap_or("none");
+    if tee != "none" {
+        return Err(Error::Bundle(format!(
+            "annotation {MOST_VCPUS_ANNOTATION}={text} with io.coffer.tee={tee}: a TEE measures how many processors the kernel starts; give all by io.coffer.vcpus"
+        )));
+    }
+    let count = text.parse().ok().filter(|n| (boot..=MOST_VCPUS).contains(n));
+    count.ok_or_else(|| {
+        Error::Bundle(format!("annotation {MOST_VCPUS_ANNOTATION}={text} is not a number from {boot}, which the VM boots with, to {MOST_VCPUS}"))
+    })
+}
+
 /// Processors that a quota is worth, rounded up.
 pub(crate) fn quota_vcpus(cpu: &oci_spec::runtime::LinuxCpu) -> Option<u32> {
     let period = cpu.period().filter(|p| *p > 0).unwrap_or(100_000);
@@ -455,6 +476,22 @@ mod tests {
             (512, 2)
         );
         assert_eq!(sized(json!({ "cpu": { "cpus": "0-2,5" } })), (512, 4));
+    }
+
+    #[test]
+    fn processors_that_wait_are_asked_for_and_come_with_no_tee() {
+        let with = |annotations: Value| {
+            let cpu = json!({ "resources": { "cpu": { "quota": 200000, "period": 100000 } } });
+            let config = config(json!({ "annotations": annotations, "linux": cpu }));
+            plan(Path::new("/b"), "c1", &config).map(|p| (p.vcpus, p.most_vcpus)).map_err(|e| e.to_string())
+        };
+        assert_eq!(with(json!({})), Ok((2, 2)));
+        assert_eq!(with(json!({ "io.coffer.vcpus-max": "8" })), Ok((2, 8)));
+        for wrong in ["1", "65", "x", ""] {
+            assert!(with(json!({ "io.coffer.vcpus-max": wrong })).unwrap_err().contains("from 2, which"));
+        }
+        let tee = with(json!({ "io.coffer.vcpus-max": "8", "io.coffer.tee": "snp" })).unwrap_err();
+        assert!(tee.contains("a TEE measures"), "{tee}");
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! A pod's VM that runs and is to be larger, or may be smaller.
 //!
-//! Owns: how much memory the pod's containers need together, the order of host's cgroup, VM and guest, how long a guest is waited for.
+//! Owns: how much memory and how many processors the pod's containers need together, the order of host's cgroup, VM and guest, how long a guest is waited for.
 //! Does not own: a container's own limits (`commands::update`), how memory gets into the guest (the VMM and the guest's kernel).
 //!
 //! What a VM booted with it keeps: it grows beyond that and shrinks back to it.
@@ -24,8 +24,10 @@ use crate::{
     state::{self, Directory, Record},
 };
 
-/// In a container's directory: the memory limit in bytes that an update gave it, in place of its configuration's.
+/// In a container's directory: what an update gave it in place of its configuration's, the memory limit in bytes and the processors that its
+/// quota is worth.
 const LIMIT: &str = "memory-limit";
+const PROCESSORS: &str = "processors";
 /// A guest that takes or gives nothing for so long will not.
 const PATIENCE: Duration = Duration::from_secs(30);
 /// The same for memory that it is asked to give back: it may be in use.
@@ -98,6 +100,30 @@ impl<'a> Vm<'a> {
             scratch_mib += disk;
         }
         Some(plan::vm_memory_mib(bytes, scratch_mib))
+    }
+
+    /// Processors that the VM needs for its containers, this one with so many: what the largest of them has. One without a quota has those
+    /// that the VM booted with.
+    #[must_use]
+    pub fn needed_processors(&self, own: u32) -> u32 {
+        let others = state::all(self.root).into_iter().filter(|(_, record)| {
+            let alive = record.stub.is_some_and(|stub| stub.is_alive());
+            record.id != self.record.id && record.vmm == self.record.vmm && alive
+        });
+        let of = |directory: &Directory| number(directory, PROCESSORS).or_else(|| quota(directory));
+        let others = others.map(|(directory, _)| of(&directory).unwrap_or(self.size.boot_vcpus));
+        others.fold(own, u32::max).min(self.size.vcpus)
+    }
+
+    /// Has so many of the VM's processors work, where it has some that wait.
+    ///
+    /// # Errors
+    /// The guest's.
+    pub fn set_processors(&self, online: u32) -> Result<(), Error> {
+        if self.size.boot_vcpus == self.size.vcpus {
+            return Ok(());
+        }
+        client::ask(&self.directory.socket(), &Request::Processors { online }).map(drop)
     }
 
     /// Makes the VM larger: first its host's cgroup, where it has one of its own, then the VM.
@@ -184,16 +210,29 @@ impl<'a> Vm<'a> {
     }
 }
 
-/// Remembers a limit that a container has from an update.
+/// Remembers what a container has from an update: a memory limit, processors.
 ///
 /// # Errors
 /// The system's.
-pub fn remember(directory: &Directory, limit: i64) -> Result<(), Error> {
-    state::write_whole(&directory.file(LIMIT), limit.to_string().as_bytes())
+pub fn remember(directory: &Directory, limit: Option<i64>, processors: Option<u32>) -> Result<(), Error> {
+    let write = |name: &str, text: String| state::write_whole(&directory.file(name), text.as_bytes());
+    limit.map_or(Ok(()), |limit| write(LIMIT, limit.to_string()))?;
+    processors.map_or(Ok(()), |count| write(PROCESSORS, count.to_string()))
+}
+
+fn number<T: std::str::FromStr>(directory: &Directory, name: &str) -> Option<T> {
+    fs::read_to_string(directory.file(name)).ok()?.trim().parse().ok()
 }
 
 fn updated(directory: &Directory) -> Option<i64> {
-    fs::read_to_string(directory.file(LIMIT)).ok()?.trim().parse().ok()
+    number(directory, LIMIT)
+}
+
+/// Processors that the quota of a container's configuration is worth.
+fn quota(directory: &Directory) -> Option<u32> {
+    let text = fs::read(directory.file("config.json")).ok()?;
+    let spec: Spec = serde_json::from_slice(&text).ok()?;
+    plan::resources(&spec)?.cpu().as_ref().and_then(plan::quota_vcpus)
 }
 
 /// The memory limit of a container's configuration in bytes, and the MiB that its scratch disk takes of memory.
@@ -234,7 +273,8 @@ mod tests {
             "linux":{"resources":{"memory":{"limit":1048576}}}}"#;
         fs::write(directory.file("config.json"), text).unwrap();
         assert_eq!(configured(&directory), (Some(1 << 20), 14));
-        remember(&directory, -1).unwrap();
-        assert_eq!(updated(&directory), Some(-1));
+        remember(&directory, Some(-1), Some(3)).unwrap();
+        remember(&directory, None, None).unwrap();
+        assert_eq!((updated(&directory), number(&directory, PROCESSORS)), (Some(-1), Some(3)));
     }
 }

@@ -96,7 +96,7 @@ fn show(share: &Path, binds: &[Bind]) -> io::Result<()> {
 #[must_use]
 pub fn image(plan: &Plan, home: &Home) -> PathBuf {
     let owner = plan.image.is_some() || plan.confidential.file.is_some() || plan.scratch.is_some();
-    let usual = || home.image(plan.vcpus, plan.confidential.tee.as_deref(), owner);
+    let usual = || home.image(plan.most_vcpus, plan.confidential.tee.as_deref(), owner);
     plan.igvm.clone().unwrap_or_else(usual)
 }
 
@@ -168,7 +168,10 @@ fn words(start: &Start<'_>, share: &Path, numbers: &[RawFd]) -> Result<Vec<Strin
     };
     say("--image", path(&image(plan, start.home))?);
     say("--memory-mib", plan.memory_mib.to_string());
-    say("--vcpus", plan.vcpus.to_string());
+    say("--vcpus", plan.most_vcpus.to_string());
+    if plan.most_vcpus > plan.vcpus {
+        say("--boot-vcpus", plan.vcpus.to_string());
+    }
     say("--vsock", path(&directory.socket())?);
     say("--fs", path(share)?);
     say("--lifeline-fd", number().to_string());

@@ -5,7 +5,10 @@
 
 use std::fs;
 
-use crate::{error::Error, plan::Plan};
+use crate::{
+    error::Error,
+    plan::{self, Plan},
+};
 
 /// Where the operator says how pods start.
 pub const CONFIGURATION: &str = "/etc/coffer/start";
@@ -48,9 +51,9 @@ impl Start {
         }
     }
 
-    /// Why a pod with a scratch disk does not start so.
-    fn not_with_a_disk(self) -> Option<&'static str> {
-        (self == Self::Template).then_some("a template has no disk")
+    /// Why a pod with a scratch disk, or with processors that wait, does not start so.
+    fn not_with_more(self) -> Option<&'static str> {
+        (self == Self::Template).then_some("a template has no disk, and its processors all run")
     }
 }
 
@@ -61,14 +64,17 @@ impl Start {
 pub fn wanted(plan: &Plan) -> Result<Start, Error> {
     let annotation = plan.spec.annotations().as_ref().and_then(|a| a.get(ANNOTATION)).map(String::as_str);
     let tee = plan.confidential.tee.as_deref().filter(|tee| *tee != "none");
-    decide(annotation, fs::read_to_string(CONFIGURATION).ok().as_deref(), tee, plan.scratch.is_some())
+    let operator = fs::read_to_string(CONFIGURATION).ok();
+    let disk = plan.scratch.is_some().then_some("io.coffer.scratch");
+    let waiting = (plan.most_vcpus > plan.vcpus).then_some(plan::MOST_VCPUS_ANNOTATION);
+    decide(annotation, operator.as_deref(), tee, disk.or(waiting))
 }
 
 fn decide(
     annotation: Option<&str>,
     operator: Option<&str>,
     tee: Option<&str>,
-    disk: bool,
+    other: Option<&str>,
 ) -> Result<Start, Error> {
     let start = match (annotation, operator) {
         (Some(word), _) => Start::of(&format!("annotation {ANNOTATION}"), word)?,
@@ -78,9 +84,8 @@ fn decide(
         (None, None) => Start::Boot,
     };
     let in_tee = tee.and_then(|tee| Some((format!("io.coffer.tee={tee}"), start.not_in_a_tee()?)));
-    let with_disk =
-        disk.then(|| start.not_with_a_disk()).flatten().map(|why| ("io.coffer.scratch".to_owned(), why));
-    match (in_tee.or(with_disk), annotation) {
+    let with_other = other.and_then(|other| Some((other.to_owned(), start.not_with_more()?)));
+    match (in_tee.or(with_other), annotation) {
         (None, _) => Ok(start),
         (Some(_), None) => Ok(Start::Boot),
         (Some((with, why)), Some(_)) => {
@@ -96,7 +101,7 @@ mod tests {
     #[test]
     fn the_annotation_goes_before_the_operators_word_and_no_tee_gets_what_it_cannot_have() {
         let is =
-            |annotation, operator, tee| decide(annotation, operator, tee, false).map_err(|e| e.to_string());
+            |annotation, operator, tee| decide(annotation, operator, tee, None).map_err(|e| e.to_string());
         assert_eq!(is(None, None, None), Ok(Start::Boot));
         assert_eq!(is(None, Some("template\n"), None), Ok(Start::Template));
         assert_eq!(is(None, Some("pool\n"), None), Ok(Start::Pool));
@@ -115,7 +120,9 @@ mod tests {
 
     #[test]
     fn a_template_has_no_disk_and_a_shell_may_get_one() {
-        let is = |annotation, operator| decide(annotation, operator, None, true).map_err(|e| e.to_string());
+        let is = |annotation, operator| {
+            decide(annotation, operator, None, Some("io.coffer.scratch")).map_err(|e| e.to_string())
+        };
         assert_eq!(is(None, Some("template")), Ok(Start::Boot));
         assert!(is(Some("template"), None).unwrap_err().contains("has no disk"));
         assert_eq!(is(Some("pool"), None), Ok(Start::Pool));

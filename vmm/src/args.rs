@@ -14,6 +14,7 @@ coffer-vmm: boots an IGVM image in a microVM
   --image FILE           IGVM file made by coffer-image build
   --memory-mib N         RAM of the guest
   --vcpus N              processors, 1 to 64 (more than 1 needs an smp image)
+  --boot-vcpus N         of them, those that the guest starts with; the others wait until it takes them (an smp image, no TEE)
   --vsock PATH           unix socket to make: `CONNECT PORT` on it reaches the guest
   --fs DIR               directory that the guest sees as virtio-fs `coffer`
   --disk PATH[,readonly] file or block device that the guest sees as a disk; up to 4 times
@@ -58,6 +59,9 @@ pub enum ArgsError {
     /// A flag that means nothing without a TEE.
     #[error("{0} needs --tee snp or --tee snp-emulated")]
     WithoutTee(&'static str),
+    /// A flag that would change what a TEE measures.
+    #[error("{0} goes with --tee none alone: it is told on the kernel's command line, which a TEE measures")]
+    MeasuredLine(&'static str),
     /// A machine that cannot be saved.
     #[error("{flag} with {with}: {why}")]
     NoTemplate {
@@ -113,6 +117,7 @@ pub struct Args {
     pub image: PathBuf,
     pub memory_mib: u64,
     pub vcpus: u32,
+    pub boot_vcpus: Option<u32>,
     pub vsock: Option<PathBuf>,
     pub fs: Option<PathBuf>,
     pub nets: Vec<NetArgs>,
@@ -188,6 +193,7 @@ pub fn parse(words: impl IntoIterator<Item = String>) -> Result<Command, ArgsErr
             "--image",
             "--memory-mib",
             "--vcpus",
+            "--boot-vcpus",
             "--vsock",
             "--fs",
             "--net",
@@ -235,6 +241,7 @@ pub fn parse(words: impl IntoIterator<Item = String>) -> Result<Command, ArgsErr
     if let Some((flag, _)) = of_a_tee.into_iter().find(|(_, given)| *given && args.tee == Tee::None) {
         return Err(ArgsError::WithoutTee(flag));
     }
+    args.can_wait()?;
     args.can_be_saved()?;
     Ok(Command::Run(Box::new(args)))
 }
@@ -247,6 +254,19 @@ impl Args {
         }
         let Self { image, log, log_json, .. } = self;
         Ok(Command::Shell(ShellArgs { directory, image, log, log_json }))
+    }
+
+    /// Refuses processors that wait where there is nobody to tell the guest's kernel so.
+    fn can_wait(&self) -> Result<(), ArgsError> {
+        let Some(count) = self.boot_vcpus else { return Ok(()) };
+        if count > self.vcpus {
+            let (flag, value) = ("--boot-vcpus".to_owned(), count.to_string());
+            return Err(ArgsError::Value { flag, value, wanted: "at most as many as --vcpus" });
+        }
+        if self.tee != Tee::None {
+            return Err(ArgsError::MeasuredLine("--boot-vcpus"));
+        }
+        Ok(())
     }
 
     /// Refuses a template of what cannot be saved, or not be told apart from what was saved.
@@ -262,6 +282,7 @@ impl Args {
         };
         let reasons = [
             (self.tee != Tee::None, "--tee", "a snapshot's state cannot be measured at launch"),
+            (self.boot_vcpus.is_some(), "--boot-vcpus", "a saved machine's processors all run"),
             (!self.disks.is_empty(), "--disk", "a disk's size is read when the kernel starts"),
             (self.console.is_some(), "--console", "the console's port is not saved"),
         ];
@@ -282,6 +303,10 @@ impl Args {
                 if !(1..=64).contains(&self.vcpus) {
                     return Err(wrong(wanted));
                 }
+            }
+            "--boot-vcpus" => {
+                let count = value.parse().ok().filter(|count| *count > 0);
+                self.boot_vcpus = Some(count.ok_or_else(|| wrong("a number from 1 to that of --vcpus"))?);
             }
             "--vsock" => self.vsock = Some(value.into()),
             "--fs" => self.fs = Some(value.into()),
@@ -415,6 +440,8 @@ mod tests {
         for line in [
             "--vcpus 0",
             "--vcpus 65",
+            "--boot-vcpus 0",
+            "--image a --memory-mib 64 --vcpus 2 --boot-vcpus 3",
             "--net fd=1,mac=00:00:00:00:00:00",
             "--net fd=4,mac=0:0",
             "--tee sev",
@@ -439,6 +466,7 @@ mod tests {
                 "--template with --tee: a snapshot's state cannot be measured",
             ),
             ("--template /t --disk /d", "--template with --disk"),
+            ("--template /t --vcpus 2 --boot-vcpus 1", "--template with --boot-vcpus"),
             ("--make-template /t --console -", "--make-template with --console"),
             ("--make-template /t --template /t", "--make-template with --template"),
         ] {
@@ -449,6 +477,15 @@ mod tests {
             panic!("refused")
         };
         assert_eq!(args.template, Some("/t".into()));
+    }
+
+    #[test]
+    fn processors_wait_without_a_tee_alone() {
+        let line = "--image a --memory-mib 64 --vcpus 4 --boot-vcpus 1";
+        let Ok(Command::Run(args)) = run(line) else { panic!("refused") };
+        assert_eq!((args.vcpus, args.boot_vcpus), (4, Some(1)));
+        let refused = Err(ArgsError::MeasuredLine("--boot-vcpus"));
+        assert_eq!(run(&format!("{line} --tee snp-emulated")), refused);
     }
 
     #[test]

@@ -10,7 +10,10 @@ use std::{
     os::unix::fs::FileExt,
 };
 
-use coffer_layout::{PAGE, boot::MapEntry};
+use coffer_layout::{
+    PAGE,
+    boot::{COMMAND_LINE, COMMAND_LINE_MAX, MapEntry},
+};
 use thiserror::Error;
 use vm_memory::{Bytes, GuestAddress};
 
@@ -51,6 +54,9 @@ pub enum LaunchError {
     /// No registers to start with.
     #[error("image has no native VP context: nothing says where to start")]
     NoContext,
+    /// No room behind the kernel's command line.
+    #[error("the image's command line has no room for {0:?}: use an image with a shorter one")]
+    CommandLine(String),
     /// Guest memory refused a write that the plan had checked.
     #[error("load {gpa:#x}: {reason}")]
     Write {
@@ -243,6 +249,23 @@ pub fn load(plan: &Plan, mut file: &File, memory: &Ram) -> Result<(), LaunchErro
     plan.areas.iter().try_for_each(|(gpa, bytes)| write(*gpa, bytes))
 }
 
+/// Tells the kernel of an image that was [loaded](load) how many processors to start; those beyond wait for its init. On a plain VM alone: a
+/// TEE measures the command line.
+///
+/// # Errors
+/// [`LaunchError::CommandLine`], [`LaunchError::Write`].
+pub fn start_fewer(count: u32, memory: &Ram) -> Result<(), LaunchError> {
+    let failed =
+        |e: vm_memory::GuestMemoryError| LaunchError::Write { gpa: COMMAND_LINE, reason: e.to_string() };
+    let mut line = [0; COMMAND_LINE_MAX as usize];
+    memory.read_slice(&mut line, GuestAddress(COMMAND_LINE)).map_err(failed)?;
+    // Its NUL is written by nobody: RAM is zero.
+    let word = format!(" maxcpus={count}");
+    let end = line.iter().position(|byte| *byte == 0).filter(|end| end + word.len() < line.len());
+    let end = end.ok_or_else(|| LaunchError::CommandLine(word.clone()))?;
+    memory.write_slice(word.as_bytes(), GuestAddress(COMMAND_LINE + end as u64)).map_err(failed)
+}
+
 #[cfg(test)]
 mod tests {
     use std::io::Write;
@@ -264,6 +287,26 @@ mod tests {
 
     fn image(directives: &[Directive]) -> Image {
         Image { directives: directives.to_vec(), registers: Some(Registers::default()), snp: Snp::default() }
+    }
+
+    #[test]
+    fn fewer_processors_are_told_behind_the_line() {
+        let memory = Ram::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
+        let room = COMMAND_LINE_MAX as usize;
+        let told = |line: &[u8]| {
+            memory.write_slice(&vec![0; room], GuestAddress(COMMAND_LINE)).unwrap();
+            memory.write_slice(line, GuestAddress(COMMAND_LINE)).unwrap();
+            start_fewer(3, &memory)?;
+            let mut all = vec![0; room];
+            memory.read_slice(&mut all, GuestAddress(COMMAND_LINE)).unwrap();
+            all.truncate(all.iter().position(|byte| *byte == 0).unwrap());
+            Ok::<_, LaunchError>(all)
+        };
+        assert_eq!(told(b"quiet").unwrap(), b"quiet maxcpus=3");
+        let word = " maxcpus=3".len();
+        assert_eq!(told(&vec![b'x'; room - word - 1]).unwrap().len(), room - 1);
+        assert_eq!(told(&vec![b'x'; room - word]), Err(LaunchError::CommandLine(" maxcpus=3".into())));
+        assert!(told(&vec![b'x'; room]).is_err());
     }
 
     #[test]

@@ -323,6 +323,7 @@ fn make_plain(
     let ram = memory::reserve(args.memory_mib)?;
     give_memory(&empty.vm, &ram)?;
     launch::load(plan, &file.file, &ram)
+        .and_then(|()| args.boot_vcpus.map_or(Ok(()), |count| launch::start_fewer(count, &ram)))
         .map_err(|source| MachineError::Launch { path: file.path.clone(), source })?;
     trace.stage("memory-loaded");
     let vcpus = make_processors(args, empty, base, |vcpu, id, cpuid| Ok(vcpu::prepare(vcpu, id, cpuid)?))?;

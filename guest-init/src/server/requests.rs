@@ -17,7 +17,7 @@ use crate::{
     confidential::Confidential,
     container::ContainerError,
     image::{Images, Room},
-    memory, network, random,
+    memory, network, processors, random,
 };
 
 impl Server {
@@ -48,6 +48,7 @@ impl Server {
                 self.get(&id)?.cgroup.apply(&resources)?;
             }
             Request::TakeMemory => memory::take()?,
+            Request::Processors { online } => processors::set_online(online)?,
             Request::Processes { id } => {
                 return Ok(Reply::Processes { list: self.get(&id)?.cgroup.list() });
             }

@@ -63,19 +63,35 @@ pub(super) fn update(call: &Call, root: &Path) -> Result<(), Error> {
     }
     let mut vm = Vm::of(root, &directory, &record)?;
     enough_processors(vcpus, vm.size.vcpus)?;
-    let Some(limit) = limit else {
+    if let Some(limit) = limit {
+        with_memory(call, &mut vm, (&record, resources, &parsed), limit, guest)?;
+    } else {
         guest()?;
-        return set_host(&record, &parsed);
-    };
+        set_host(&record, &parsed)?;
+    }
+    if let Some(own) = vcpus {
+        vm.set_processors(vm.needed_processors(own))?;
+    }
+    resize::remember(&directory, limit, vcpus)
+}
+
+/// The limits with one of memory: `guest` sets the guest's.
+fn with_memory(
+    call: &Call,
+    vm: &mut Vm<'_>,
+    (record, resources, parsed): (&Record, Value, &LinuxResources),
+    limit: i64,
+    guest: impl Fn() -> Result<(), Error>,
+) -> Result<(), Error> {
     match resize::change(&vm.size, vm.needed_mib(limit)) {
         Change::Grow(mib) => {
-            set_host(&record, &parsed)?;
+            set_host(record, parsed)?;
             vm.grow(mib)?;
-            guest()?;
+            guest()
         }
         Change::Stay if limit < 0 || limit >= vm.least() => {
-            set_host(&record, &parsed)?;
-            guest()?;
+            set_host(record, parsed)?;
+            guest()
         }
         change => {
             guest()?;
@@ -88,10 +104,9 @@ pub(super) fn update(call: &Call, root: &Path) -> Result<(), Error> {
                     log::say(&call.global, Level::Warning, &words);
                 }
             }
-            set_host(&record, &spared(&vm, resources, limit)?)?;
+            set_host(record, &spared(vm, resources, limit)?)
         }
     }
-    resize::remember(&directory, limit)
 }
 
 /// Limits of the host's cgroup, and of the unit that it may be.
@@ -109,11 +124,12 @@ fn spared(vm: &Vm<'_>, mut resources: Value, limit: i64) -> Result<LinuxResource
     serde_json::from_value(resources).map_err(|e| Error::Usage(format!("update: {e}")))
 }
 
-/// A VM has the processors that it booted with.
+/// A VM has the processors that it was made with.
 fn enough_processors(wanted: Option<u32>, has: u32) -> Result<(), Error> {
     match wanted {
         Some(wanted) if wanted > has => Err(Error::State(format!(
-            "update: {wanted} processors: the VM booted with {has} and gets no more while it runs; make it with annotation io.coffer.vcpus={wanted}"
+            "update: {wanted} processors: the VM was made with {has}; make it with annotation {}={wanted} to have so many later",
+            plan::MOST_VCPUS_ANNOTATION
         ))),
         _ => Ok(()),
     }

@@ -145,7 +145,7 @@ fn update_says_in_one_line_why_a_vm_stays_as_it_is() {
     bench.start("c", &config(&["sleep", "1000"]));
     let said = bench.call(&["update", "--cpu-quota", "150000", "--cpu-period=100000", "c"]).failed(1);
     assert!(
-        said.contains("2 processors: the VM booted with 1") && said.contains("io.coffer.vcpus=2"),
+        said.contains("2 processors: the VM was made with 1") && said.contains("io.coffer.vcpus-max=2"),
         "{said}"
     );
     let said = bench.call(&["update", "--memory", "8g", "c"]).failed(1);

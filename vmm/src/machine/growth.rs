@@ -57,6 +57,7 @@ pub(super) struct Growth {
     slot: Slot,
     boot_mib: u64,
     vcpus: u32,
+    boot_vcpus: u32,
     bits: u32,
     refusal: Option<&'static str>,
     device: Mutex<Option<Handle>>,
@@ -71,6 +72,7 @@ impl Growth {
             slot: Arc::clone(slot),
             boot_mib: args.memory_mib,
             vcpus: args.vcpus,
+            boot_vcpus: args.boot_vcpus.unwrap_or(args.vcpus),
             bits: leaf.map_or(36, |entry| entry.eax & 0xff),
             refusal: refusal(args),
             device: Mutex::new(None),
@@ -94,6 +96,7 @@ impl Growth {
             plugged_mib: sizes.plugged >> 20,
             most_mib: if device.is_some() { sizes.region >> 20 } else { most >> 20 },
             vcpus: self.vcpus,
+            boot_vcpus: self.boot_vcpus,
         })
     }
 

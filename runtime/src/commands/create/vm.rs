@@ -67,7 +67,7 @@ impl Making<'_> {
         let shape = template::Shape {
             image: spawn::image(self.plan, &home),
             memory_mib: self.plan.memory_mib,
-            vcpus: self.plan.vcpus,
+            vcpus: self.plan.most_vcpus,
             nets: taps.len(),
         };
         let start = start::wanted(self.plan)?;

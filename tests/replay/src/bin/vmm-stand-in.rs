@@ -88,6 +88,7 @@ fn main() {
     let booted = VmSize {
         boot_mib: get("--memory-mib").parse().expect("MiB"),
         vcpus: get("--vcpus").parse().expect("a number"),
+        boot_vcpus: get("--vcpus").parse().expect("a number"),
         most_mib: MOST_MIB,
         ..VmSize::default()
     };
