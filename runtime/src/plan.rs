@@ -269,10 +269,21 @@ fn shared_name(source: &Path) -> String {
 const GUEST_DEVICES: [(i64, i64); 11] =
     [(1, 3), (1, 5), (1, 7), (1, 8), (1, 9), (1, 11), (5, 0), (5, 1), (5, 2), (10, 200), (10, 229)];
 
-/// There is a device of this number on the host.
+/// There is a device of this number on the host, or a node for one whose driver is loaded when somebody opens it.
 fn is_of_the_host(device: &LinuxDevice) -> bool {
-    let kind = if device.typ() == LinuxDeviceType::B { "block" } else { "char" };
-    Path::new(&format!("/sys/dev/{kind}/{}:{}", device.major(), device.minor())).exists()
+    use std::os::unix::fs::{FileTypeExt, MetadataExt};
+    let block = device.typ() == LinuxDeviceType::B;
+    let kind = if block { "block" } else { "char" };
+    let number = (u32::try_from(device.major()), u32::try_from(device.minor()));
+    let (Ok(major), Ok(minor)) = number else { return true };
+    let is_node = |meta: std::fs::Metadata| {
+        let kind = meta.file_type();
+        (if block { kind.is_block_device() } else { kind.is_char_device() })
+            && meta.rdev() == libc::makedev(major, minor)
+    };
+    let nodes = std::fs::read_dir("/dev").into_iter().flatten().flatten();
+    Path::new(&format!("/sys/dev/{kind}/{major}:{minor}")).exists()
+        || nodes.filter_map(|entry| entry.metadata().ok()).any(is_node)
 }
 
 /// Refuses devices that only the host has. A container that may use every device (`--privileged`) asked for none in
