@@ -209,12 +209,11 @@ fn rewrite(
                 }
             }
         }
-        // Device rules of the host mean nothing there, and limits of its block devices are its own to keep.
-        if let Some(resources) = linux.get_mut("resources").and_then(Value::as_object_mut) {
-            resources.remove("devices");
-            if let Some(io) = resources.get_mut("blockIO").and_then(Value::as_object_mut) {
-                io.retain(|name, _| !name.starts_with("throttle"));
-            }
+        // Limits of the host's block devices are its own to keep.
+        if let Some(resources) = linux.get_mut("resources").and_then(Value::as_object_mut)
+            && let Some(io) = resources.get_mut("blockIO").and_then(Value::as_object_mut)
+        {
+            io.retain(|name, _| !name.starts_with("throttle"));
         }
     }
     (binds, sources)

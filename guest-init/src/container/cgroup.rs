@@ -10,7 +10,7 @@ use std::{
 use coffer_protocol::{ErrorKind, limits};
 use oci_spec::runtime::LinuxResources;
 
-use super::ContainerError;
+use super::{ContainerError, device_rules};
 
 const ROOT: &str = "/sys/fs/cgroup";
 /// Most cgroups below a container's that are looked at; the container makes them.
@@ -135,6 +135,14 @@ impl Cgroup {
                 .map_err(|e| ContainerError::guest(&format!("set {file} to {value}"), e))?;
         }
         Ok(())
+    }
+
+    /// Has the kernel hold its processes to the rules for devices.
+    ///
+    /// # Errors
+    /// [`ContainerError`], naming the rule or the kernel's call.
+    pub fn allow_devices(&self, resources: &LinuxResources) -> Result<(), ContainerError> {
+        device_rules::apply(&self.0, resources.devices().as_deref().unwrap_or_default())
     }
 
     /// Opens it, or one that the container has made below it: a path that starts there, with or without `/`.

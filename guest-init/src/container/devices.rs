@@ -1,7 +1,7 @@
 //! Device nodes of a container (OCI runtime specification, config-linux.md, "Default Devices" and "Devices").
 //!
 //! Owns: making them and their links below the container's root. Does not own: which devices a guest may have, which its
-//! kernel decides; the rules of `linux.resources.devices` are not applied.
+//! kernel decides; who may use them (`device_rules`).
 
 use std::{
     ffi::CString,

@@ -8,6 +8,7 @@
 mod accounting;
 mod cgroup;
 mod child;
+mod device_rules;
 mod devices;
 mod hooks;
 mod mounts;

@@ -94,6 +94,7 @@ impl Server {
         let made = (|| {
             if let Some(resources) = spec.linux().as_ref().and_then(|l| l.resources().as_ref()) {
                 cgroup.apply(resources)?;
+                cgroup.allow_devices(resources)?;
             }
             container::launch(&id, &spec, &cgroup, &shared, &Files { window, streams, notify })
         })();

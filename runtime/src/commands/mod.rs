@@ -215,10 +215,9 @@ fn delete(root: &Path, id: &str, force: bool) -> Result<(), Error> {
         Err(error) => return Err(error),
     };
     let mut status = directory.status(&record);
-    if matches!(status, Status::Created | Status::Running)
-        && !force
-        && record.stub.is_some_and(|stub| stub.wait(END_LIMIT))
-    {
+    // The specification would have a created one refused; runc ends it, and containerd and others rely on that.
+    let force = force || status == Status::Created;
+    if status == Status::Running && !force && record.stub.is_some_and(|stub| stub.wait(END_LIMIT)) {
         status = Status::Stopped;
     }
     if status != Status::Stopped && !force {

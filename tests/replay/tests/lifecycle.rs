@@ -33,6 +33,20 @@ fn a_container_goes_from_created_to_running_to_stopped_to_gone() {
     let _ = bench.call(&["delete", "--force", "c"]).ok();
 }
 
+/// The specification has it refused; runc ends it, and its callers count on that.
+#[test]
+fn a_created_container_can_be_deleted_and_a_running_one_cannot() {
+    let bench = Bench::new();
+    let bundle = bench.bundle("c", &config(&["sleep", "1000"]));
+    let _ = bench.create("c", &bundle).ok();
+    assert_eq!(bench.call(&["delete", "c"]).ok(), "");
+    assert_eq!(fs::read_dir(bench.root()).unwrap().count(), 0);
+    let _ = bench.create("c", &bundle).ok();
+    let _ = bench.call(&["start", "c"]).ok();
+    assert!(bench.call(&["delete", "c"]).failed(1).contains("that is not stopped: running"));
+    let _ = bench.call(&["delete", "--force", "c"]).ok();
+}
+
 /// A process called conmon that makes and starts a container and then waits.
 fn conmon(bench: &Bench, id: &str, bundle: &Path) -> Child {
     let program = bench.path("conmon");
