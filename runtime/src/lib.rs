@@ -9,6 +9,7 @@ pub mod clock;
 pub mod commands;
 pub mod confidential;
 pub mod descriptors;
+mod devices;
 pub mod doctor;
 pub mod error;
 pub mod home;

@@ -303,12 +303,7 @@ impl Reader<'_> {
             name,
             image: known.digest,
             args: process.args,
-            env: process
-                .env
-                .iter()
-                .filter_map(|pair| pair.split_once('='))
-                .map(|(n, v)| (n.to_owned(), v.to_owned()))
-                .collect(),
+            env: pairs(&process.env),
             cwd: fields.text("workingDir")?.unwrap_or(process.cwd),
             user: Some(user),
             terminal: fields.flag("tty")?.unwrap_or(false),
@@ -442,12 +437,7 @@ pub(super) fn sandbox(known: &Known) -> Result<PodContainer, FieldError> {
         name: "sandbox".into(),
         image: known.digest.clone(),
         args: process.args,
-        env: process
-            .env
-            .iter()
-            .filter_map(|pair| pair.split_once('='))
-            .map(|(n, v)| (n.to_owned(), v.to_owned()))
-            .collect(),
+        env: pairs(&process.env),
         cwd: process.cwd,
         user: None,
         terminal: false,
@@ -464,6 +454,11 @@ pub(super) fn sandbox(known: &Known) -> Result<PodContainer, FieldError> {
         service_links: false,
         service_account: false,
     })
+}
+
+/// An environment's names and values.
+fn pairs<T: FromIterator<(String, String)>>(env: &[String]) -> T {
+    env.iter().filter_map(|pair| pair.split_once('=')).map(|(n, v)| (n.to_owned(), v.to_owned())).collect()
 }
 
 #[cfg(test)]
