@@ -10,6 +10,7 @@ pub mod container;
 pub mod counts;
 pub mod figures;
 pub mod fingerprint;
+pub mod fresh;
 pub mod memory;
 pub mod parallel;
 pub mod peers;

@@ -12,6 +12,7 @@ use coffer_perf::{
     baseline::Baseline,
     counts,
     fingerprint::{self, Fingerprint},
+    fresh,
     plan::Plan,
     record::Record,
     report, run, symbols,
@@ -20,7 +21,9 @@ use coffer_perf::{
 const USAGE: &str = "\
 coffer-bench: boot latency, measured (perf/run and perf/check call it)
 
-  coffer-bench run PLAN.toml --out DIR --stamp FILE   every start of a plan: DIR/raw.jsonl and DIR/machine.json
+  coffer-bench run PLAN.toml --out DIR --stamp FILE [--fresh-memory]
+                                                      every start of a plan: DIR/raw.jsonl and DIR/machine.json; with the flag and
+                                                      on QEMU's own processor, all free memory is written before each start
   coffer-bench report DIR                             DIR/summary.md and plots, from those two files
   coffer-bench where DIR SYSTEM.MAP [N [DIRECTORIES]] the N functions of the guest's kernel with the most instructions, or
                                                       directories of its source, by the list that perf/peer-kernel makes
@@ -44,7 +47,11 @@ fn try_main() -> Result<bool> {
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
     match words.as_slice() {
         ["run", plan, "--out", out, "--stamp", stamp] => {
-            measure(Path::new(plan), Path::new(out), Path::new(stamp)).map(|()| true)
+            measure(Path::new(plan), Path::new(out), Path::new(stamp), false).map(|()| true)
+        }
+        ["run", plan, "--out", out, "--stamp", stamp, "--fresh-memory"] => {
+            let fresh_memory = fresh::is_translated();
+            measure(Path::new(plan), Path::new(out), Path::new(stamp), fresh_memory).map(|()| true)
         }
         ["report", directory] => show(Path::new(directory)).map(|()| true),
         ["check", directory, baseline] => check(Path::new(directory), Path::new(baseline), false),
@@ -65,7 +72,7 @@ fn try_main() -> Result<bool> {
     }
 }
 
-fn measure(plan_file: &Path, out: &Path, stamp: &Path) -> Result<()> {
+fn measure(plan_file: &Path, out: &Path, stamp: &Path, fresh_memory: bool) -> Result<()> {
     let text = fs::read_to_string(plan_file).with_context(|| format!("read {}", plan_file.display()))?;
     let plan = Plan::parse(&text).with_context(|| plan_file.display().to_string())?;
     fs::create_dir_all(out).with_context(|| format!("make {}", out.display()))?;
@@ -79,6 +86,9 @@ fn measure(plan_file: &Path, out: &Path, stamp: &Path) -> Result<()> {
         .collect();
     let mut print = fingerprint::read(&programs, &files);
     print.insert("plan".into(), plan.name.clone());
+    if fresh_memory {
+        print.insert("free memory".into(), "written before each start: the processor is emulated".into());
+    }
     if let Ok(note) = std::env::var("COFFER_PERF_NOTE") {
         print.insert("note".into(), note);
     }
@@ -86,7 +96,7 @@ fn measure(plan_file: &Path, out: &Path, stamp: &Path) -> Result<()> {
     fs::create_dir(&scratch).with_context(|| format!("make {}", scratch.display()))?;
     let raw_path = out.join("raw.jsonl");
     let mut raw = File::create(&raw_path).with_context(|| format!("make {}", raw_path.display()))?;
-    let result = run::run(&plan, stamp, &scratch, &mut raw);
+    let result = run::run(&plan, stamp, &scratch, fresh_memory, &mut raw);
     fs::remove_dir_all(&scratch).with_context(|| format!("remove {}", scratch.display()))?;
     let load = fs::read_to_string("/proc/loadavg").unwrap_or_default();
     print.insert("load average at the end".into(), load.trim().to_owned());

@@ -14,7 +14,7 @@ use thiserror::Error;
 
 use crate::{
     boot::{self, BootError, Started},
-    container,
+    container, fresh,
     peers::{Guest, Peer},
     plan::{Cell, Class, Image, Plan, Runtime, Until},
     record::Record,
@@ -47,9 +47,17 @@ fn system(stage: impl Into<String>) -> impl FnOnce(io::Error) -> RunError {
 
 /// Runs all of a plan and writes each record to `raw` when it is known. Warm-ups are run and not written.
 ///
+/// With `fresh_memory`, all free memory is written before each start (`fresh`).
+///
 /// # Errors
 /// The first start that gives no figure ends the run: a sample without its failures would lie.
-pub fn run(plan: &Plan, stamp: &Path, scratch: &Path, raw: &mut impl Write) -> Result<Vec<Record>, RunError> {
+pub fn run(
+    plan: &Plan,
+    stamp: &Path,
+    scratch: &Path,
+    fresh_memory: bool,
+    raw: &mut impl Write,
+) -> Result<Vec<Record>, RunError> {
     let mut records = Vec::new();
     let mut sequence = 0;
     let limit = Duration::from_secs(plan.time_limit_s);
@@ -64,6 +72,9 @@ pub fn run(plan: &Plan, stamp: &Path, scratch: &Path, raw: &mut impl Write) -> R
                 let runtime = cell.runtimes[(turn + round) % cell.runtimes.len()];
                 if cell.class == Class::Cold {
                     drop_caches()?;
+                }
+                if fresh_memory {
+                    fresh::write_free_memory().map_err(system("write all free memory"))?;
                 }
                 let started = starts(runtime, &cell, &setting)?;
                 for started in started {
