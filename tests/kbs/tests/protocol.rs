@@ -4,7 +4,10 @@ use std::{
     collections::BTreeMap,
     io::{Read, Write},
     net::{SocketAddr, TcpListener, TcpStream},
-    sync::Arc,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicUsize, Ordering},
+    },
     thread,
     time::Duration,
 };
@@ -219,6 +222,97 @@ fn no_change_of_bytes_gives_a_wrong_secret() {
             assert!(found.is_err(), "{name}, direction {wanted}: {found:?}");
         }
     }
+}
+
+/// The TLS records of what came at once (RFC 8446, 5.1), when it is whole records.
+fn records(bytes: &[u8]) -> Option<Vec<&[u8]>> {
+    let mut all = Vec::new();
+    let mut rest = bytes;
+    while !rest.is_empty() {
+        let length = 5 + usize::from(u16::from_be_bytes([*rest.get(3)?, *rest.get(4)?]));
+        let (record, next) = rest.split_at_checked(length)?;
+        all.push(record);
+        rest = next;
+    }
+    Some(all)
+}
+
+#[test]
+fn records_in_another_order_missing_or_twice_give_no_secret() {
+    /// `None`: there is nothing to change in these.
+    type Change = fn(Vec<&[u8]>) -> Option<Vec<&[u8]>>;
+    const APPLICATION_DATA: u8 = 23;
+    fn encrypted(r: &[&[u8]]) -> Option<usize> {
+        r.iter().position(|record| record[0] == APPLICATION_DATA)
+    }
+    let identity = identity();
+    let server = server(Some(&identity), config());
+    let twice: Change = |mut r| {
+        let at = encrypted(&r)?;
+        r.insert(at, r[at]);
+        Some(r)
+    };
+    let missing: Change = |mut r| {
+        r.remove(encrypted(&r)?);
+        Some(r)
+    };
+    let reversed: Change = |mut r| {
+        r.reverse();
+        (r.len() > 1).then_some(r)
+    };
+    for (name, wanted, change) in [
+        ("twice", 0, twice),
+        ("twice", 1, twice),
+        ("missing", 0, missing),
+        ("missing", 1, missing),
+        ("reversed", 1, reversed),
+    ] {
+        let changed = Arc::new(AtomicUsize::new(0));
+        let count = Arc::clone(&changed);
+        let address = middle(server.address, Duration::from_millis(300), move |direction, b| {
+            let new = records(&b).filter(|_| direction == wanted).and_then(change).map(|r| r.concat());
+            count.fetch_add(usize::from(new.is_some()), Ordering::Relaxed);
+            new.unwrap_or(b)
+        });
+        let found = through(address, &identity);
+        assert!(changed.load(Ordering::Relaxed) > 0, "{name}, direction {wanted}: nothing was changed");
+        assert!(found.is_err(), "{name}, direction {wanted}: {found:?}");
+    }
+}
+
+#[test]
+fn a_recorded_conversation_is_worth_nothing_to_either_side() {
+    let identity = identity();
+    let server = server(Some(&identity), config());
+    let heard: Arc<Mutex<[Vec<u8>; 2]>> = Arc::default();
+    let record = Arc::clone(&heard);
+    let address = middle(server.address, Duration::from_secs(60), move |direction, b| {
+        record.lock().unwrap()[direction].extend_from_slice(&b);
+        b
+    });
+    assert_eq!(through(address, &identity), secret());
+    let [from_guest, from_kbs] = heard.lock().unwrap().clone();
+    let shows = |bytes: &[u8]| bytes.windows(SECRET.len()).any(|w| w == SECRET);
+    assert!(!shows(&from_guest) && !shows(&from_kbs) && from_kbs.len() > 1000);
+    // The KBS's part again, to a guest that attests anew.
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    let again = from_kbs.clone();
+    thread::spawn(move || {
+        for mut guest in listener.incoming().flatten() {
+            let _ = guest.read(&mut [0; 4096]).and_then(|_| guest.write_all(&again));
+        }
+    });
+    let found = through(address, &identity);
+    assert!(matches!(found, Err(ClientError::Transport { .. })), "{found:?}");
+    // The guest's part again, to the KBS.
+    let mut kbs = TcpStream::connect(server.address).unwrap();
+    kbs.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+    let _ = kbs.write_all(&from_guest).and_then(|()| kbs.shutdown(std::net::Shutdown::Write));
+    let mut said = Vec::new();
+    let _ = kbs.read_to_end(&mut said);
+    // No more than its own half of a handshake, and that it went wrong: the answers of before were longer.
+    assert!(!shows(&said) && said.len() < from_kbs.len(), "{} of {} bytes", said.len(), from_kbs.len());
 }
 
 /// Answers of plain HTTP, as the KBS gives them to `query`, with the request and the answer in the host's hands.

@@ -1,6 +1,6 @@
 //! A hostile host against an image: each manipulation is refused by its stage, and nothing is left to see.
 
-use std::{fs, os::unix::fs::MetadataExt};
+use std::{fs, os::unix::fs::MetadataExt, sync::Mutex};
 
 use super::*;
 use crate::{
@@ -185,6 +185,32 @@ fn a_changed_manifest_or_configuration_is_refused() {
     layer.media_type = layer.media_type.replace("+encrypted", "");
     let forged = assemble(&layout, vec![layer], &image.config.rootfs.diff_ids[..1]);
     refused(&layout, &forged.digest, "has encryption annotations but media type");
+}
+
+/// A host that shows each blob as it should be once, and another the next time.
+struct Once<'a>(&'a Layout, Mutex<Vec<Digest>>);
+
+impl Blobs for Once<'_> {
+    fn open(&self, digest: &Digest) -> io::Result<Box<dyn io::Read + Send>> {
+        let mut seen = self.1.lock().unwrap();
+        if seen.contains(digest) {
+            return Ok(Box::new(&b"another, now that this one was checked"[..]));
+        }
+        seen.push(digest.clone());
+        self.0.open(digest)
+    }
+}
+
+#[test]
+fn what_was_checked_is_what_is_used() {
+    let dir = tempfile::tempdir().unwrap();
+    let (layout, manifest, layers) = two(dir.path());
+    let once = Once(&layout, Mutex::default());
+    let image = Image::load(&once, &manifest.digest, Trust::Pinned).unwrap();
+    let place = dir.path().join("root");
+    image.unpack(&once, &KEY, &place, OPTIONS, &AtomicU64::new(0)).unwrap();
+    assert_eq!(fs::read(place.join("etc/c")).unwrap(), b"second");
+    assert_eq!(once.1.lock().unwrap().len(), 2 + layers.len());
 }
 
 #[test]
