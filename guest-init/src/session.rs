@@ -27,6 +27,8 @@ pub(crate) struct Session {
     decoder: Decoder,
     out: Outbox,
     pub(crate) process: Option<Process>,
+    /// Whose process that is.
+    pub(crate) container: String,
     streams: Streams,
     /// Everything was said: close once it is written.
     pub(crate) finishing: bool,
@@ -55,14 +57,16 @@ impl Session {
             decoder: Decoder::default(),
             out: Outbox::default(),
             process: None,
+            container: String::new(),
             streams: Streams { stdin: true, output: true },
             finishing: false,
             dead: false,
         }
     }
 
-    /// Takes a process. Input that the owner's policy keeps from the host is at its end at once.
-    pub(crate) fn attach(&mut self, process: Process, streams: Streams) {
+    /// Takes a container's process. Input that the owner's policy keeps from the host is at its end at once.
+    pub(crate) fn attach(&mut self, container: &str, process: Process, streams: Streams) {
+        container.clone_into(&mut self.container);
         let count = process.stdio.further.len();
         self.process = Some(process);
         self.streams = streams;

@@ -6,7 +6,7 @@
 use std::io;
 
 use coffer_layout::mark;
-use coffer_protocol::{CreateContainer, Ended, ErrorKind, Exec, SignalTarget, signal};
+use coffer_protocol::{CreateContainer, Ended, ErrorKind, Exec, Request, SignalTarget, signal};
 use nix::{
     sys::wait::{WaitPidFlag, WaitStatus, waitpid},
     unistd::Pid,
@@ -55,7 +55,7 @@ impl Server {
     }
 
     pub(super) fn create(&mut self, key: u64, create: CreateContainer) -> Result<(), ContainerError> {
-        let CreateContainer { id, mut spec, window, binds: _, shared, image, notify, streams } = create;
+        let id = create.id.clone();
         if !container::is_id(&id) {
             return Err(ContainerError::new(ErrorKind::Invalid, format!("invalid container ID {id:?}")));
         }
@@ -65,6 +65,16 @@ impl Server {
                 format!("container {id:?} exists already"),
             ));
         }
+        let made = self.make(key, create);
+        if made.is_err() {
+            // Of what was unpacked and opened for it, nothing stays.
+            self.clear(&id);
+        }
+        made
+    }
+
+    fn make(&mut self, key: u64, create: CreateContainer) -> Result<(), ContainerError> {
+        let CreateContainer { id, mut spec, window, binds: _, shared, image, notify, streams } = create;
         let mut stop_signal = None;
         if let Some(source) = &image {
             let unpacked = self.images.unpack(&id, source).map_err(|e| image_error(&e))?;
@@ -141,7 +151,7 @@ impl Server {
         let streams =
             Streams { stdin: confidential.allows_stdin(id), output: confidential.allows_output(id) };
         if let Some(session) = self.sessions.get_mut(&key) {
-            session.attach(Process::new(pid, stdio), streams);
+            session.attach(id, Process::new(pid, stdio), streams);
         }
         Ok(())
     }
@@ -189,6 +199,20 @@ impl Server {
         Ok(())
     }
 
+    /// Signals a process for its stub, whose word is the host's like any other: what the owner's policy denies is dropped.
+    pub(super) fn hand_on(&mut self, pid: i32, id: String, sent: u32) {
+        let first = self.containers.values().find(|container| container.pid == pid);
+        let signal = first.map_or(sent, |container| container.signal(sent));
+        let asked = Request::Signal { target: SignalTarget::Init(id), signal: sent };
+        match self.confidential().and_then(|pod| pod.check(&asked)) {
+            // It may have ended meanwhile.
+            Ok(()) => {
+                let _ = send_signal(pid, signal);
+            }
+            Err(error) => boot::complain(&format!("coffer-init: {}", error.message)),
+        }
+    }
+
     /// Takes the status of every child that ended, ours or an orphan's.
     pub(super) fn reap(&mut self) {
         loop {
@@ -221,10 +245,15 @@ impl Server {
     pub(super) fn forget(&mut self, id: &str) {
         if let Some(container) = self.containers.remove(id) {
             container.cgroup.remove();
-            self.images.remove(id);
-            if let Some(confidential) = &self.confidential {
-                confidential.close_files(id);
-            }
+            self.clear(id);
+        }
+    }
+
+    /// Removes its files.
+    fn clear(&self, id: &str) {
+        self.images.remove(id);
+        if let Some(confidential) = &self.confidential {
+            confidential.close_files(id);
         }
     }
 }

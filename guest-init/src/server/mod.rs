@@ -13,7 +13,7 @@ use std::{
 };
 
 use coffer_protocol::{ErrorKind, Frame, Kind, Reply, Request, WindowSize};
-use containers::{Container, send_signal};
+use containers::Container;
 use nix::{
     sys::{
         signal::{SigSet, Signal, kill},
@@ -218,8 +218,8 @@ impl Server {
                 if let Some(sent) = word()
                     && process.ended.is_none()
                 {
-                    let first = self.containers.values().find(|container| container.pid == process.pid);
-                    let _ = send_signal(process.pid, first.map_or(sent, |container| container.signal(sent)));
+                    let (pid, id) = (process.pid, session.container.clone());
+                    self.hand_on(pid, id, sent);
                 }
             }
             (Kind::Resize, Some(process)) => {

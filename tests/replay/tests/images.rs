@@ -142,6 +142,46 @@ fn the_owner_pins_images_and_names_the_kbs() {
     assert!(!Path::new("/run/coffer/images/c").exists());
 }
 
+#[test]
+fn a_member_that_is_refused_leaves_nothing_of_its_image_in_the_vm() {
+    let bench = Bench::new();
+    let (layout, manifest) = image(&bench);
+    let initdata = bench.path("initdata");
+    let rules =
+        "CreateContainerRequest if not \"/denied\" in [mount.destination | some mount in input.OCI.Mounts]";
+    let others = [
+        "CreateSandbox",
+        "UpdateInterface",
+        "StartContainer",
+        "ReadStream",
+        "SignalProcess",
+        "RemoveContainer",
+    ]
+    .map(|rule| format!("{rule}Request := true\n"))
+    .concat();
+    let text = format!(
+        "version = \"0.1.0\"\nalgorithm = \"sha256\"\n[data]\n\"policy.rego\" = '''\npackage agent_policy\nimport rego.v1\n\
+         default CreateContainerRequest := false\n{rules}\n{others}'''\n"
+    );
+    fs::write(&initdata, text).unwrap();
+    let mut infra = config(&["sleep", "1000"]);
+    infra["annotations"]["io.coffer.initdata"] = json!(initdata);
+    bench.start("infra", &infra);
+    let mut member = wants(&layout, &manifest.digest);
+    member["annotations"]["io.kubernetes.cri-o.SandboxID"] = json!("infra");
+    let sound = member["mounts"].clone();
+    member["mounts"].as_array_mut().unwrap().push(json!({
+        "destination": "/denied", "type": "tmpfs", "source": "tmpfs"
+    }));
+    let why = refused(&bench, "m", &member);
+    assert!(why.contains("policy: CreateContainerRequest denied"), "{why}");
+    // The same id again, as the owner allows it.
+    member["mounts"] = sound;
+    bench.start("m", &member);
+    bench.wait_stopped("m");
+    assert!(bench.read("m.out").contains("from the image"), "{}", bench.read("m.err"));
+}
+
 const PRIVATE: &str = include_str!("../../../rootfs/image/testdata/sign/p256.pem");
 const PUBLIC: &str = include_str!("../../../rootfs/image/testdata/sign/p256.pub");
 

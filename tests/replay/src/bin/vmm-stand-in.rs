@@ -274,24 +274,30 @@ fn relay(from: &mut UnixStream, to: &mut UnixStream) {
     }
 }
 
-/// The request and what came with it. A hybrid host's controllers are not in the hierarchy that this guest has: limits
-/// that no file stands for are left out, where a guest's kernel has them all.
+/// The request and what came with it; what is none, or not a whole one, as it came. A hybrid host's controllers are not in
+/// the hierarchy that this guest has: limits that no file stands for are left out, where a guest's kernel has them all.
 fn first_frame(host: &mut UnixStream) -> Option<Vec<u8>> {
     let mut decoder = Decoder::default();
     let mut raw = Vec::new();
     let mut buffer = vec![0; 64 * 1024];
     let frame = loop {
-        if let Some(frame) = decoder.next_frame().ok()? {
-            break frame;
+        match decoder.next_frame() {
+            Ok(Some(frame)) => break frame,
+            Ok(None) => {}
+            Err(_) => return Some(raw),
         }
-        let count = host.read(&mut buffer).ok().filter(|n| *n > 0)?;
+        let count = host.read(&mut buffer).ok()?;
+        if count == 0 {
+            return Some(raw);
+        }
         raw.extend_from_slice(&buffer[..count]);
         decoder.push(&buffer[..count]);
     };
     let Ok(Request::Create(mut create)) = Request::from_payload(&frame.payload) else { return Some(raw) };
     let rest = raw.split_off(5 + frame.payload.len());
     if !Path::new("/sys/fs/cgroup/cgroup.controllers").exists() {
-        create.spec["linux"].as_object_mut().map(|linux| linux.remove("resources"));
+        let linux = create.spec.get_mut("linux").and_then(serde_json::Value::as_object_mut);
+        linux.map(|linux| linux.remove("resources"));
     }
     let mut bytes = Vec::new();
     encode(Kind::Request, &Request::Create(create).to_payload(), &mut bytes);

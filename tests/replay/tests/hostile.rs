@@ -1,0 +1,260 @@
+//! A host that is not ours at init's control port: out of order, again, oversized, garbage. Each is refused, and the pod goes on.
+//!
+//! Whoever has the VM has its socket: these tests speak on it themselves, beside `coffer`.
+
+use std::{
+    fs,
+    io::{Read, Write},
+    net::Shutdown,
+    os::unix::net::UnixStream,
+};
+
+use coffer_protocol::{
+    CONTROL_PORT, CreateContainer, Decoder, Exec, Frame, ImageSource, Kind, MAX_PAYLOAD, Network, Reply,
+    Request, SHARE_DIR, Sandbox, SignalTarget, VERSION, encode, vm::Line,
+};
+use coffer_replay::{Bench, PATIENCE, config, until};
+use serde_json::{Value, json};
+
+/// What the owner lets the host do: run one container and end it. Of signals USR2 is the only one beside KILL.
+const POLICY: &str = r#"
+package agent_policy
+import rego.v1
+CreateSandboxRequest := true
+UpdateInterfaceRequest := true
+default CreateContainerRequest := false
+CreateContainerRequest if input.container_id == "c"
+StartContainerRequest := true
+ReadStreamRequest := true
+StatsContainerRequest := true
+RemoveContainerRequest := true
+default SignalProcessRequest := false
+SignalProcessRequest if input.signal in {9, 12}
+"#;
+const SCRIPT: &str = "trap 'echo first' USR1; trap 'echo second' USR2; while :; do echo on; sleep 0.05; done";
+
+/// The container `c`, which says again and again that it goes on.
+fn pod() -> Bench {
+    let bench = Bench::new();
+    let initdata = bench.path("initdata.toml");
+    let text =
+        format!("version = \"0.1.0\"\nalgorithm = \"sha256\"\n[data]\n\"policy.rego\" = '''{POLICY}'''\n");
+    fs::write(&initdata, text).unwrap();
+    let mut config = config(&["sh", "-c", SCRIPT]);
+    config["annotations"]["io.coffer.initdata"] = json!(initdata);
+    bench.start("c", &config);
+    goes_on(&bench);
+    bench
+}
+
+#[track_caller]
+fn goes_on(bench: &Bench) {
+    let before = bench.read("c.out").len();
+    until(|| bench.read("c.out").len() > before);
+    let stats = Request::Stats { id: "c".into() };
+    assert!(matches!(asked(bench, &stats), Reply::Stats(_)), "init answers no more");
+}
+
+fn connect(bench: &Bench) -> UnixStream {
+    let mut stream = UnixStream::connect(bench.root().join("c/vsock")).unwrap();
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    stream.write_all(Line::Connect(CONTROL_PORT).to_string().as_bytes()).unwrap();
+    let mut byte = [0];
+    while stream.read(&mut byte).unwrap() == 1 && byte[0] != b'\n' {}
+    stream
+}
+
+fn frame(kind: Kind, payload: &[u8]) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    encode(kind, payload, &mut bytes);
+    bytes
+}
+
+/// What comes back until init closes the connection, for these bytes, after which the host says nothing more.
+fn answers(bench: &Bench, bytes: &[u8]) -> Vec<Frame> {
+    let mut stream = connect(bench);
+    // It may be closed before all of it was taken.
+    let _ = stream.write_all(bytes).and_then(|()| stream.shutdown(Shutdown::Write));
+    let mut all = Vec::new();
+    let _ = stream.read_to_end(&mut all);
+    let mut decoder = Decoder::default();
+    decoder.push(&all);
+    std::iter::from_fn(|| decoder.next_frame().unwrap()).collect()
+}
+
+fn asked(bench: &Bench, request: &Request) -> Reply {
+    let frames = answers(bench, &frame(Kind::Request, &request.to_payload()));
+    assert_eq!(frames.iter().map(|f| f.kind).collect::<Vec<_>>(), [Kind::Reply], "{request:?}");
+    Reply::from_payload(&frames[0].payload).unwrap()
+}
+
+fn sandbox(initdata: Option<&str>) -> Request {
+    Request::Sandbox(Sandbox {
+        version: VERSION,
+        hostname: Some("mine".into()),
+        unix_time_ns: 0,
+        network: Network::default(),
+        entropy: None,
+        initdata: initdata.map(str::to_owned),
+        name_servers: Vec::new(),
+        scratch: false,
+    })
+}
+
+fn create(id: &str, image: Option<ImageSource>) -> Request {
+    Request::Create(Box::new(CreateContainer {
+        id: id.into(),
+        spec: json!({ "ociVersion": "1.0.2", "root": { "path": "/" }, "process": { "args": ["sh"], "cwd": "/" } }),
+        window: None,
+        binds: Vec::new(),
+        shared: Vec::new(),
+        image,
+        notify: None,
+        streams: Vec::new(),
+    }))
+}
+
+fn exec(process: Value) -> Request {
+    Request::Exec(Box::new(Exec {
+        id: "c".into(),
+        cgroup: None,
+        exec_id: "e".into(),
+        process,
+        window: None,
+        streams: Vec::new(),
+    }))
+}
+
+fn image() -> Option<ImageSource> {
+    Some(ImageSource {
+        blobs: format!("{SHARE_DIR}/c"),
+        digest: format!("sha256:{}", "0".repeat(64)),
+        name: None,
+        signatures: Vec::new(),
+        simple_signatures: Vec::new(),
+    })
+}
+
+fn signal(id: &str, number: u32) -> Request {
+    Request::Signal { target: SignalTarget::Init(id.into()), signal: number }
+}
+
+#[test]
+fn requests_that_come_again_or_out_of_order_are_refused_and_change_nothing() {
+    let bench = pod();
+    let id = || "c".to_owned();
+    let root = || json!({ "args": ["sh"], "cwd": "/", "user": { "uid": 0, "gid": 0 } });
+    for (request, words) in [
+        // Another owner's word, and none, once the pod has one.
+        (sandbox(Some("version = \"0.1.0\"\nalgorithm = \"sha256\"\n[data]\n")), "the pod is set up already"),
+        (sandbox(None), "the pod is set up already"),
+        (create("c", None), "exists already"),
+        (create("../c", None), "invalid container ID"),
+        (create("d", None), "policy: CreateContainerRequest denied"),
+        (create("d", image()), "image: blob sha256:0000"),
+        (Request::Start { id: id() }, "cannot start a container that has been started"),
+        (Request::Start { id: "d".into() }, "does not exist"),
+        (Request::Delete { id: id() }, "is running"),
+        (exec(root()), "policy: ExecProcessRequest denied"),
+        (signal("c", 10), "policy: SignalProcessRequest denied"),
+        (Request::Freeze { id: id(), frozen: true }, "policy: PauseContainerRequest denied"),
+        (Request::Update { id: id(), resources: json!({}) }, "policy: UpdateContainerRequest denied"),
+        (Request::Processes { id: id() }, "policy: ListProcessesRequest denied"),
+        (Request::Shutdown, "policy: DestroySandboxRequest denied"),
+    ] {
+        match asked(&bench, &request) {
+            Reply::Failed { message, .. } => assert!(message.contains(words), "{request:?}: {message}"),
+            other => panic!("{request:?}: {other:?}"),
+        }
+        goes_on(&bench);
+    }
+    assert!(!bench.read("c.out").contains("first"));
+}
+
+#[test]
+fn a_stub_hands_on_no_signal_that_the_owner_denies() {
+    let bench = pod();
+    let send = |number| {
+        // SAFETY: signals a process of this test's own.
+        assert_eq!(unsafe { libc::kill(bench.pid("c"), number) }, 0);
+    };
+    send(libc::SIGUSR1);
+    send(libc::SIGUSR2);
+    until(|| bench.read("c.out").contains("second"));
+    goes_on(&bench);
+    assert!(!bench.read("c.out").contains("first"), "{}", bench.read("c.out"));
+}
+
+#[test]
+fn what_is_no_conversation_ends_it_and_nothing_else() {
+    let bench = pod();
+    let start = frame(Kind::Request, &Request::Start { id: "c".into() }.to_payload());
+    let oversized = |kind: Kind| {
+        let length = u32::try_from(MAX_PAYLOAD + 1).unwrap().to_le_bytes();
+        [&[kind as u8][..], &length, &[0; 100]].concat()
+    };
+    // Before any process there is none to write to, to signal or to hear from, and answers are init's to give.
+    let mut bad = vec![oversized(Kind::Request), oversized(Kind::Stdin), vec![0; 5], vec![255; 5]];
+    for kind in
+        [Kind::Stdin, Kind::StdinEnd, Kind::Stdout, Kind::Signal, Kind::Resize, Kind::Reply, Kind::Ended]
+    {
+        bad.push(frame(kind, &9u32.to_le_bytes()));
+    }
+    bad.push(start[..start.len() - 1].to_vec());
+    for bytes in &bad {
+        assert!(answers(&bench, bytes).is_empty(), "{bytes:?}");
+        goes_on(&bench);
+    }
+    // What is a frame and no request is answered; a second request on a connection is not.
+    for payload in [&b"{"[..], b"null", b"{\"request\":\"none\"}", &[0xff; 40]] {
+        let frames = answers(&bench, &frame(Kind::Request, payload));
+        let reply = Reply::from_payload(&frames[0].payload).unwrap();
+        assert!(matches!(reply, Reply::Failed { .. }), "{reply:?}");
+    }
+    assert_eq!(answers(&bench, &[&start[..], &start].concat()).len(), 1);
+    goes_on(&bench);
+}
+
+#[test]
+fn changed_messages_never_end_the_pod() {
+    let bench = pod();
+    let process = json!({ "args": ["sh"], "cwd": "/", "terminal": true, "user": { "uid": 0, "gid": 0 } });
+    let sound =
+        [sandbox(Some("version")), create("d", image()), create("d", None), exec(process), signal("d", 9)]
+            .map(|request| frame(Kind::Request, &request.to_payload()));
+    // xorshift64, from the same seed each time: what fails, fails again.
+    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+    let mut random = |below: usize| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        usize::try_from(state % below as u64).unwrap()
+    };
+    for round in 0..1500 {
+        let mut bytes = sound[round % sound.len()].clone();
+        for _ in 0..=random(4) {
+            let at = random(bytes.len());
+            match random(5) {
+                0 => bytes[at] ^= 1 << random(8),
+                1 => bytes[at] = b"\"{}[],:0-\\\0\xff"[random(12)],
+                2 => bytes.truncate(at + 1),
+                3 => bytes.splice(at..at, sound[random(sound.len())].clone()).for_each(drop),
+                // Within the payload, whose length then fits again.
+                _ => {
+                    let end = at + random(bytes.len() - at);
+                    bytes.drain(at.max(5).min(end)..end);
+                    let length = u32::try_from(bytes.len().saturating_sub(5)).unwrap();
+                    if bytes.len() > 5 {
+                        bytes[1..5].copy_from_slice(&length.to_le_bytes());
+                    }
+                }
+            }
+        }
+        for frame in answers(&bench, &bytes) {
+            let reply = Reply::from_payload(&frame.payload);
+            let refused = matches!(reply, Ok(Reply::Failed { .. })) && frame.kind == Kind::Reply;
+            assert!(refused, "{round}: {frame:?}");
+        }
+    }
+    goes_on(&bench);
+}
