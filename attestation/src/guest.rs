@@ -47,7 +47,7 @@ pub enum GuestError {
     )]
     NoCertificate(String),
     #[error(
-        "initdata: it names a KBS, but neither images in coffer.toml, nor image_security_policy in cdh.toml, nor policy.rego say what may run: any program of the host's could ask for its secrets"
+        "initdata: it names a KBS or turns attestation_api on, but neither images in coffer.toml, nor image_security_policy in cdh.toml, nor policy.rego say what may run: any program of the host's could ask for its secrets, or speak in its name"
     )]
     Unguarded,
     #[error("initdata: cdh.toml: both image_security_policy and image_security_policy_uri: write one")]
@@ -112,7 +112,8 @@ impl Guest {
         let guest = Self { initdata, config, attesters, transport, client: None };
         let guarded =
             guest.entry("policy.rego").is_some() || !guest.config.coffer.images.is_empty() || signatures;
-        if guest.transport.is_some() && guest.is_tee() && !guarded {
+        let speaks = guest.transport.is_some() || guest.config.coffer.attestation_api;
+        if speaks && guest.is_tee() && !guarded {
             return Err(GuestError::Unguarded);
         }
         Ok(guest)
@@ -126,6 +127,12 @@ impl Guest {
     #[must_use]
     pub fn is_tee(&self) -> bool {
         self.attesters.primary.tee() != "sample"
+    }
+
+    /// Whether anybody but the host has a say here: under a TEE, or where initdata has a policy.
+    #[must_use]
+    pub fn has_owner(&self) -> bool {
+        self.is_tee() || self.entry("policy.rego").is_some()
     }
 
     /// Name of the TEE in the protocol.
@@ -389,6 +396,9 @@ mod tests {
         };
         let url = "http://127.0.0.1:1";
         assert!(matches!(new(&kbs(url, PLAIN)), Err(GuestError::Unguarded)));
+        // Evidence of what the host runs would pass for the owner's.
+        let api = text("\"coffer.toml\" = \"attestation_api = true\"\n");
+        assert!(matches!(new(&api), Err(GuestError::Unguarded)));
         new(&kbs(url, &format!("{PLAIN}\"policy.rego\" = \"package agent_policy\"\n"))).unwrap();
         let image = "\"coffer.toml\" = \"allow_plain_http = true\\nimages = ['sha256:00']\"\n";
         new(&kbs(url, image)).unwrap();

@@ -18,7 +18,7 @@ use coffer_attestation::{
     evidence::Attesters,
     guest::Guest,
     kbs::MOST_SERVERS,
-    policy::{Policy, Rule, VerifiedImage, create_input, process_input},
+    policy::{Policy, Rule, VerifiedImage, create_input, process_input, unseen},
 };
 use coffer_protocol::{ErrorKind, ImageSource, Request, SignalTarget};
 use nix::{
@@ -54,7 +54,7 @@ impl Confidential {
         Self::with(initdata, Attesters::probe())
     }
 
-    fn with(initdata: Option<&str>, attesters: Attesters) -> Result<Self, ContainerError> {
+    pub(crate) fn with(initdata: Option<&str>, attesters: Attesters) -> Result<Self, ContainerError> {
         let guest = Guest::new(initdata.map(str::as_bytes), attesters).map_err(refused)?;
         let policy = guest.policy().map_err(refused)?;
         Ok(Self { guest: Rc::new(RefCell::new(guest)), policy, has_credentials: false })
@@ -95,6 +95,9 @@ impl Confidential {
         spec: &Value,
         image: Option<&ImageSource>,
     ) -> Result<(), ContainerError> {
+        if self.guest.borrow().has_owner() {
+            unseen(spec).map_err(refused)?;
+        }
         let image = image.map(|i| VerifiedImage { digest: &i.digest, name: i.name.as_deref() });
         self.policy.check(Rule::CreateContainer, &create_input(id, spec, image)).map_err(refused)
     }
@@ -322,6 +325,17 @@ mod tests {
         pod.check_container("c", &json!({}), Some(&image)).unwrap();
         let message = pod.check_container("c", &json!({}), None).unwrap_err().message;
         assert_eq!(message, "policy: CreateContainerRequest denied: image is null, allowed: \"sha256:00\"");
+    }
+
+    #[test]
+    fn a_hook_is_the_hosts_program_and_runs_only_where_nobody_but_the_host_has_a_say() {
+        let spec = json!({ "hooks": { "startContainer": [{ "path": "/bin/sh", "args": ["sh", "-c", "echo $SECRET"] }] } });
+        Confidential::with(None, Attesters::of(Sample)).unwrap().check_container("c", &spec, None).unwrap();
+        let mut owned =
+            pod("package agent_policy\nimport rego.v1\nCreateContainerRequest := true\n").unwrap();
+        owned.check_container("c", &json!({}), None).unwrap();
+        let message = owned.check_container("c", &spec, None).unwrap_err().message;
+        assert!(message.contains("denied: OCI.Hooks is "), "{message}");
     }
 
     #[test]

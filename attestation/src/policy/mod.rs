@@ -12,9 +12,11 @@ mod engine;
 mod generate;
 mod input;
 mod pod;
+mod unseen;
 
 #[cfg(feature = "policy")]
 pub use engine::{Denied, Policy, PolicyError, Rule};
 pub use generate::{Allowed, generate};
 pub use input::{VerifiedImage, create_input, process_input};
 pub use pod::{PodContainer, PodMount, PodUser, generate_pod};
+pub use unseen::{Unseen, unseen};

@@ -1,0 +1,90 @@
+//! What of a configuration no rule is asked about, and what the host could do harm with.
+//!
+//! Owns: refusing it, whatever the policy says. A policy that was written before a member was known would otherwise let it pass.
+
+use serde_json::Value;
+use thiserror::Error;
+
+/// The guest runs no such container where an owner has a say.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+#[error("policy: CreateContainerRequest denied: {field} is {value}, allowed: {allowed}")]
+pub struct Unseen {
+    field: &'static str,
+    value: String,
+    allowed: &'static str,
+}
+
+/// Looks for programs that are not the container's, and for a filter that tells the container's program lies.
+///
+/// # Errors
+/// [`Unseen`], in the words of a denial.
+pub fn unseen(spec: &Value) -> Result<(), Unseen> {
+    let is_empty = |value: &Value| match value {
+        Value::Null => true,
+        Value::Array(items) => items.is_empty(),
+        _ => false,
+    };
+    // A hook is a program of the host's choice, with the container's secrets in its environment and its files before it.
+    let hooks = match spec.get("hooks") {
+        None | Some(Value::Null) => None,
+        Some(Value::Object(hooks)) => {
+            hooks.iter().find(|(_, list)| !is_empty(list)).map(|(name, _)| name.clone())
+        }
+        Some(other) => Some(other.to_string()),
+    };
+    if let Some(name) = hooks {
+        return Err(Unseen { field: "OCI.Hooks", value: format!("{name:?}"), allowed: "[]" });
+    }
+    let seccomp = spec.pointer("/linux/seccomp").unwrap_or(&Value::Null);
+    let lies = |action: Option<&Value>, code: Option<&Value>| match action.and_then(Value::as_str) {
+        // The kernel returns it: a call that did nothing has succeeded.
+        Some("SCMP_ACT_ERRNO") => code.is_some_and(|code| code.as_u64() == Some(0)),
+        Some("SCMP_ACT_TRACE") => true,
+        _ => false,
+    };
+    let groups = seccomp.get("syscalls").and_then(Value::as_array).into_iter().flatten();
+    if lies(seccomp.get("defaultAction"), seccomp.get("defaultErrnoRet"))
+        || groups.into_iter().any(|group| lies(group.get("action"), group.get("errnoRet")))
+    {
+        let value = "a filter that lets calls succeed which it keeps from happening".to_owned();
+        return Err(Unseen { field: "OCI.Linux.Seccomp", value, allowed: "errors, and ends of the process" });
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn programs_of_the_host_and_filters_that_lie_are_refused() {
+        let refused = |spec: Value| unseen(&spec).unwrap_err().to_string();
+        let message = refused(json!({ "hooks": { "startContainer": [{ "path": "/bin/sh" }] } }));
+        assert_eq!(
+            message,
+            "policy: CreateContainerRequest denied: OCI.Hooks is \"startContainer\", allowed: []"
+        );
+        refused(json!({ "hooks": [1] }));
+        refused(json!({ "hooks": { "startContainer": {} } }));
+        let group = |action: &str, code: Value| {
+            json!({ "linux": { "seccomp": { "defaultAction": "SCMP_ACT_ALLOW",
+                "syscalls": [{ "names": ["setuid"], "action": action, "errnoRet": code }] } } })
+        };
+        assert!(refused(group("SCMP_ACT_ERRNO", json!(0))).contains("OCI.Linux.Seccomp"));
+        refused(group("SCMP_ACT_TRACE", json!(1)));
+        refused(
+            json!({ "linux": { "seccomp": { "defaultAction": "SCMP_ACT_ERRNO", "defaultErrnoRet": 0 } } }),
+        );
+        for honest in [
+            json!({}),
+            json!({ "hooks": null }),
+            json!({ "hooks": { "startContainer": [], "prestart": null } }),
+            group("SCMP_ACT_ERRNO", json!(38)),
+            group("SCMP_ACT_ERRNO", Value::Null),
+            group("SCMP_ACT_KILL_PROCESS", json!(0)),
+        ] {
+            unseen(&honest).unwrap();
+        }
+    }
+}
