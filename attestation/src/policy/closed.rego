@@ -12,15 +12,46 @@ default CreateContainerRequest := false
 CreateContainerRequest if {
 	input.host_root == false
 	count(foreign_mounts) == 0
+	count(misplaced) == 0
+	count(parameters) == 0
+	input.OCI.Linux.Devices == []
 }
 
 # What an engine mounts into every container, and whose content the host may decide.
-engine_files := ["/etc/hosts", "/etc/hostname", "/etc/resolv.conf", "/run/.containerenv", "/dev/shm", "/dev/termination-log"]
+engine_files := ["/etc/hosts", "/etc/hostname", "/etc/resolv.conf", "/run/.containerenv", "/dev/termination-log"]
 
 foreign_mounts contains mount if {
 	some mount in input.OCI.Mounts
 	mount.from_host
 	not mount.destination in engine_files
+}
+
+# Where engines mount the kernel's own. Anywhere else they would hide a part of the image.
+kernels_places := {
+	"/proc": ["proc"], "/sys": ["sysfs"], "/sys/fs/cgroup": ["cgroup", "cgroup2"], "/dev": ["tmpfs", "devtmpfs"], "/dev/pts": ["devpts"],
+	"/dev/mqueue": ["mqueue"], "/dev/shm": ["tmpfs"], "/run": ["tmpfs"], "/run/lock": ["tmpfs"], "/run/notify": ["tmpfs"],
+	"/tmp": ["tmpfs"], "/var/tmp": ["tmpfs"], "/var/log/journal": ["tmpfs"],
+}
+
+misplaced contains mount if {
+	some mount in input.OCI.Mounts
+	not mount.from_host
+	not in_place(mount)
+}
+
+in_place(mount) if mount.type_ in kernels_places[mount.destination]
+
+# Others are the whole machine's, and some name a program.
+namespaced := ["net.", "kernel.msg", "kernel.sem", "kernel.shm", "fs.mqueue."]
+
+parameters contains name if {
+	some name, _ in input.OCI.Linux.Sysctl
+	not own_parameter(name)
+}
+
+own_parameter(name) if {
+	some prefix in namespaced
+	startswith(name, prefix)
 }
 
 StartContainerRequest := true
@@ -48,6 +79,12 @@ DestroySandboxRequest := true
 reasons contains {"field": "host_root", "value": true, "allowed": false} if input.host_root
 
 reasons contains {"field": "OCI.Mounts", "value": mount, "allowed": engine_files} if some mount in foreign_mounts
+
+reasons contains {"field": "OCI.Mounts", "value": mount, "allowed": kernels_places} if some mount in misplaced
+
+reasons contains {"field": "OCI.Linux.Sysctl", "value": name, "allowed": namespaced} if some name in parameters
+
+reasons contains {"field": "OCI.Linux.Devices", "value": input.OCI.Linux.Devices, "allowed": []} if input.OCI.Linux.Devices != []
 
 reasons contains {"field": "process.Args", "value": input.process.Args, "allowed": []} if input.process
 

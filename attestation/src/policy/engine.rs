@@ -180,6 +180,7 @@ fn one_line(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::policy::{VerifiedImage, create_input};
     use proptest::prelude::*;
     use serde_json::json;
 
@@ -210,8 +211,40 @@ mod tests {
             assert_eq!(open.check(rule, &host), Ok(()));
             assert_eq!(closed.check(rule, &host).is_err(), denied.contains(&rule), "{rule:?}");
         }
-        let verified = json!({ "host_root": false, "image": "sha256:00", "OCI": { "Mounts": [] } });
+        let verified = create_input("c", &json!({}), Some(IMAGE));
         assert_eq!(closed.check(Rule::CreateContainer, &verified), Ok(()));
+    }
+
+    const IMAGE: VerifiedImage<'_> = VerifiedImage { digest: "sha256:00", name: None };
+
+    #[test]
+    fn without_a_policy_the_host_adds_nothing_to_a_verified_image() {
+        let mut closed = Policy::default_for(true);
+        let mut check =
+            |spec: Value| closed.check(Rule::CreateContainer, &create_input("c", &spec, Some(IMAGE)));
+        let kernels = |to: &str, kind: &str| json!({ "destination": to, "type": kind, "source": kind });
+        let bind =
+            |to: &str| json!({ "destination": to, "type": "bind", "source": "/x", "options": ["rbind"] });
+        check(json!({ "mounts": [kernels("/proc", "proc"), kernels("/dev", "tmpfs"), kernels("/tmp", "tmpfs"), bind("/etc/hosts")],
+            "linux": { "sysctl": { "net.ipv4.ping_group_range": "0 0", "kernel.shmmax": "1" } } }))
+        .unwrap();
+        for (spec, words) in [
+            // A program of the host's, which the kernel runs when the workload's crashes.
+            (
+                json!({ "linux": { "sysctl": { "kernel.core_pattern": "|/run/coffer/share/x" } } }),
+                "OCI.Linux.Sysctl is \"kernel.core_pattern\"",
+            ),
+            (json!({ "linux": { "sysctl": { "/bin/sh": "#!/etc/hosts" } } }), "OCI.Linux.Sysctl"),
+            (json!({ "linux": { "devices": [{ "path": "/x" }] } }), "OCI.Linux.Devices"),
+            // What the workload shares would lie in the host's files.
+            (json!({ "mounts": [bind("/dev/shm")] }), "OCI.Mounts"),
+            // Empty directories in place of the image's.
+            (json!({ "mounts": [kernels("/etc", "tmpfs")] }), "OCI.Mounts"),
+            (json!({ "mounts": [kernels("/tmp", "proc")] }), "OCI.Mounts"),
+        ] {
+            let denied = check(spec.clone()).expect_err(&spec.to_string()).to_string();
+            assert!(denied.contains(words), "{denied}");
+        }
     }
 
     #[test]

@@ -7,11 +7,17 @@ use std::fmt::Write;
 
 use serde_json::{Value, json};
 
+use super::pod::VARIABLES;
+
 /// What the owner allows beside the container itself.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Allowed {
     /// Command lines that the host may run in the container, to the word.
     pub exec: Vec<Vec<String>>,
+    /// Variables that the engine gives to these, beside the container's own and those of every engine.
+    pub exec_env: Vec<String>,
+    /// Directories that it may start these in, beside the container's own.
+    pub exec_cwd: Vec<String>,
     /// The host may write to the container's standard input.
     pub stdin: bool,
     /// Fields that the host may choose, such as `OCI.Hostname`.
@@ -52,9 +58,68 @@ pub fn generate(input: &Value, allowed: &Allowed) -> String {
         let _ = writeln!(text, "\t{}: {},", json!(name), ordered(name, &path));
     }
     let _ = writeln!(text, "}}\n\nexec := {}\n", json!(allowed.exec));
+    if !allowed.exec.is_empty() {
+        text += &exec_terms(input, allowed);
+    }
     text += RULES;
     text
 }
+
+/// What a command line may be run with: a variable such as LD_PRELOAD, or PATH, would make another program of it.
+fn exec_terms(input: &Value, allowed: &Allowed) -> String {
+    let process = &input["OCI"]["Process"];
+    let own = |name: &str| process[name].as_array().cloned().unwrap_or_default();
+    let mut env = own("Env");
+    env.extend(allowed.exec_env.iter().map(|pair| json!(pair)));
+    let mut cwd = vec![process["Cwd"].clone()];
+    cwd.extend(allowed.exec_cwd.iter().map(|path| json!(path)));
+    let sets = process["Capabilities"].as_object().into_iter().flat_map(serde_json::Map::values);
+    let mut capabilities: Vec<&str> =
+        sets.filter_map(Value::as_array).flatten().filter_map(Value::as_str).collect();
+    capabilities.sort_unstable();
+    capabilities.dedup();
+    format!(
+        "exec_env := {}\n\nexec_others := {}\n\nexec_cwd := {}\n\nexec_capabilities := {}\n\n{EXEC}",
+        json!(env),
+        json!(VARIABLES),
+        json!(cwd),
+        json!(capabilities)
+    )
+}
+
+const EXEC: &str = r#"ExecProcessRequest if {
+	input.process.Args in exec
+	every entry in input.process.Env { admits_variable(entry) }
+	input.process.Cwd in exec_cwd
+	every _, set in input.process.Capabilities {
+		every capability in set { capability in exec_capabilities }
+	}
+}
+
+admits_variable(entry) if entry in exec_env
+
+admits_variable(entry) if {
+	some pattern in exec_others
+	regex.match(pattern, entry)
+}
+
+reasons contains {"field": "process.Env", "value": entry, "allowed": exec_env} if {
+	some entry in input.process.Env
+	not admits_variable(entry)
+}
+
+reasons contains {"field": "process.Cwd", "value": input.process.Cwd, "allowed": exec_cwd} if {
+	input.process
+	not input.process.Cwd in exec_cwd
+}
+
+reasons contains {"field": "process.Capabilities", "value": capability, "allowed": exec_capabilities} if {
+	some _, set in input.process.Capabilities
+	some capability in set
+	not capability in exec_capabilities
+}
+
+"#;
 
 /// What every policy begins with.
 pub(super) fn preamble(what: &str, allowed: &Allowed) -> String {
@@ -88,8 +153,6 @@ CreateContainerRequest if {
 }
 
 default ExecProcessRequest := false
-
-ExecProcessRequest if input.process.Args in exec
 
 reasons contains {"field": name, "value": asked[name], "allowed": expected[name]} if {
 	input.OCI
@@ -217,6 +280,8 @@ mod tests {
     fn what_the_owner_leaves_free_may_change_and_nothing_more_may_be_run() {
         let allowed = Allowed {
             exec: vec![vec!["date".into(), "-u".into()]],
+            exec_env: vec!["PATH=/engine".into()],
+            exec_cwd: vec!["/".into()],
             stdin: true,
             free: vec!["OCI.Hostname".into()],
         };
@@ -232,6 +297,40 @@ mod tests {
             assert!(run(args).is_err());
         }
         policy.check(Rule::WriteStream, &json!({ "container_id": "a", "stdin": true })).unwrap();
+    }
+
+    #[test]
+    fn a_command_line_that_may_be_run_stays_the_same_program() {
+        let allowed = Allowed {
+            exec: vec![vec!["date".into()]],
+            exec_env: vec!["PATH=/engine".into()],
+            exec_cwd: vec!["/".into()],
+            ..Allowed::default()
+        };
+        let mut policy = policy(&allowed);
+        let mut run = |field: &str, value: Value| {
+            let mut process = json!({ "args": ["date"], "cwd": "/", "env": ["PATH=/engine", "TERM=xterm"],
+                "capabilities": { "bounding": ["CAP_KILL"] } });
+            process[field] = value;
+            policy
+                .check(Rule::ExecProcess, &process_input("a", "e", &process))
+                .map_err(|denied| denied.reason)
+        };
+        run("terminal", json!(true)).unwrap();
+        let own = input("a")["OCI"]["Process"]["Env"].clone();
+        run("env", own).unwrap();
+        let denied = run("env", json!(["LD_PRELOAD=/etc/hosts"])).unwrap_err();
+        assert!(denied.contains("process.Env is \"LD_PRELOAD=…\", allowed: ["), "{denied}");
+        for (field, value) in [
+            ("env", json!(["PATH=/data"])),
+            ("env", json!(["TERM=xterm\nLD_PRELOAD=/etc/hosts"])),
+            ("env", json!([7])),
+            ("env", json!("LD_PRELOAD=/etc/hosts")),
+            ("cwd", json!("/data")),
+            ("capabilities", json!({ "ambient": ["CAP_SYS_ADMIN"] })),
+        ] {
+            assert!(run(field, value.clone()).is_err(), "{field}: {value}");
+        }
     }
 
     #[test]

@@ -68,7 +68,9 @@ fn mount(mount: &Value) -> Value {
         .flatten()
         .filter_map(Value::as_str)
         .collect();
-    let writable = !options.iter().any(|o| matches!(*o, "ro" | "rro"));
+    // Of words that say opposite things the last counts, and one for all below counts for the mount itself.
+    let last = |of: [&str; 2]| options.iter().rev().find(|o| of.contains(o)).map(|o| *o == of[0]);
+    let writable = !last(["rro", "rrw"]).or(last(["ro", "rw"])).unwrap_or(false);
     let kind = mount.get("type").and_then(Value::as_str).unwrap_or("bind");
     let bound = options.iter().any(|o| matches!(*o, "bind" | "rbind"));
     let from_host = bound || !KERNELS.contains(&kind);
@@ -111,6 +113,22 @@ fn process(process: &Value) -> Value {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_mount_is_read_only_as_the_kernel_will_have_it() {
+        for (words, writable) in [
+            (json!(["ro"]), false),
+            (json!(["rbind", "rro"]), false),
+            (json!(["ro", "rw"]), true),
+            (json!(["rw", "ro"]), false),
+            (json!(["ro", "rrw"]), true),
+            (json!(["rro", "rw"]), false),
+            (json!([]), true),
+            (Value::Null, true),
+        ] {
+            assert_eq!(mount(&json!({ "type": "bind", "options": words }))["writable"], writable, "{words}");
+        }
+    }
 
     #[test]
     fn a_policy_sees_what_a_container_would_get() {

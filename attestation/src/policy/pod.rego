@@ -32,13 +32,15 @@ holds(container, "OCI.Process.Env") if {
 
 holds(container, "OCI.Process.Cwd") if process.Cwd == container.cwd
 
-# The image's own, which the guest looks up.
-holds(container, "OCI.Process.User") if container.user == null
+holds(container, "OCI.Process.User") if admits_user(container, process.User)
 
-holds(container, "OCI.Process.User") if {
-	process.User.UID == container.user.uid
-	process.User.GID == container.user.gid
-	every group in process.User.AdditionalGids { group in container.user.groups }
+# The image's own, which the guest looks up.
+admits_user(container, _) if container.user == null
+
+admits_user(container, user) if {
+	user.UID == container.user.uid
+	user.GID == container.user.gid
+	every group in user.AdditionalGids { group in container.user.groups }
 }
 
 holds(container, "OCI.Process.Terminal") if process.Terminal == container.terminal
@@ -129,7 +131,16 @@ CreateContainerRequest if {
 
 default ExecProcessRequest := false
 
-ExecProcessRequest if input.process.Args in exec
+ExecProcessRequest if {
+	input.process.Args in exec
+	some container in containers
+	every entry in input.process.Env { admits_variable(container, entry) }
+	input.process.Cwd == container.cwd
+	admits_user(container, input.process.User)
+	every _, set in input.process.Capabilities {
+		every capability in set { capability in container.capabilities }
+	}
+}
 
 images := [container.image | some container in containers]
 
@@ -188,5 +199,15 @@ allowed_value(_, field) := true if field in ["OCI.Process.NoNewPrivileges", "OCI
 allowed_value(_, "host_root") := false
 
 reasons contains {"field": "process.Args", "value": input.process.Args, "allowed": exec} if input.process
+
+reasons contains {"field": "process.Env", "value": input.process.Env, "allowed": ["a container's own"]} if input.process.Args in exec
+
+reasons contains {"field": "process.Cwd", "value": input.process.Cwd, "allowed": [container.cwd | some container in containers]} if {
+	input.process.Args in exec
+}
+
+reasons contains {"field": "process.User", "value": input.process.User, "allowed": [container.user | some container in containers]} if {
+	input.process.Args in exec
+}
 
 reasons contains {"field": "stdin", "value": true, "allowed": WriteStreamRequest} if input.stdin

@@ -67,14 +67,8 @@ pub struct PodMount {
 }
 
 /// Files whose content the host may choose: engines mount them into every container.
-const ENGINE_FILES: [&str; 6] = [
-    "/etc/hosts",
-    "/etc/hostname",
-    "/etc/resolv.conf",
-    "/run/.containerenv",
-    "/dev/shm",
-    "/dev/termination-log",
-];
+const ENGINE_FILES: [&str; 5] =
+    ["/etc/hosts", "/etc/hostname", "/etc/resolv.conf", "/run/.containerenv", "/dev/termination-log"];
 const SERVICE_ACCOUNT: &str = "/var/run/secrets/kubernetes.io/serviceaccount";
 /// File systems of the guest's own kernel, and where engines mount them.
 const FILE_SYSTEMS: [(&str, &[&str]); 7] = [
@@ -89,7 +83,7 @@ const FILE_SYSTEMS: [(&str, &[&str]); 7] = [
 /// Where podman puts a tmpfs when the root is read-only.
 const SCRATCH: [&str; 3] = ["/run", "/tmp", "/var/tmp"];
 /// Variables that engines and the kubelet add. None of their values leads to another program or file.
-const VARIABLES: [&str; 5] = [
+pub(super) const VARIABLES: [&str; 5] = [
     "^HOSTNAME=[A-Za-z0-9.-]*$",
     "^TERM=[A-Za-z0-9+._-]+$",
     "^container=(podman|oci)$",

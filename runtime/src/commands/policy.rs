@@ -9,13 +9,13 @@ mod pod;
 use std::{
     fs,
     io::Read,
-    os::unix::fs::PermissionsExt,
+    os::unix::fs::{DirBuilderExt, PermissionsExt},
     path::{Path, PathBuf},
     process::Command,
 };
 
 use coffer_attestation::{
-    policy::{Allowed, VerifiedImage, create_input, generate, generate_pod},
+    policy::{Allowed, Unseen, VerifiedImage, create_input, generate, generate_pod, unseen},
     yaml::{self, YamlError},
 };
 use coffer_layers::{
@@ -78,6 +78,9 @@ pub enum Error {
         "policy: the container has no annotation io.coffer.image=LAYOUT@sha256:…: the host could bring any root file system"
     )]
     NoImage,
+    /// Something that no policy admits.
+    #[error(transparent)]
+    Unseen(#[from] Unseen),
     /// The image's name.
     #[error(transparent)]
     Reference(#[from] ReferenceError),
@@ -149,7 +152,12 @@ fn generate_policy(words: &[String]) -> Result<(), Error> {
     let image = Image::load(&layout, &digest, Trust::Pinned)?;
     let process = image.config.process(None, &[], &[])?;
     let spec = plan::plan(Path::new("/"), "container", &config)?.guest_spec;
-    let spec = as_in_guest(spec, process, shared_kib);
+    unseen(&spec)?;
+    // What the engine will say when it runs something more in there.
+    let texts = |at: &str| spec.pointer(at).and_then(Value::as_array).into_iter().flatten();
+    allowed.exec_env = texts("/process/env").filter_map(Value::as_str).map(str::to_owned).collect();
+    allowed.exec_cwd = spec["process"]["cwd"].as_str().into_iter().map(str::to_owned).collect();
+    let spec = as_in_guest(spec, &config_value, process, shared_kib);
     allowed.free = USER.map(str::to_owned).to_vec();
     if spec["hostname"].as_str().is_some_and(is_made_up) {
         allowed.free.push("OCI.Hostname".into());
@@ -212,8 +220,16 @@ fn load(name: &str) -> Result<pod::Known, Error> {
     Ok(pod::Known { digest: digest.to_string(), config: image.config })
 }
 
-/// What init makes of a configuration before it asks the policy.
-fn as_in_guest(mut spec: Value, process: Process, shared_kib: u64) -> Value {
+/// What init makes of a configuration before it asks the policy. `config` is the host's.
+fn as_in_guest(mut spec: Value, config: &Value, process: Process, shared_kib: u64) -> Value {
+    // Processes that it shares with another container are not its own.
+    let namespaces = config.pointer("/linux/namespaces").and_then(Value::as_array).into_iter().flatten();
+    let shared =
+        namespaces.filter(|n| n["type"] == "pid").any(|n| n["path"].as_str().is_some_and(|p| !p.is_empty()));
+    if let Some(own) = spec.pointer_mut("/linux/namespaces").and_then(Value::as_array_mut).filter(|_| shared)
+    {
+        own.retain(|n| n["type"] != "pid");
+    }
     for mount in spec["mounts"].as_array_mut().into_iter().flatten() {
         // Where the engine has not mounted it yet, it is not seen to be a tmpfs.
         if mount["destination"] == "/dev/shm" && mount["type"] == "bind" {
@@ -250,7 +266,7 @@ fn record(words: &[String]) -> Result<(Vec<u8>, u64), Error> {
     let at = at.ok_or_else(|| Error::Usage("podman: only `podman … run` is known".into()))?;
     let scratch = Scratch(std::env::temp_dir().join(format!("coffer-policy-{}", std::process::id())));
     let failed = |e| Error::File(scratch.0.clone(), e);
-    fs::create_dir(&scratch.0).map_err(failed)?;
+    fs::DirBuilder::new().mode(0o700).create(&scratch.0).map_err(failed)?;
     let (recorder, kept) = (scratch.0.join("recorder"), scratch.0.join("config.json"));
     let script = format!(
         "#!/bin/sh\nwhile [ $# -gt 0 ]; do\n[ \"$1\" != --bundle ] || cp \"$2/config.json\" '{}'\nshift\ndone\nexit 1\n",
@@ -301,8 +317,12 @@ mod tests {
             stop_signal: None,
         };
         let spec = json!({"process": {"args": ["sh"], "env": ["A=1", "TERM=xterm"], "cwd": "/"},
+            "linux": {"namespaces": [{"type": "pid"}, {"type": "ipc"}]},
             "mounts": [{"destination": "/dev/shm", "type": "bind", "source": "/x", "options": ["bind"]}]});
-        let spec = as_in_guest(spec, process, 64_000);
+        let config =
+            json!({"linux": {"namespaces": [{"type": "pid", "path": "/proc/7/ns/pid"}, {"type": "ipc"}]}});
+        let spec = as_in_guest(spec, &config, process, 64_000);
+        assert_eq!(spec["linux"]["namespaces"], json!([{"type": "ipc"}]));
         assert_eq!(
             spec["process"],
             json!({"args": ["/bin/app"], "env": ["PATH=/bin", "TERM=xterm"], "cwd": "/srv"})

@@ -192,12 +192,42 @@ fn a_pod_of_podmans_is_admitted() {
             mount["destination"] = json!("/run/.containerenv");
         }
     }
+    // Shared memory in files of the host's would be read there.
+    assert!(ask(&mut policy, &spec, "sha256:00").unwrap_err().contains("/dev/shm"));
+    for mount in spec["mounts"].as_array_mut().unwrap().iter_mut().filter(|m| m["destination"] == "/dev/shm")
+    {
+        *mount = crate::plan::shared_memory_mount("shm-1-2", 64_000);
+    }
     let mounts = spec["mounts"].as_array_mut().unwrap();
     let last = mounts.iter().rposition(|mount| mount["destination"] == "/run/.containerenv").unwrap();
     mounts.remove(last);
     ask(&mut policy, &spec, "sha256:00").unwrap();
     spec["process"]["env"][0] = json!("A=2");
     ask(&mut policy, &spec, "sha256:00").unwrap_err();
+}
+
+#[test]
+fn a_probe_is_the_containers_own_program_with_its_own_variables() {
+    let lines =
+        "livenessProbe: {exec: {command: [test, -e, /x]}}\nsecurityContext: {runAsUser: 5, runAsGroup: 6}";
+    let mut policy = policy(&small(lines, "").unwrap());
+    let mut run = |field: &str, value: Value| {
+        let mut process = json!({ "args": ["test", "-e", "/x"], "cwd": "/srv", "user": { "uid": 5, "gid": 6 },
+            "env": ["PATH=/bin", "TERM=xterm"], "capabilities": { "bounding": ["CAP_KILL"] } });
+        process[field] = value;
+        policy.check(Rule::ExecProcess, &process_input("any", "e", &process)).map_err(|denied| denied.reason)
+    };
+    run("terminal", json!(false)).unwrap();
+    for (field, value) in [
+        ("args", json!(["sh"])),
+        ("env", json!(["PATH=/data"])),
+        ("env", json!(["LD_PRELOAD=/etc/hosts"])),
+        ("cwd", json!("/data")),
+        ("user", json!({ "uid": 0, "gid": 6 })),
+        ("capabilities", json!({ "effective": ["CAP_SYS_ADMIN"] })),
+    ] {
+        run(field, value.clone()).expect_err(&format!("{field}: {value}"));
+    }
 }
 
 /// A pod with one container that has these lines, and its specification those.
