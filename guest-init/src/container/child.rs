@@ -28,6 +28,7 @@ use super::{
 /// The container's first process.
 pub(super) fn first(id: &str, shared: &[Shared], spec: &Spec, process: &Process, theirs: &Theirs) -> ! {
     let result = (|| {
+        hide_memory()?;
         // What is made for the container has the modes that are said; the process gets its own mask later.
         nix::sys::stat::umask(nix::sys::stat::Mode::empty());
         shared.iter().try_for_each(Shared::enter)?;
@@ -57,6 +58,7 @@ pub(super) fn first(id: &str, shared: &[Shared], spec: &Spec, process: &Process,
 /// One more process: joins the namespaces of `target`, whose child it cannot be, so that a child of its own must run.
 pub(super) fn further(process: &Process, spec: &Spec, target: i32, theirs: &Theirs) -> ! {
     let result = (|| {
+        hide_memory()?;
         let namespaces = [
             ("ipc", CloneFlags::CLONE_NEWIPC),
             ("uts", CloneFlags::CLONE_NEWUTS),
@@ -88,6 +90,27 @@ pub(super) fn further(process: &Process, spec: &Spec, target: i32, theirs: &Thei
         }
     })();
     give_up(&theirs.sync, result)
+}
+
+/// This process has a copy of PID 1's memory, with keys and secrets of all containers, until its program runs. Those in the container
+/// may be the same user with the same capabilities: none of them may look (ptrace(2), `/proc/PID/mem`).
+fn hide_memory() -> Result<(), ContainerError> {
+    // SAFETY: changes a flag of this process, which exec sets back.
+    match unsafe { libc::prctl(libc::PR_SET_DUMPABLE, 0, 0, 0, 0) } {
+        0 => Ok(()),
+        _ => Err(ContainerError::guest("hide this process's memory", std::io::Error::last_os_error())),
+    }
+}
+
+/// Changes into the process's directory, which an image may have named by way of an open file of this process's
+/// (`/proc/self/fd/7`): what is not below the container's root has no name here.
+fn enter_directory(path: &Path) -> Result<(), ContainerError> {
+    let stage = || format!("chdir to cwd ({path:?})");
+    nix::unistd::chdir(path).map_err(|e| ContainerError::guest(&stage(), e))?;
+    match nix::unistd::getcwd() {
+        Ok(name) if name.is_absolute() => Ok(()),
+        _ => Err(ContainerError::guest(&stage(), "it is outside of the container's root")),
+    }
 }
 
 fn give_up(sync: &OwnedFd, result: Result<Infallible, ContainerError>) -> ! {
@@ -147,8 +170,7 @@ fn become_program(
         security::filter(spec, process)?;
     }
     security::identity(process)?;
-    nix::unistd::chdir(process.cwd())
-        .map_err(|e| ContainerError::guest(&format!("chdir to cwd ({:?})", process.cwd()), e))?;
+    enter_directory(process.cwd())?;
     let program = resolve(process)?;
     say(sync, message::READY, "", terminal.as_ref().map(AsRawFd::as_raw_fd));
     drop(terminal);
@@ -343,6 +365,22 @@ fn reset_signals() {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_process_that_is_being_made_shows_its_memory_to_nobody() {
+        // In a process of its own: the flag is the whole process's.
+        match fork(0, None, libc::SIGCHLD).unwrap() {
+            None => {
+                let hidden = hide_memory().is_ok();
+                // SAFETY: asks for a flag of this process, then ends it.
+                unsafe { libc::_exit(if hidden { libc::prctl(libc::PR_GET_DUMPABLE) } else { 9 }) }
+            }
+            Some(pid) => {
+                let ended = nix::sys::wait::waitpid(nix::unistd::Pid::from_raw(pid), None).unwrap();
+                assert!(matches!(ended, nix::sys::wait::WaitStatus::Exited(_, 0)), "{ended:?}");
+            }
+        }
+    }
 
     #[test]
     fn of_a_variable_that_is_there_twice_the_last_counts() {

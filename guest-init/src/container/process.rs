@@ -277,7 +277,8 @@ pub fn launch(
     }
     match forked.map_err(|e| ContainerError::guest("fork", e))? {
         None => {
-            drop(ours);
+            // A directory outside of the container's root is a way there.
+            drop((ours, directory));
             child::first(id, shared, spec, process, &theirs)
         }
         Some(pid) => {
@@ -310,7 +311,7 @@ pub fn exec(
     }
     match forked.map_err(|e| ContainerError::guest("fork", e))? {
         None => {
-            drop(ours);
+            drop((ours, directory));
             child::further(process, spec, target, &theirs)
         }
         Some(middle) => {

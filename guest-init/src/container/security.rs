@@ -2,7 +2,7 @@
 //!
 //! Owns: their order, which matters: limits while still root, capabilities around the change of user, the filter last.
 
-use std::fs;
+use std::{fs, io::Read, os::unix::fs::OpenOptionsExt, path::Path};
 
 use caps::{CapSet, CapsHashSet};
 use nix::unistd::{Gid, Uid, setgroups, setresgid, setresuid};
@@ -101,11 +101,18 @@ const MOST_PASSWD: u64 = 1 << 20;
 
 /// The home directory of a user by the container's own passwd, as runc sets it where the configuration does not.
 pub(super) fn home(uid: u32) -> String {
+    home_in(&String::from_utf8_lossy(&passwd(Path::new("/etc/passwd"))), uid)
+        .unwrap_or_else(|| "/".to_owned())
+}
+
+/// The container may have put anything there: PID 1 waits for this process, and must not wait for whoever writes to a FIFO.
+fn passwd(path: &Path) -> Vec<u8> {
     let mut text = Vec::new();
-    if let Ok(file) = fs::File::open("/etc/passwd") {
-        let _ = std::io::Read::read_to_end(&mut std::io::Read::take(file, MOST_PASSWD), &mut text);
+    let file = fs::File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path);
+    if let Some(file) = file.ok().filter(|file| file.metadata().is_ok_and(|meta| meta.is_file())) {
+        let _ = file.take(MOST_PASSWD).read_to_end(&mut text);
     }
-    home_in(&String::from_utf8_lossy(&text), uid).unwrap_or_else(|| "/".to_owned())
+    text
 }
 
 fn home_in(passwd: &str, uid: u32) -> Option<String> {
@@ -128,7 +135,19 @@ pub(super) fn filter(spec: &Spec, process: &Process) -> Result<(), ContainerErro
 
 #[cfg(test)]
 mod tests {
-    use super::home_in;
+    use super::{home_in, passwd};
+    use std::fs;
+
+    #[test]
+    fn a_fifo_in_place_of_passwd_is_not_waited_for() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("passwd");
+        nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        assert!(passwd(&path).is_empty());
+        fs::remove_file(&path).unwrap();
+        fs::write(&path, "root").unwrap();
+        assert_eq!(passwd(&path), b"root");
+    }
 
     #[test]
     fn a_users_home_is_its_lines_sixth_field() {
