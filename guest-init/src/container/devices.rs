@@ -62,7 +62,7 @@ pub(super) fn make(root: BorrowedFd<'_>, spec: &Spec) -> Result<(), ContainerErr
         )?;
     }
     let dev =
-        path::make(root, Path::new("/dev"), false).map_err(|e| ContainerError::guest("open /dev", e))?;
+        path::make(root, Path::new("/dev"), false).map_err(|e| ContainerError::guest("open /dev", e))?.fd;
     for (link, target) in [
         ("ptmx", "pts/ptmx"),
         ("fd", "/proc/self/fd"),
@@ -85,7 +85,7 @@ fn one(root: BorrowedFd<'_>, node: &Node<'_>) -> Result<(), ContainerError> {
     let (Some(parent), Some(name)) = (node.path.parent(), node.path.file_name()) else {
         return Err(failed(io::ErrorKind::InvalidInput.into()));
     };
-    let parent = path::make(root, parent, false).map_err(failed)?;
+    let parent = path::make(root, parent, false).map_err(failed)?.fd;
     let place = CString::new([path::name(&parent).as_bytes(), b"/", name.as_bytes()].concat())
         .map_err(|e| failed(e.into()))?;
     // SAFETY: the name outlives the call.
@@ -113,7 +113,7 @@ fn one(root: BorrowedFd<'_>, node: &Node<'_>) -> Result<(), ContainerError> {
 /// For a root file system without a tmpfs on `/dev`.
 fn bind(root: BorrowedFd<'_>, source: &Path) -> Result<(), ContainerError> {
     let failed = |e: io::Error| ContainerError::guest(&format!("bind device {}", source.display()), e);
-    let place = path::make(root, source, true).map_err(failed)?;
+    let place = path::make(root, source, true).map_err(failed)?.fd;
     mount(Some(source), path::name(&place).as_str(), None::<&str>, MsFlags::MS_BIND, None::<&str>)
         .map_err(|e| failed(e.into()))
 }

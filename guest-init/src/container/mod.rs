@@ -15,6 +15,7 @@ mod mounts;
 mod notify;
 mod options;
 mod path;
+mod places;
 mod process;
 mod scheduling;
 mod seccomp;
@@ -71,6 +72,14 @@ pub fn parse_spec(value: serde_json::Value) -> Result<Spec, ContainerError> {
     check_process(spec.process().as_ref().ok_or_else(|| invalid("config.json: no process".into()))?)?;
     user::check(&spec)?;
     Ok(spec)
+}
+
+/// Checks that what a configuration of the host's binds is the host's.
+///
+/// # Errors
+/// [`ContainerError`] of kind `Invalid`, naming the field.
+pub fn check_places(spec: &serde_json::Value) -> Result<(), ContainerError> {
+    places::check(spec)
 }
 
 /// Makes what a configuration's mounts share with other containers of the pod, and says so in it.

@@ -8,7 +8,7 @@ use std::{
         fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
         unix::fs::symlink,
     },
-    path::{Path, PathBuf},
+    path::{Component, Path, PathBuf},
 };
 
 use coffer_protocol::ErrorKind;
@@ -18,7 +18,7 @@ use oci_spec::runtime::{Mount, Spec};
 use super::{
     ContainerError, devices,
     options::{self, Options},
-    path,
+    path, places,
 };
 
 const NONE: Option<&str> = None;
@@ -62,9 +62,11 @@ pub(super) fn set_up(spec: &Spec) -> Result<(), ContainerError> {
     }
 }
 
-/// The place of a mount, as it is after mounting: below `root`, or, where the root itself was mounted over, by its path.
+/// The place of a mount, as it is after mounting: below `root`, or, where the root itself was mounted over, by its path. No link is
+/// left in `target`.
 fn opened(root: BorrowedFd<'_>, root_path: &Path, target: &Path) -> Result<OwnedFd, ContainerError> {
-    let place = match target == Path::new("/") {
+    let is_root = target.components().all(|part| matches!(part, Component::RootDir | Component::CurDir));
+    let place = match is_root {
         true => fs::File::open(root_path).map(OwnedFd::from),
         false => path::open(root, target),
     };
@@ -85,17 +87,23 @@ fn one(root: BorrowedFd<'_>, root_path: &Path, wanted: &Mount) -> Result<(), Con
             format!("{}: filesystem {kind:?} must be mounted on ordinary directory", stage("mount"));
         return Err(ContainerError::new(ErrorKind::Invalid, message));
     }
-    let is_file = bind && !source.is_dir();
-    let there = path::open(root, target_path).ok();
+    let from = match bind {
+        true => Some(
+            places::open(&source)
+                .map_err(|e| ContainerError::guest(&stage(&format!("bind {} at", source.display())), e))?,
+        ),
+        false => None,
+    };
+    let is_file = from.as_ref().is_some_and(|from| !Path::new(&path::name(from)).is_dir());
     let target = path::make(root, target_path, is_file)
         .map_err(|e| ContainerError::guest(&stage("make the mount point"), e))?;
-    let name = path::name(&target);
-    if bind {
+    let name = path::name(&target.fd);
+    if let Some(from) = from {
         let recursive = options.set & MsFlags::MS_REC;
-        mount(Some(&source), name.as_str(), NONE, MsFlags::MS_BIND | recursive, NONE)
+        mount(Some(path::name(&from).as_str()), name.as_str(), NONE, MsFlags::MS_BIND | recursive, NONE)
             .map_err(failed(stage(&format!("bind {} at", source.display()))))?;
         // The place now is what was mounted there: open it again to change its flags.
-        let mounted = opened(root, root_path, target_path)?;
+        let mounted = opened(root, root_path, &target.path)?;
         let flags = options.set - MsFlags::MS_REC - MsFlags::MS_BIND;
         if !flags.is_empty() {
             let remount = flags | MsFlags::MS_BIND | MsFlags::MS_REMOUNT;
@@ -117,17 +125,15 @@ fn one(root: BorrowedFd<'_>, root_path: &Path, wanted: &Mount) -> Result<(), Con
     if kind == "cgroup2" {
         data.clear();
     }
-    if let ("tmpfs", Some(there)) = (kind, there)
-        && !data.iter().any(|word| word.starts_with("mode="))
-    {
-        data.extend(mode(&there));
+    if kind == "tmpfs" && !target.made && !data.iter().any(|word| word.starts_with("mode=")) {
+        data.extend(mode(&target.fd));
     }
     let before = options.copy_up.then(|| fs::File::open(&name)).transpose().ok().flatten();
     // By the configuration's name, which /proc/self/mountinfo shows.
     let device = if source.as_os_str().is_empty() { Path::new(kind) } else { &source };
     mount(Some(device), name.as_str(), Some(kind), options.set, Some(data.join(",").as_str()))
         .map_err(failed(stage(&format!("mount {kind} at"))))?;
-    let mounted = opened(root, root_path, target_path)?;
+    let mounted = opened(root, root_path, &target.path)?;
     if let Some(before) = before {
         let from = PathBuf::from(format!("/proc/self/fd/{}", before.as_raw_fd()));
         copy_tree(&from, Path::new(&path::name(&mounted)), 0)
@@ -195,6 +201,18 @@ fn is_absent(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory)
 }
 
+/// The container's `/dev/null`, when it is that: an image's own in its place, a link say, would be what masks show.
+fn null() -> io::Result<OwnedFd> {
+    use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+    let flags = libc::O_PATH | libc::O_NOFOLLOW | libc::O_CLOEXEC;
+    let file = fs::File::options().read(true).custom_flags(flags).open("/dev/null")?;
+    let meta = file.metadata()?;
+    match meta.file_type().is_char_device() && meta.rdev() == libc::makedev(1, 3) {
+        true => Ok(file.into()),
+        false => Err(io::Error::other("the container's /dev/null is something else")),
+    }
+}
+
 /// Read-only root, masked and read-only paths: after everything that still writes there.
 pub(super) fn protect(spec: &Spec) -> Result<(), ContainerError> {
     let linux = spec.linux().as_ref();
@@ -203,7 +221,10 @@ pub(super) fn protect(spec: &Spec) -> Result<(), ContainerError> {
             Ok(meta) if meta.is_dir() => {
                 mount(Some("tmpfs"), masked.as_str(), Some("tmpfs"), MsFlags::MS_RDONLY, Some("size=0k"))
             }
-            Ok(_) => mount(Some("/dev/null"), masked.as_str(), NONE, MsFlags::MS_BIND, NONE),
+            Ok(_) => {
+                let null = null().map_err(|e| ContainerError::guest(&format!("mask {masked}"), e))?;
+                mount(Some(path::name(&null).as_str()), masked.as_str(), NONE, MsFlags::MS_BIND, NONE)
+            }
             Err(e) if is_absent(&e) => continue,
             Err(e) => return Err(ContainerError::guest(&format!("mask {masked}"), e)),
         };

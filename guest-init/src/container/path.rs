@@ -7,7 +7,7 @@ use std::{
     ffi::{CString, OsStr, OsString},
     io,
     os::{
-        fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
+        fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
         unix::ffi::OsStrExt,
     },
     path::{Component, Path, PathBuf},
@@ -15,19 +15,19 @@ use std::{
 
 use nix::fcntl::readlinkat;
 
-/// Opens a path below `root` as a place (O_PATH), following links inside the root only.
+/// Opens a path below `root`, in which no link is left, as a place (O_PATH).
 pub(super) fn open(root: BorrowedFd<'_>, path: &Path) -> io::Result<OwnedFd> {
-    open_with(root, path, libc::O_PATH | libc::O_CLOEXEC)
+    open_with(root, path, libc::O_PATH | libc::O_CLOEXEC, libc::RESOLVE_NO_SYMLINKS)
 }
 
-fn open_with(root: BorrowedFd<'_>, path: &Path, flags: i32) -> io::Result<OwnedFd> {
+fn open_with(root: BorrowedFd<'_>, path: &Path, flags: i32, resolve: u64) -> io::Result<OwnedFd> {
     let inside = path.strip_prefix("/").unwrap_or(path);
     let inside = if inside.as_os_str().is_empty() { Path::new(".") } else { inside };
     let name = CString::new(inside.as_os_str().as_bytes())?;
     // SAFETY: open_how is plain data for which zero is valid.
     let mut how: libc::open_how = unsafe { std::mem::zeroed() };
     how.flags = flags as u64;
-    how.resolve = libc::RESOLVE_IN_ROOT | libc::RESOLVE_NO_MAGICLINKS;
+    how.resolve = libc::RESOLVE_IN_ROOT | libc::RESOLVE_NO_MAGICLINKS | resolve;
     // SAFETY: name and how outlive the call; the size is how's.
     let fd = unsafe {
         libc::syscall(
@@ -48,21 +48,48 @@ fn open_with(root: BorrowedFd<'_>, path: &Path, flags: i32) -> io::Result<OwnedF
 /// The last part of the path is a link, wherever that leads.
 pub(super) fn is_link(root: BorrowedFd<'_>, path: &Path) -> bool {
     let flags = libc::O_PATH | libc::O_CLOEXEC | libc::O_NOFOLLOW;
-    let there = open_with(root, path, flags).map(std::fs::File::from);
+    let there = open_with(root, path, flags, 0).map(std::fs::File::from);
     there.and_then(|there| there.metadata()).is_ok_and(|meta| meta.is_symlink())
 }
 
 /// As many links as the kernel follows in one path.
 const MOST_LINKS: usize = 40;
 
+/// A place below a root.
+#[derive(Debug)]
+pub(super) struct Place {
+    pub(super) fd: OwnedFd,
+    /// Its path below the root, without links.
+    pub(super) path: PathBuf,
+    /// Nothing was there before.
+    pub(super) made: bool,
+}
+
 /// Makes a directory with all parents, or with `file` an empty file in them, where nothing is; opens it. A link to what is not
 /// there, as an image's /etc/resolv.conf often is, gets its target made, inside the root.
-pub(super) fn make(root: BorrowedFd<'_>, path: &Path, file: bool) -> io::Result<OwnedFd> {
-    if let Ok(there) = open(root, path) {
-        return Ok(there);
+///
+/// In a root that is this guest's own, a link in what the host has mounted there is refused: it would let the host choose which of
+/// the image's files the next mount lies over.
+pub(super) fn make(root: BorrowedFd<'_>, path: &Path, file: bool) -> io::Result<Place> {
+    let is_hosts = |place: BorrowedFd<'_>| {
+        nix::sys::statfs::fstatfs(place)
+            .is_ok_and(|s| s.filesystem_type() == nix::sys::statfs::FUSE_SUPER_MAGIC)
+    };
+    let strict = !is_hosts(root);
+    make_with(root, path, file, &|link| strict && is_hosts(link))
+}
+
+fn make_with(
+    root: BorrowedFd<'_>,
+    path: &Path,
+    file: bool,
+    is_foreign: &dyn Fn(BorrowedFd<'_>) -> bool,
+) -> io::Result<Place> {
+    if let Ok(fd) = open(root, path) {
+        return Ok(Place { fd, path: path.to_owned(), made: false });
     }
     let mut left: VecDeque<OsString> = path.components().map(|c| c.as_os_str().to_owned()).collect();
-    let (mut so_far, mut links) = (PathBuf::new(), 0);
+    let (mut so_far, mut links, mut made) = (PathBuf::new(), 0, false);
     while let Some(name) = left.pop_front() {
         match Path::new(&name).components().next() {
             Some(Component::Normal(_)) => {}
@@ -76,14 +103,21 @@ pub(super) fn make(root: BorrowedFd<'_>, path: &Path, file: bool) -> io::Result<
             }
             _ => continue,
         }
-        let parent = open_with(root, &so_far, libc::O_PATH | libc::O_DIRECTORY | libc::O_CLOEXEC)?;
+        let directory = libc::O_PATH | libc::O_DIRECTORY | libc::O_CLOEXEC;
+        let parent = open_with(root, &so_far, directory, libc::RESOLVE_NO_SYMLINKS)?;
         so_far.push(&name);
-        let Ok(place) = open_with(root, &so_far, libc::O_PATH | libc::O_NOFOLLOW | libc::O_CLOEXEC) else {
+        let itself = libc::O_PATH | libc::O_NOFOLLOW | libc::O_CLOEXEC;
+        let Ok(place) = open_with(root, &so_far, itself, 0) else {
             make_one(&parent, &name, file && left.is_empty())?;
+            made = left.is_empty();
             continue;
         };
         // Links cannot be read by their descriptor's name in /proc, which is one itself.
         let Ok(target) = readlinkat(&place, "") else { continue };
+        if is_foreign(place.as_fd()) {
+            let words = format!("/{} is a link in what the host has mounted", so_far.display());
+            return Err(io::Error::new(io::ErrorKind::PermissionDenied, words));
+        }
         links += 1;
         if links > MOST_LINKS {
             return Err(io::Error::from_raw_os_error(libc::ELOOP));
@@ -93,7 +127,7 @@ pub(super) fn make(root: BorrowedFd<'_>, path: &Path, file: bool) -> io::Result<
             left.push_front(part.as_os_str().to_owned());
         }
     }
-    open(root, &so_far)
+    Ok(Place { fd: open(root, &so_far)?, path: so_far, made })
 }
 
 /// Makes a directory or an empty file of this name.
@@ -121,7 +155,7 @@ pub(super) fn name(fd: &OwnedFd) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::{fs, os::fd::AsFd, os::unix::fs::symlink};
+    use std::{fs, os::unix::fs::symlink};
 
     #[test]
     fn links_and_dots_never_lead_outside() {
@@ -143,6 +177,28 @@ mod tests {
         make(fd.as_fd(), Path::new("/link/a/file"), true).unwrap();
         assert!(root.join("dir/a/file").is_file());
         assert_eq!(fs::read_dir(outer.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_link_of_the_hosts_moves_no_mount() {
+        let root = tempfile::tempdir().unwrap();
+        fs::create_dir_all(root.path().join("usr/bin")).unwrap();
+        fs::create_dir_all(root.path().join("data/plain")).unwrap();
+        symlink("/usr/bin", root.path().join("data/sub")).unwrap();
+        symlink("usr", root.path().join("own")).unwrap();
+        let fd: OwnedFd = fs::File::open(root.path()).unwrap().into();
+        let hosts = fs::read_link(root.path().join("data/sub")).unwrap();
+        let is_hosts = |link: BorrowedFd<'_>| readlinkat(link, "").is_ok_and(|target| *target == *hosts);
+        let make = |path: &str| make_with(fd.as_fd(), Path::new(path), false, &is_hosts);
+        for path in ["/data/sub", "/data/sub/new", "data/plain/../sub/new"] {
+            let refused = make(path).err().unwrap().to_string();
+            assert!(refused.contains("data/sub is a link in what the host has mounted"), "{refused}");
+        }
+        assert!(!root.path().join("usr/bin/new").exists());
+        let place = make("/own/bin").unwrap();
+        assert_eq!((place.path.as_path(), place.made), (Path::new("usr/bin"), false));
+        let place = make("/data/plain/new").unwrap();
+        assert!(place.made && root.path().join("data/plain/new").is_dir());
     }
 
     #[test]

@@ -1,0 +1,57 @@
+//! What an image, a container or its files may have been made for: to get out of the container, or to hold its pod up.
+
+use std::{fs, os::unix::fs::symlink};
+
+use coffer_replay::{Bench, config};
+use serde_json::json;
+
+/// CVE-2024-21626 of runc: a working directory by way of an open file of the runtime's.
+#[test]
+fn no_open_file_of_inits_is_a_way_out_of_the_root() {
+    let bench = Bench::new();
+    bench.start("runs", &config(&["sleep", "1000"]));
+    for number in 3..24 {
+        let place = format!("/proc/self/fd/{number}");
+        let mut config = config(&["sh", "-c", "readlink /proc/self/cwd"]);
+        config["process"]["cwd"] = json!(place);
+        let said = bench.create("c", &bench.bundle("c", &config)).failed(1);
+        assert!(said.contains("chdir to cwd"), "{place}: {said}");
+        let said = bench.call(&["exec", "--cwd", &place, "runs", "true"]).failed(255);
+        assert!(said.contains("chdir to cwd"), "{place}: {said}");
+    }
+}
+
+/// CVE-2025-31133 of runc: a mask that is not what it is taken for.
+#[test]
+fn a_mask_is_the_null_device_and_nothing_of_the_images() {
+    let bench = Bench::new();
+    let mut config = config(&["cat", "/srv/masked"]);
+    config["mounts"]
+        .as_array_mut()
+        .unwrap()
+        .retain(|m| !m["destination"].as_str().unwrap().starts_with("/dev"));
+    config["linux"]["maskedPaths"] = json!(["/srv/masked"]);
+    let bundle = bench.bundle("c", &config);
+    fs::write(bundle.join("rootfs/srv/masked"), "secret").unwrap();
+    symlink("/etc/passwd", bundle.join("rootfs/dev/null")).unwrap();
+    let said = bench.create("c", &bundle).failed(1);
+    assert!(said.contains("mask /srv/masked: the container's /dev/null is something else"), "{said}");
+    fs::remove_file(bundle.join("rootfs/dev/null")).unwrap();
+    bench.start("c", &config);
+    bench.wait_stopped("c");
+    assert_eq!(bench.read("c.out"), "");
+}
+
+#[test]
+fn what_a_container_puts_in_place_of_passwd_holds_nobody_up() {
+    let bench = Bench::new();
+    let mut config =
+        config(&["sh", "-c", "rm -f /etc/passwd; busybox mkfifo /etc/passwd; echo made; exec sleep 1000"]);
+    config["process"]["env"] = json!(["PATH=/bin"]);
+    let bundle = bench.bundle("c", &config);
+    symlink("busybox", bundle.join("rootfs/bin/rm")).unwrap();
+    let _ = bench.create("c", &bundle).ok();
+    let _ = bench.call(&["start", "c"]).ok();
+    coffer_replay::until(|| bench.read("c.out") == "made\n");
+    assert_eq!(bench.call(&["exec", "c", "sh", "-c", "echo $HOME"]).ok(), "/\n");
+}
