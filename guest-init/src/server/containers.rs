@@ -6,12 +6,16 @@
 use std::io;
 
 use coffer_layout::mark;
-use coffer_protocol::{CreateContainer, Ended, ErrorKind, Exec, Request, SignalTarget, signal};
+use coffer_protocol::{
+    CreateContainer, Ended, ErrorKind, Exec, ImageSource, NamespaceKind, Request, SharedNamespace,
+    SignalTarget, signal,
+};
 use nix::{
     sys::wait::{WaitPidFlag, WaitStatus, waitpid},
     unistd::Pid,
 };
 use oci_spec::runtime::Spec;
+use serde_json::Value;
 
 use super::Server;
 use crate::{
@@ -41,6 +45,12 @@ impl Container {
     }
 }
 
+/// What a container is made of.
+struct Prepared {
+    spec: Spec,
+    stop_signal: Option<u32>,
+}
+
 fn image_error(error: &image::ImageError) -> ContainerError {
     ContainerError::new(ErrorKind::Guest, error.to_string())
 }
@@ -65,39 +75,24 @@ impl Server {
                 format!("container {id:?} exists already"),
             ));
         }
-        let made = self.make(key, create);
-        if made.is_err() {
-            // Of what was unpacked and opened for it, nothing stays.
-            self.clear(&id);
-        }
-        made
+        // What was unpacked and opened for one that is not made would stay for the pod's life.
+        self.make(key, create).inspect_err(|_| self.clear(&id))
     }
 
     fn make(&mut self, key: u64, create: CreateContainer) -> Result<(), ContainerError> {
-        let CreateContainer { id, mut spec, window, binds: _, shared, image, notify, streams } = create;
-        let mut stop_signal = None;
-        if let Some(source) = &image {
-            let unpacked = self.images.unpack(&id, source).map_err(|e| image_error(&e))?;
-            stop_signal = unpacked.stop_signal(&spec);
-            let hosts_process = self.confidential()?.allows_host_process(&id, &spec, source);
-            unpacked.apply(&mut spec, hosts_process).map_err(|e| image_error(&e))?;
-        }
-        let confidential = self.confidential()?;
-        confidential.check_container(&id, &spec, image.as_ref())?;
-        if notify.is_some() {
-            confidential.check_notify(&id)?;
-        }
-        if let Some(process) = spec.get_mut("process") {
-            confidential.unseal(process)?;
-        }
-        confidential.open_files(&id, &mut spec)?;
-        container::prepare_shared_memory(&mut spec)?;
-        let spec = container::parse_spec(spec)?;
+        let CreateContainer { id, spec, window, binds: _, shared, image, notify, streams } = create;
+        let Prepared { spec, stop_signal } =
+            self.prepare(&id, spec, image.as_ref(), &shared, notify.is_some())?;
         let shared = shared
             .iter()
-            .map(|s| {
-                let other = self.get(&s.container)?;
-                container::Shared::of(other.pid, s.kind)
+            .map(|s| match self.get(&s.container)? {
+                // Its process's number may be another's by now.
+                other if other.ended => {
+                    let message =
+                        format!("container {:?}, whose namespaces are wanted, has ended", s.container);
+                    Err(ContainerError::new(ErrorKind::WrongState, message))
+                }
+                other => container::Shared::of(other.pid, s.kind),
             })
             .collect::<Result<Vec<_>, _>>()?;
         let cgroup = Cgroup::create(&id)?;
@@ -130,6 +125,50 @@ impl Server {
             },
         );
         Ok(())
+    }
+
+    /// From what the host sent to what may run: the image unpacked, the owner asked, secrets opened.
+    fn prepare(
+        &mut self,
+        id: &str,
+        mut spec: Value,
+        image: Option<&ImageSource>,
+        shared: &[SharedNamespace],
+        notify: bool,
+    ) -> Result<Prepared, ContainerError> {
+        container::check_places(&spec)?;
+        // With another container's processes it has none to itself, and the owner's policy is not told that it does.
+        if shared.iter().any(|s| s.kind == NamespaceKind::Pid)
+            && let Some(list) = spec.pointer_mut("/linux/namespaces").and_then(Value::as_array_mut)
+        {
+            list.retain(|namespace| namespace["type"] != "pid");
+        }
+        let mut stop_signal = None;
+        if let Some(source) = image {
+            let unpacked = self.images.unpack(id, source).map_err(|e| image_error(&e))?;
+            stop_signal = unpacked.stop_signal(&spec);
+            let hosts_process = self.confidential()?.allows_host_process(id, &spec, source);
+            unpacked.apply(&mut spec, hosts_process).map_err(|e| image_error(&e))?;
+        }
+        let confidential = self.confidential()?;
+        confidential.check_container(id, &spec, image)?;
+        if notify {
+            confidential.check_notify(id)?;
+        }
+        if let Some(process) = spec.get_mut("process") {
+            confidential.unseal(process)?;
+        }
+        confidential.open_files(id, &mut spec)?;
+        container::prepare_shared_memory(&mut spec)?;
+        Ok(Prepared { spec: container::parse_spec(spec)?, stop_signal })
+    }
+
+    /// Forgets the image and the secrets of a container that is not, or no longer.
+    fn clear(&self, id: &str) {
+        self.images.remove(id);
+        if let Some(confidential) = &self.confidential {
+            confidential.close_files(id);
+        }
     }
 
     pub(super) fn start(&mut self, id: &str) -> Result<(), ContainerError> {
@@ -201,7 +240,7 @@ impl Server {
 
     /// Signals a process for its stub, whose word is the host's like any other: what the owner's policy denies is dropped.
     pub(super) fn hand_on(&mut self, pid: i32, id: String, sent: u32) {
-        let first = self.containers.values().find(|container| container.pid == pid);
+        let first = self.containers.get(&id).filter(|container| container.pid == pid);
         let signal = first.map_or(sent, |container| container.signal(sent));
         let asked = Request::Signal { target: SignalTarget::Init(id), signal: sent };
         match self.confidential().and_then(|pod| pod.check(&asked)) {
@@ -246,14 +285,6 @@ impl Server {
         if let Some(container) = self.containers.remove(id) {
             container.cgroup.remove();
             self.clear(id);
-        }
-    }
-
-    /// Removes its files.
-    fn clear(&self, id: &str) {
-        self.images.remove(id);
-        if let Some(confidential) = &self.confidential {
-            confidential.close_files(id);
         }
     }
 }

@@ -18,7 +18,7 @@ use nix::{
     sys::{
         signal::{SigSet, Signal, kill},
         signalfd::{SfdFlags, SignalFd},
-        socket::{SockFlag, accept4},
+        socket::{SockFlag, SockaddrStorage, accept4, getpeername},
     },
     unistd::Pid,
 };
@@ -34,6 +34,17 @@ use crate::{
 
 /// Most connections at once; the host's further ones are closed.
 const MOST_SESSIONS: usize = 512;
+
+/// Nobody but the host may ask, whatever ways the kernel has for a container to reach this machine's own sockets.
+fn is_of_the_host(peer: &OwnedFd) -> bool {
+    let address = getpeername::<SockaddrStorage>(peer.as_raw_fd());
+    match address.as_ref().map(SockaddrStorage::as_vsock_addr) {
+        Ok(Some(address)) => address.cid() == libc::VMADDR_CID_HOST,
+        // No such socket: a test's, or the stand-in's.
+        Ok(None) => true,
+        Err(_) => false,
+    }
+}
 
 /// The server cannot go on.
 #[derive(Debug, Error)]
@@ -145,7 +156,7 @@ impl Server {
         {
             // SAFETY: accept4 returned a new descriptor that nobody else has.
             let fd = unsafe { OwnedFd::from_raw_fd(fd) };
-            if self.sessions.len() < MOST_SESSIONS {
+            if self.sessions.len() < MOST_SESSIONS && is_of_the_host(&fd) {
                 self.sessions.insert(self.next_session, Session::new(fd));
                 self.next_session += 1;
             }
@@ -243,9 +254,9 @@ impl Server {
             if process.ended.is_none() {
                 let _ = kill(Pid::from_raw(process.pid), Signal::SIGKILL);
             }
-            let id = self.containers.iter().find(|(_, c)| c.pid == process.pid).map(|(id, _)| id.clone());
-            if let Some(id) = id {
-                self.forget(&id);
+            // Its number may be another container's by now, when it has ended.
+            if self.containers.get(&session.container).is_some_and(|c| c.pid == process.pid) {
+                self.forget(&session.container);
             }
         }
         if self.had_container
@@ -254,5 +265,34 @@ impl Server {
         {
             self.over = true;
         }
+    }
+}
+
+#[cfg(all(test, feature = "confidential"))]
+mod tests {
+    use std::{
+        os::unix::{net::UnixListener, process::ExitStatusExt},
+        process::Command,
+    };
+
+    use coffer_attestation::evidence::{Attesters, Sample};
+
+    use super::*;
+
+    #[test]
+    fn a_connections_signals_are_the_owners_to_allow() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut server = Server::new(UnixListener::bind(directory.path().join("s")).unwrap().into()).unwrap();
+        let rules = "package agent_policy\nimport rego.v1\nSignalProcessRequest if input.signal == 15\n";
+        let text = format!(
+            "version = \"0.1.0\"\nalgorithm = \"sha256\"\n[data]\n\"policy.rego\" = '''\n{rules}'''\n"
+        );
+        let mut child = Command::new("sleep").arg("1000").spawn().unwrap();
+        let pid = child.id() as i32;
+        server.hand_on(pid, "c".into(), 9);
+        server.confidential = Some(Confidential::with(Some(&text), Attesters::of(Sample)).unwrap());
+        server.hand_on(pid, "c".into(), 9);
+        server.hand_on(pid, "c".into(), 15);
+        assert_eq!(child.wait().unwrap().signal(), Some(15));
     }
 }
