@@ -161,9 +161,11 @@ impl Image {
         let name = place.file_name().ok_or_else(|| failed(io::Error::other("not a name")))?;
         let mut staging = name.to_owned();
         staging.push(".partial");
-        let staging = Staging(place.with_file_name(staging));
+        let staging = place.with_file_name(staging);
+        mkdirat(CWD, &staging, Mode::from_raw_mode(0o700)).map_err(|e| failed(e.into()))?;
+        // Only what was made here is removed: an image whose name ends like this is another's.
+        let staging = Staging(staging);
         let tree = staging.0.join("tree");
-        mkdirat(CWD, &staging.0, Mode::from_raw_mode(0o700)).map_err(|e| failed(e.into()))?;
         mkdirat(CWD, &tree, Mode::from_raw_mode(0o755)).map_err(|e| failed(e.into()))?;
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let root = openat(CWD, &tree, flags, Mode::empty()).map_err(|e| failed(e.into()))?;

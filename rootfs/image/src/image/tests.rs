@@ -302,3 +302,16 @@ fn an_index_and_its_manifest_both_name_the_image() {
     });
     assert_eq!((image.unwrap().digest, seen), (manifest.digest.clone(), vec![index.digest, manifest.digest]));
 }
+
+#[test]
+fn a_tree_whose_name_ends_like_one_being_made_is_anothers() {
+    let dir = tempfile::tempdir().unwrap();
+    let tar = Tar::default().file("a", b"x").end();
+    let (layout, manifest) = image(dir.path(), &[("tar", tar.clone(), tar)]);
+    let load = || Image::load(&layout, &manifest.digest, Trust::Pinned).unwrap();
+    let unpack =
+        |name: &str| load().unpack(&layout, &KEY, &dir.path().join(name), OPTIONS, &AtomicU64::new(0));
+    unpack("c.partial").unwrap();
+    assert!(unpack("c").is_err());
+    assert_eq!(fs::read(dir.path().join("c.partial/a")).unwrap(), b"x");
+}

@@ -117,7 +117,7 @@ impl<R: BufRead> Archive<R> {
     /// # Errors
     /// [`TarError`].
     pub fn entry(&mut self) -> Result<Option<Entry>, TarError> {
-        let rest = self.left + self.padding;
+        let rest = self.left.saturating_add(self.padding);
         (self.left, self.padding) = (0, 0);
         self.skip(rest)?;
         let mut extended = pax::Extended::default();
@@ -232,7 +232,7 @@ impl<R: BufRead> Archive<R> {
     }
 
     fn skip(&mut self, mut n: u64) -> Result<(), TarError> {
-        self.at += n;
+        self.at = self.at.saturating_add(n);
         while n > 0 {
             let have = self.source.fill_buf()?.len() as u64;
             if have == 0 {

@@ -152,7 +152,9 @@ impl Unpacker {
             return self.whiteout(&path, hidden);
         }
         self.report.entries += 1;
-        self.charge(INODE_COST)?;
+        // tmpfs keeps attributes in memory that no file system's size bounds.
+        let attributes: usize = entry.xattrs.iter().map(|(name, value)| name.len() + value.len() + 64).sum();
+        self.charge(INODE_COST + attributes as u64)?;
         if path.name().is_empty() {
             return match entry.kind {
                 Kind::Directory => {

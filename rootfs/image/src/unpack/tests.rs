@@ -91,6 +91,27 @@ fn budget_counts_inodes_and_blocks() {
 }
 
 #[test]
+fn attributes_are_counted_as_what_they_take() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = fs::File::open(dir.path()).unwrap();
+    let mut unpacker = Unpacker::new(root.into(), Options { privileged: false, budget: 6 << 10 });
+    let large = ("SCHILY.xattr.user.a", &[b'x'; 3 << 10][..]);
+    let tar = Tar::default().pax(&[large]).file("a", b"").pax(&[large]).file("b", b"").end();
+    assert!(matches!(unpacker.layer(&mut Archive::new(tar.as_slice())), Err(UnpackError::Budget(_))));
+}
+
+#[test]
+fn a_whiteouts_size_beyond_all_numbers_is_short() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = fs::File::open(dir.path()).unwrap();
+    let mut unpacker = Unpacker::new(root.into(), Options { privileged: false, budget: 1 << 20 });
+    let size = ("size", &b"18446744073709551615"[..]);
+    let tar = Tar::default().pax(&[size]).file(".wh.a", b"").file("b", b"x").end();
+    let refused = unpacker.layer(&mut Archive::new(tar.as_slice()));
+    assert!(matches!(refused, Err(UnpackError::Tar(TarError::Short(_)))), "{refused:?}");
+}
+
+#[test]
 fn deep_trees_are_refused_not_recursed_into() {
     let deep = "d/".repeat(600);
     let dir = tempfile::tempdir().unwrap();
