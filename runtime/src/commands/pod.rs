@@ -14,15 +14,16 @@ use std::{
         fd::{AsRawFd, FromRawFd, OwnedFd},
         unix::{ffi::OsStrExt, fs::MetadataExt, fs::OpenOptionsExt},
     },
-    path::{Path, PathBuf},
+    path::{Component, Path, PathBuf},
 };
 
 use coffer_protocol::{NamespaceKind, SharedNamespace};
 use nix::{
+    fcntl::{OFlag, openat},
     mount::{MntFlags, umount2},
     sched::{CloneFlags, setns},
     sys::{
-        stat::Mode,
+        stat::{Mode, SFlag, fstat, mkdirat, mknodat},
         wait::{WaitStatus, waitpid},
     },
     unistd::{Pid as NixPid, mkfifo},
@@ -130,24 +131,44 @@ pub(super) fn share(vm: &Running, directory: &Directory) -> Result<OwnedFd, Erro
     lifeline.map(OwnedFd::from).map_err(|_| Error::VmGone)
 }
 
-/// Shows a further container's files to a VMM that runs, below its shared directory.
+/// Shows a further container's files to a VMM that runs, below its shared directory. Its guest may write there, and change what it
+/// likes meanwhile.
 pub(super) fn show(vm: &Running, binds: &[Bind]) -> Result<(), Error> {
     let trees = binds.iter().map(tree).collect::<Result<Vec<_>, _>>()?;
     let share = vm.directory.file("share");
     inside(&vm.record, || {
+        let share = OwnedFd::from(File::open(&share)?);
         for (bind, tree) in binds.iter().zip(&trees) {
-            let target = share.join(&bind.target);
             // Looked at here: the source may lie on a mount that this namespace does not have.
-            if fs::metadata(format!("/proc/self/fd/{}", tree.as_raw_fd()))?.is_dir() {
-                fs::create_dir_all(&target)?;
-            } else {
-                fs::create_dir_all(target.parent().unwrap_or(&share))?;
-                File::create(&target)?;
-            }
-            attach(tree, &target)?;
+            let is_directory = fs::metadata(format!("/proc/self/fd/{}", tree.as_raw_fd()))?.is_dir();
+            attach(tree, &place(&share, &bind.target, is_directory)?)?;
         }
         Ok(())
     })
+}
+
+/// Makes a place to mount on, below a directory in which somebody else may put links: none is followed, so that nothing is made or
+/// emptied anywhere else.
+fn place(share: &OwnedFd, target: &Path, is_directory: bool) -> io::Result<OwnedFd> {
+    let mut at = share.try_clone()?;
+    let mut parts = target.components().peekable();
+    while let Some(part) = parts.next() {
+        let Component::Normal(name) = part else { return Err(io::ErrorKind::InvalidInput.into()) };
+        let wanted = if is_directory || parts.peek().is_some() { OFlag::O_DIRECTORY } else { OFlag::empty() };
+        let there = |e: nix::Error| if e == nix::Error::EEXIST { Ok(()) } else { Err(e) };
+        if wanted.is_empty() {
+            mknodat(&at, name, SFlag::S_IFREG, Mode::from_bits_truncate(0o644), 0).or_else(there)?;
+        } else {
+            mkdirat(&at, name, Mode::from_bits_truncate(0o755)).or_else(there)?;
+        }
+        let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC | wanted;
+        at = openat(&at, name, flags, Mode::empty())?;
+        // O_PATH opens a link itself, where nothing says that it has to be a directory.
+        if SFlag::from_bits_truncate(fstat(&at)?.st_mode) & SFlag::S_IFMT == SFlag::S_IFLNK {
+            return Err(nix::Error::ELOOP.into());
+        }
+    }
+    Ok(at)
 }
 
 /// Takes a container's files away from a VMM that runs on.
@@ -249,17 +270,16 @@ fn tree(bind: &Bind) -> Result<OwnedFd, Error> {
     Ok(fd)
 }
 
-fn attach(tree: &OwnedFd, target: &Path) -> io::Result<()> {
-    let name = CString::new(target.as_os_str().as_bytes())?;
-    // SAFETY: both names outlive the call.
+fn attach(tree: &OwnedFd, target: &OwnedFd) -> io::Result<()> {
+    // SAFETY: both names are constants, both descriptors are open.
     let moved = unsafe {
         libc::syscall(
             libc::SYS_move_mount,
             tree.as_raw_fd(),
             c"".as_ptr(),
-            libc::AT_FDCWD,
-            name.as_ptr(),
-            libc::MOVE_MOUNT_F_EMPTY_PATH,
+            target.as_raw_fd(),
+            c"".as_ptr(),
+            libc::MOVE_MOUNT_F_EMPTY_PATH | libc::MOVE_MOUNT_T_EMPTY_PATH,
         )
     };
     if moved < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
@@ -281,6 +301,36 @@ mod tests {
         let spec: Spec =
             serde_json::from_value(json!({ "ociVersion": "1.0.2", "annotations": { "a": "b" } })).unwrap();
         assert_eq!(sandbox(&spec), None);
+    }
+
+    #[test]
+    fn no_link_of_a_guest_leads_out_of_the_share() {
+        let outer = tempfile::tempdir().unwrap();
+        let share = outer.path().join("share");
+        fs::create_dir_all(share.join("linked")).unwrap();
+        fs::write(outer.path().join("1"), "the host's").unwrap();
+        for (target, link) in
+            [(outer.path(), "linked/mounts"), (outer.path(), "self"), (&*outer.path().join("1"), "linked/1")]
+        {
+            std::os::unix::fs::symlink(target, share.join(link)).unwrap();
+        }
+        let fd = OwnedFd::from(File::open(&share).unwrap());
+        for (target, is_directory) in [
+            ("linked/mounts/1", false),
+            ("self/rootfs", true),
+            ("linked/1", false),
+            ("../rootfs", true),
+            ("/x", true),
+        ] {
+            assert!(place(&fd, Path::new(target), is_directory).is_err(), "{target}");
+        }
+        assert_eq!(fs::read(outer.path().join("1")).unwrap(), b"the host's");
+        assert!(!outer.path().join("rootfs").exists());
+        for _ in 0..2 {
+            place(&fd, Path::new("c/rootfs"), true).unwrap();
+            place(&fd, Path::new("c/mounts/0"), false).unwrap();
+        }
+        assert!(share.join("c/rootfs").is_dir() && share.join("c/mounts/0").is_file());
     }
 
     #[test]
