@@ -6,6 +6,7 @@ use std::{
     collections::HashMap,
     fs,
     io::ErrorKind,
+    os::unix::fs::DirBuilderExt,
     path::{Path, PathBuf},
 };
 
@@ -120,7 +121,8 @@ impl Directory {
         if let Some(root) = self.0.parent() {
             fs::create_dir_all(root).map_err(host(format!("make {}", root.display())))?;
         }
-        match fs::create_dir(&self.0) {
+        // A copy of the configuration lies in it, whose environment is nobody else's to read.
+        match fs::DirBuilder::new().mode(0o700).create(&self.0) {
             Err(e) if e.kind() == ErrorKind::AlreadyExists => Err(Error::Exists),
             other => other.map_err(host(format!("make {}", self.0.display()))),
         }
@@ -284,6 +286,9 @@ mod tests {
         let directory = Directory::of(root.path(), "a").unwrap();
         directory.create().unwrap();
         assert!(matches!(directory.create(), Err(Error::Exists)));
+        let mode =
+            std::os::unix::fs::PermissionsExt::mode(&fs::metadata(directory.file("")).unwrap().permissions());
+        assert_eq!(mode & 0o777, 0o700, "a configuration's environment is its caller's alone");
         directory.remove().unwrap();
         directory.remove().unwrap();
         assert!(matches!(directory.read(), Err(Error::NoContainer)));
