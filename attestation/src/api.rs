@@ -7,7 +7,7 @@
 use std::{
     io::{self, Read, Write},
     net::{SocketAddr, TcpListener},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use serde_json::json;
@@ -18,7 +18,7 @@ use crate::{encoding::from_base64url, guest::Guest, kbs::ResourceUri};
 pub const ADDRESS: &str = "127.0.0.1:8006";
 /// Longest request, in bytes.
 const MOST: usize = 16 * 1024;
-/// A caller that says nothing is not waited for longer.
+/// A caller that has not said what it wants is not waited for longer: others wait meanwhile.
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Status and body.
@@ -39,12 +39,12 @@ pub fn serve(listener: &TcpListener, guest: &mut Guest) {
 }
 
 fn one(stream: &mut (impl Read + Write), peer: SocketAddr, guest: &mut Guest) -> io::Result<()> {
-    let mut bytes = Vec::new();
+    let (mut bytes, began) = (Vec::new(), Instant::now());
     let mut buffer = [0; 4096];
     let (method, target) = loop {
         match request(&bytes) {
             Ok(Some(found)) => break found,
-            Ok(None) if bytes.len() < MOST => match stream.read(&mut buffer)? {
+            Ok(None) if bytes.len() < MOST && began.elapsed() < PATIENCE => match stream.read(&mut buffer)? {
                 0 => return Ok(()),
                 count => bytes.extend_from_slice(&buffer[..count]),
             },

@@ -25,7 +25,8 @@ coffer: runs OCI containers in microVMs, with runc's command line
   pause ID, resume ID                                       freeze, go on
   update [-r FILE|-] [--memory BYTES] [--cpu-quota US] ... ID  change limits
   delete [-f] ID                                            remove it
-  image COMMAND...                                          encrypt, inspect, unpack images
+  image COMMAND...                                          encrypt, inspect, unpack images: coffer image --help
+  policy generate ...                                       what an attested pod's host may do: coffer policy --help
   boot-chart [-o FILE] ID                                   its last start, stage by stage, as an SVG
   template make [--memory MIB] [--vcpus N] [--nets N]       save a booted VM, from which pods of that shape start
   template list, template remove NAME                       (annotation io.coffer.start=template)
@@ -178,7 +179,17 @@ fn before(words: &mut impl Iterator<Item = String>, global: &mut Global) -> Resu
             "version" | "v" => return Ok("--version".into()),
             "root" => global.root = Some(value()?.into()),
             "log" => global.log = Some(value()?.into()),
-            "log-format" => global.log_json = value()? == "json",
+            "log-format" => {
+                global.log_json = match value()?.as_str() {
+                    "json" => true,
+                    "text" => false,
+                    other => {
+                        return Err(Error::Usage(format!(
+                            "invalid log-format {other:?}: text or json is wanted"
+                        )));
+                    }
+                }
+            }
             "log-level" | "rootless" | "criu" => drop(value()?),
             // crun's spelling.
             "cgroup-manager" => global.systemd_cgroup |= value()? == "systemd",

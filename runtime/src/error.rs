@@ -66,7 +66,9 @@ impl Error {
     #[must_use]
     pub fn line(&self) -> String {
         const TAKEN: &str = "no such file or directory";
-        let mut text = self.to_string();
+        // Some of it is a guest's, and may be shown on a terminal.
+        let mut text: String =
+            self.to_string().chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
         if matches!(self, Self::Guest { kind: ErrorKind::NotFound | ErrorKind::NotExecutable, .. }) {
             return text;
         }
