@@ -41,17 +41,17 @@ misplaced contains mount if {
 
 in_place(mount) if mount.type_ in kernels_places[mount.destination]
 
-# Others are the whole machine's, and some name a program.
-namespaced := ["net.", "kernel.msg", "kernel.sem", "kernel.shm", "fs.mqueue."]
+# Those that Kubernetes calls safe. Others are the whole machine's, name a program (kernel.core_pattern), or let the host's packets reach
+# what listens on 127.0.0.1 (net.ipv4.conf.all.route_localnet).
+safe_parameters := [
+	"kernel.shm_rmid_forced", "net.ipv4.ip_local_port_range", "net.ipv4.ip_local_reserved_ports", "net.ipv4.ip_unprivileged_port_start",
+	"net.ipv4.ping_group_range", "net.ipv4.tcp_fin_timeout", "net.ipv4.tcp_keepalive_intvl", "net.ipv4.tcp_keepalive_probes",
+	"net.ipv4.tcp_keepalive_time", "net.ipv4.tcp_syncookies",
+]
 
 parameters contains name if {
 	some name, _ in input.OCI.Linux.Sysctl
-	not own_parameter(name)
-}
-
-own_parameter(name) if {
-	some prefix in namespaced
-	startswith(name, prefix)
+	not name in safe_parameters
 }
 
 StartContainerRequest := true
@@ -82,7 +82,7 @@ reasons contains {"field": "OCI.Mounts", "value": mount, "allowed": engine_files
 
 reasons contains {"field": "OCI.Mounts", "value": mount, "allowed": kernels_places} if some mount in misplaced
 
-reasons contains {"field": "OCI.Linux.Sysctl", "value": name, "allowed": namespaced} if some name in parameters
+reasons contains {"field": "OCI.Linux.Sysctl", "value": name, "allowed": safe_parameters} if some name in parameters
 
 reasons contains {"field": "OCI.Linux.Devices", "value": input.OCI.Linux.Devices, "allowed": []} if input.OCI.Linux.Devices != []
 

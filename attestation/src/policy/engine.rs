@@ -226,7 +226,7 @@ mod tests {
         let bind =
             |to: &str| json!({ "destination": to, "type": "bind", "source": "/x", "options": ["rbind"] });
         check(json!({ "mounts": [kernels("/proc", "proc"), kernels("/dev", "tmpfs"), kernels("/tmp", "tmpfs"), bind("/etc/hosts")],
-            "linux": { "sysctl": { "net.ipv4.ping_group_range": "0 0", "kernel.shmmax": "1" } } }))
+            "linux": { "sysctl": { "net.ipv4.ping_group_range": "0 0", "net.ipv4.ip_unprivileged_port_start": "0" } } }))
         .unwrap();
         for (spec, words) in [
             // A program of the host's, which the kernel runs when the workload's crashes.
@@ -235,6 +235,11 @@ mod tests {
                 "OCI.Linux.Sysctl is \"kernel.core_pattern\"",
             ),
             (json!({ "linux": { "sysctl": { "/bin/sh": "#!/etc/hosts" } } }), "OCI.Linux.Sysctl"),
+            // What listens on 127.0.0.1 would hear the host.
+            (
+                json!({ "linux": { "sysctl": { "net.ipv4.conf.all.route_localnet": "1" } } }),
+                "OCI.Linux.Sysctl is \"net.ipv4.conf.all.route_localnet\"",
+            ),
             (json!({ "linux": { "devices": [{ "path": "/x" }] } }), "OCI.Linux.Devices"),
             // What the workload shares would lie in the host's files.
             (json!({ "mounts": [bind("/dev/shm")] }), "OCI.Mounts"),
