@@ -206,6 +206,22 @@ impl Cgroup {
         fs::write(self.0.join("cgroup.freeze"), if frozen { "1" } else { "0" })
     }
 
+    /// Its processes are to be stopped.
+    #[must_use]
+    pub fn is_frozen(&self) -> bool {
+        fs::read_to_string(self.0.join("cgroup.freeze")).is_ok_and(|text| text.trim() == "1")
+    }
+
+    /// Whether the processes of the cgroup that a process is in are stopped, by whomever.
+    #[must_use]
+    pub fn stops(pid: i32) -> bool {
+        let text = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
+        let inside = text.lines().find_map(|l| l.strip_prefix("0::/")).unwrap_or_default();
+        let events =
+            fs::read_to_string(Path::new(ROOT).join(inside).join("cgroup.events")).unwrap_or_default();
+        events.lines().any(|line| line == "frozen 1")
+    }
+
     /// True when the kernel killed something here for want of memory.
     #[must_use]
     pub fn ran_out_of_memory(&self) -> bool {

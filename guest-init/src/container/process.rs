@@ -28,7 +28,7 @@ const LONGEST: usize = 4096;
 
 /// The child's end is a program once this reads its end.
 #[derive(Debug)]
-pub struct Sync(pub(super) OwnedFd);
+pub struct Sync(pub(super) OwnedFd, i32);
 
 /// The socket to a child failed: the child is gone.
 #[derive(Debug)]
@@ -326,7 +326,7 @@ pub fn exec(
 fn wait_child(socket: &OwnedFd, middle: i32) -> Result<(i32, Option<OwnedFd>), ContainerError> {
     let (mut pid, mut ready) = (None, None);
     loop {
-        match receive(socket, middle)? {
+        match receive(socket, pid.unwrap_or(middle))? {
             (message::PID, text, _) => pid = text.parse().ok(),
             (message::READY, _, terminal) => ready = Some(terminal),
             (kind, text, _) => return Err(refusal(kind, text)),
@@ -347,11 +347,43 @@ fn finish(
         unblock(fd).map_err(system("make the terminal non-blocking"))?;
     }
     stdio.terminal = terminal;
-    Ok(Launched { pid, sync: Sync(sync), stdio })
+    Ok(Launched { pid, sync: Sync(sync, pid), stdio })
+}
+
+/// How often a child that says nothing is looked at, in milliseconds.
+const LOOK: u8 = 250;
+
+/// Waits until a child says something or is gone. In its container it can be stopped, by a signal or by the freezing of a cgroup; nobody
+/// would let it go on again as long as PID 1 waits for it, so that it is ended.
+fn wait(socket: &OwnedFd, pid: i32) -> Result<(), ContainerError> {
+    use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+    loop {
+        let mut entry = [PollFd::new(socket.as_fd(), PollFlags::POLLIN)];
+        match poll(&mut entry, PollTimeout::from(LOOK)) {
+            Ok(0) if is_stopped(pid) || Cgroup::stops(pid) => {
+                // SAFETY: signals a child of this process that it has not reaped yet.
+                unsafe { libc::kill(pid, libc::SIGKILL) };
+                let message = format!("process {pid} was stopped in its container while it was made");
+                return Err(ContainerError::new(ErrorKind::WrongState, message));
+            }
+            Ok(0) | Err(nix::Error::EINTR) => {}
+            Ok(_) => return Ok(()),
+            Err(error) => return Err(system("wait for the child")(error)),
+        }
+    }
+}
+
+/// By a signal (proc(5), the third field of `/proc/PID/stat`).
+fn is_stopped(pid: i32) -> bool {
+    let text = std::fs::read(format!("/proc/{pid}/stat")).unwrap_or_default();
+    let text = String::from_utf8_lossy(&text);
+    text.rsplit_once(')')
+        .is_some_and(|(_, after)| matches!(after.trim_start().chars().next(), Some('T' | 't')))
 }
 
 /// One message of the child, and the descriptor that came with it.
 fn receive(socket: &OwnedFd, pid: i32) -> Result<(u8, String, Option<OwnedFd>), ContainerError> {
+    wait(socket, pid)?;
     let mut bytes = [0; LONGEST];
     let mut space = nix::cmsg_space!(RawFd);
     let gone = || ContainerError::new(ErrorKind::Guest, format!("process {pid} died while it was made"));
@@ -416,7 +448,8 @@ impl Sync {
     pub fn go(self) -> Result<(), ContainerError> {
         let gone = |_| ContainerError::new(ErrorKind::WrongState, "the container's process has ended");
         send(self.0.as_raw_fd(), b"g", MsgFlags::MSG_NOSIGNAL).map_err(gone)?;
-        match receive(&self.0, 0) {
+        wait(&self.0, self.1)?;
+        match receive(&self.0, self.1) {
             // The end of the socket: exec closed it.
             Err(_) => Ok(()),
             Ok((kind, text, _)) => Err(refusal(kind, text)),
@@ -427,5 +460,35 @@ impl Sync {
 impl AsFd for Sync {
     fn as_fd(&self) -> std::os::fd::BorrowedFd<'_> {
         self.0.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_child_that_is_stopped_in_its_container_is_not_waited_for() {
+        let (ours, theirs) = socket_pair().unwrap();
+        match fork(0, None, libc::SIGCHLD).unwrap() {
+            None => {
+                // SAFETY: stops this process, then ends it without more ado.
+                unsafe {
+                    libc::raise(libc::SIGSTOP);
+                    libc::_exit(0)
+                }
+            }
+            Some(pid) => {
+                drop(theirs);
+                let message = receive(&ours, pid).unwrap_err().message;
+                // The other end is open in the child as long as that lives.
+                assert!(message.contains("was stopped in its container"), "{message}");
+                let ended = nix::sys::wait::waitpid(nix::unistd::Pid::from_raw(pid), None).unwrap();
+                assert!(
+                    matches!(ended, nix::sys::wait::WaitStatus::Signaled(_, nix::sys::signal::SIGKILL, _)),
+                    "{ended:?}"
+                );
+            }
+        }
     }
 }

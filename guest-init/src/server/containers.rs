@@ -201,6 +201,10 @@ impl Server {
         if container.ended {
             return Err(ContainerError::new(ErrorKind::WrongState, "cannot exec in a stopped container"));
         }
+        // It would be stopped before it is made, and this process wait for it.
+        if container.cgroup.is_frozen() {
+            return Err(ContainerError::new(ErrorKind::WrongState, "cannot exec in a paused container"));
+        }
         let process: oci_spec::runtime::Process = serde_json::from_value(exec.process)
             .map_err(|e| ContainerError::new(ErrorKind::Invalid, format!("process: {e}")))?;
         container::check_process(&process)?;

@@ -33,6 +33,7 @@ pub(super) fn exec(call: &Call, root: &Path) -> Result<i32, Error> {
     let (directory, record) = find(root, call.id()?)?;
     match directory.status(&record) {
         Status::Created | Status::Running => {}
+        // Its processes are stopped, the new one would be as well: the guest says so.
         Status::Paused if call.has("ignore-paused") => {}
         Status::Paused => {
             return Err(Error::State(

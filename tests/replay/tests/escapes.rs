@@ -55,3 +55,31 @@ fn what_a_container_puts_in_place_of_passwd_holds_nobody_up() {
     coffer_replay::until(|| bench.read("c.out") == "made\n");
     assert_eq!(bench.call(&["exec", "c", "sh", "-c", "echo $HOME"]).ok(), "/\n");
 }
+
+/// runc waits for the container to go on; here the whole pod would wait, and nobody could let it go on.
+#[test]
+fn exec_into_a_paused_container_says_so_and_the_pod_goes_on() {
+    let bench = Bench::new();
+    bench.start("c", &config(&["sleep", "1000"]));
+    let _ = bench.call(&["pause", "c"]).ok();
+    let said = bench.call(&["exec", "--ignore-paused", "c", "true"]).failed(255);
+    assert!(said.contains("cannot exec in a paused container"), "{said}");
+    let _ = bench.call(&["resume", "c"]).ok();
+    let _ = bench.call(&["exec", "c", "true"]).ok();
+}
+
+/// What a container's root does to a process that is made in it must not reach the others of its pod.
+#[test]
+fn a_container_that_stops_what_is_made_in_it_holds_nobody_up() {
+    let bench = Bench::new();
+    let script = "echo $$; while :; do for p in /proc/[0-9]*; do p=${p#/proc/}; [ $p -le 2 ] || kill -STOP $p; done; done 2>/dev/null";
+    bench.start("c", &config(&["sh", "-c", script]));
+    coffer_replay::until(|| bench.read("c.out") == "1\n");
+    for _ in 0..5 {
+        // It may be too late for some.
+        let _ = bench.command(&["exec", "--detach", "c", "true"]).output().unwrap();
+    }
+    assert_eq!(bench.status("c"), "running");
+    let _ = bench.call(&["kill", "c", "KILL"]).ok();
+    bench.wait_stopped("c");
+}
