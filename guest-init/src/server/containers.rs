@@ -136,7 +136,8 @@ impl Server {
         shared: &[SharedNamespace],
         notify: bool,
     ) -> Result<Prepared, ContainerError> {
-        container::check_places(&spec)?;
+        // Of what the host sent; the owner's words come first.
+        let places = container::check_places(&spec);
         // With another container's processes it has none to itself, and the owner's policy is not told that it does.
         if shared.iter().any(|s| s.kind == NamespaceKind::Pid)
             && let Some(list) = spec.pointer_mut("/linux/namespaces").and_then(Value::as_array_mut)
@@ -152,6 +153,7 @@ impl Server {
         }
         let confidential = self.confidential()?;
         confidential.check_container(id, &spec, image)?;
+        places?;
         if notify {
             confidential.check_notify(id)?;
         }
