@@ -97,6 +97,11 @@ impl Confidential {
     ) -> Result<(), ContainerError> {
         if self.guest.borrow().has_owner() {
             unseen(spec).map_err(refused)?;
+            // No policy speaks of clocks.
+            let offsets = spec.pointer("/linux/timeOffsets").and_then(Value::as_object);
+            if offsets.is_some_and(|o| !o.is_empty()) {
+                return Err(refused("linux.timeOffsets: an owner's pod has the guest's clocks"));
+            }
         }
         let image = image.map(|i| VerifiedImage { digest: &i.digest, name: i.name.as_deref() });
         self.policy.check(Rule::CreateContainer, &create_input(id, spec, image)).map_err(refused)
@@ -296,6 +301,20 @@ mod tests {
         let mut pod = pod(&quiet).unwrap();
         assert!(pod.allows_output("c"));
         assert!(pod.check_notify("c").unwrap_err().message.starts_with("policy: ReadStreamRequest denied"));
+    }
+
+    #[test]
+    fn the_clocks_of_an_owners_pod_are_not_the_hosts_to_choose() {
+        let all = "package agent_policy\nimport rego.v1\nCreateContainerRequest := true\n";
+        let shifted = json!({ "linux": { "timeOffsets": { "boottime": { "secs": 1 } } } });
+        let mut owned = pod(all).unwrap();
+        owned.check_container("c", &json!({ "linux": { "timeOffsets": {} } }), None).unwrap();
+        let message = owned.check_container("c", &shifted, None).unwrap_err().message;
+        assert!(message.starts_with("linux.timeOffsets: "), "{message}");
+        Confidential::with(None, Attesters::of(Sample))
+            .unwrap()
+            .check_container("c", &shifted, None)
+            .unwrap();
     }
 
     #[test]

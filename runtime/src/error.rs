@@ -29,7 +29,7 @@ pub enum Error {
     #[error("{0}")]
     State(String),
     /// The id is not one.
-    #[error("invalid container ID format {0:?}")]
+    #[error("invalid container ID format {0:?}: {why}", why = crate::state::why_no_id(.0))]
     Id(String),
     /// Something of the host failed.
     #[error("{stage}: {source}")]

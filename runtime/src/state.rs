@@ -98,9 +98,23 @@ pub struct Directory(PathBuf);
 /// # Errors
 /// [`Error::Id`].
 pub fn check_id(id: &str) -> Result<(), Error> {
-    let allowed = |c: char| c.is_ascii_alphanumeric() || "_+-.".contains(c);
-    let good = !id.is_empty() && id.len() <= 1024 && id.chars().all(allowed) && id != "." && id != "..";
+    let good = !id.is_empty() && id.len() <= 1024 && !id.contains(is_foreign) && id != "." && id != "..";
     if good { Ok(()) } else { Err(Error::Id(id.to_owned())) }
+}
+
+/// What no id has.
+fn is_foreign(c: char) -> bool {
+    !c.is_ascii_alphanumeric() && !"_+-.".contains(c)
+}
+
+/// Why [`check_id`] refused it.
+pub(crate) fn why_no_id(id: &str) -> String {
+    match id.chars().find(|c| is_foreign(*c)) {
+        Some(c) => format!("invalid character `{}` in the container ID", c.escape_debug()),
+        None if id.is_empty() => "it is empty".to_owned(),
+        None if id.len() > 1024 => "it is longer than 1024 bytes".to_owned(),
+        None => "it is the name of a directory".to_owned(),
+    }
 }
 
 impl Directory {

@@ -8,7 +8,7 @@ use std::{collections::BTreeSet, path::Path};
 use oci_spec::runtime::{LinuxNamespaceType, LinuxResources, LinuxSeccompAction, Process, Spec};
 use serde_json::Value;
 
-use crate::{commands::CAPABILITIES, error::Error, log};
+use crate::{commands::CAPABILITIES, error::Error, log, plan};
 
 fn wrong(field: &str, why: &str) -> Error {
     Error::Bundle(format!("config.json: {field}: {why}"))
@@ -36,8 +36,9 @@ pub fn check(spec: &Spec, value: &Value) -> Result<(), Error> {
             return Err(wrong(field, &format!("{path:?} is not absolute")));
         }
     }
-    if linux.time_offsets().as_ref().is_some_and(|o| !o.is_empty()) {
-        return Err(wrong("linux.timeOffsets", "a VM's clocks are the guest's own: run without it"));
+    let offsets = linux.time_offsets().as_ref().is_some_and(|o| !o.is_empty());
+    if offsets && plan::namespace(spec, LinuxNamespaceType::Time).is_none() {
+        return Err(wrong("linux.timeOffsets", "they are a time namespace's, and there is none"));
     }
     if linux.intel_rdt().is_some() {
         return Err(wrong(
@@ -78,6 +79,10 @@ fn sysctls(spec: &Spec) -> Result<(), Error> {
             }
             plain if !has_ipc && IPC_SYSCTLS.iter().any(|ipc| plain.starts_with(ipc)) => {
                 "is of an IPC namespace, and the container has none of its own"
+            }
+            // It becomes a path below /proc/sys: `..` would lead to another one than was looked at.
+            plain if plain.split('.').any(str::is_empty) => {
+                "contains an invalid path: names with one `.` or `/` between them are wanted"
             }
             _ => continue,
         };
@@ -181,8 +186,8 @@ fn namespaces(spec: &Spec) -> Result<(), Error> {
             return Err(wrong(&field(), "it is there twice"));
         }
         match (namespace.typ(), namespace.path()) {
-            (LinuxNamespaceType::Time, _) => {
-                return Err(wrong(&field(), "a VM's clocks are the guest's own: run without it"));
+            (LinuxNamespaceType::Time, Some(_)) => {
+                return Err(wrong(&field(), "the host's clocks cannot be a VM's: run without a path"));
             }
             (LinuxNamespaceType::Mount, Some(_)) => {
                 return Err(wrong(&field(), "the host's mounts cannot be a VM's: run without a path"));
@@ -293,11 +298,19 @@ mod tests {
             ("/ociVersion", json!("2.0.0"), "ociVersion 2.0.0 "),
             ("/linux/intelRdt", json!({ "closID": "x" }), "linux.intelRdt"),
             ("/linux/timeOffsets", json!({ "monotonic": { "secs": 1, "nanosecs": 0 } }), "linux.timeOffsets"),
-            ("/linux/namespaces", json!([{ "type": "time" }]), "linux.namespaces: time"),
+            (
+                "/linux/namespaces",
+                json!([{ "type": "time", "path": "/proc/1/ns/time" }]),
+                "linux.namespaces: time",
+            ),
             ("/linux/namespaces", json!([{ "type": "pid" }, { "type": "pid" }]), "linux.namespaces: pid"),
             ("/linux/namespaces", json!([{ "type": "mount", "path": "/x" }]), "linux.namespaces: mount"),
             ("/linux/sysctl", json!({ "kernel.hostname": "x" }), "linux.sysctl"),
             ("/linux/sysctl", json!({ "kernel.msgmax": "8192" }), "kernel.msgmax is of an IPC namespace"),
+            ("/linux/sysctl", json!({ "net/../kernel/sysrq": "1" }), "sysrq contains an invalid path"),
+            ("/linux/sysctl", json!({ "/net/ipv4/ip_forward": "1" }), "contains an invalid path"),
+            ("/linux/sysctl", json!({ ".net.ipv4.ip_forward": "1" }), "contains an invalid path"),
+            ("/linux/sysctl", json!({ "": "1" }), "contains an invalid path"),
             ("/linux/sysctl", json!({ "fs/mqueue/queues_max": "9" }), "fs/mqueue/queues_max is of an IPC"),
             ("/linux/netDevices", json!({ "eth0": { "name": "eth1" } }), "linux.netDevices"),
             ("/linux/seccomp", json!({ "defaultAction": "SCMP_ACT_NOTIFY" }), "linux.seccomp"),
@@ -371,6 +384,7 @@ mod tests {
         for (path, entry) in [
             ("/ociVersion", json!("1.3.0")),
             ("/linux/timeOffsets", json!({})),
+            ("/linux/namespaces", json!([{ "type": "time" }])),
             ("/linux/netDevices", json!({})),
             ("/linux/resources/network", json!({ "priorities": [] })),
             ("/linux/resources/cpu", json!({ "realtimeRuntime": 0, "realtimePeriod": 0 })),

@@ -3,7 +3,8 @@
 //! Owns: the directory below `/sys/fs/cgroup`. Does not own: which limits the host's side adds.
 
 use std::{
-    fs, io,
+    fs,
+    io::{self, Write},
     path::{Component, Path, PathBuf},
 };
 
@@ -69,13 +70,21 @@ fn settings(resources: &LinuxResources, now: &str) -> Result<Vec<(String, String
         let plain =
             file.contains('.') && file.chars().all(|c| c.is_ascii_alphanumeric() || "._-".contains(c));
         if !plain || file.starts_with('.') || file.starts_with("cgroup.") {
-            let message =
-                format!("config.json: linux.resources.unified: {file:?} is not a controller's file");
+            // crun's words, which its users look for.
+            let message = format!(
+                "config.json: linux.resources.unified: the specified key has not the form CONTROLLER.VALUE `{}`",
+                file.escape_debug()
+            );
             return Err(ContainerError::new(ErrorKind::Invalid, message));
         }
         set(file, value.clone());
     }
     Ok(list)
+}
+
+/// Writes a file that is there: a hierarchy answers the wish to make one with EPERM, which says nothing.
+fn write(path: &Path, value: &str) -> io::Result<()> {
+    fs::File::options().write(true).open(path)?.write_all(value.as_bytes())
 }
 
 /// A cgroup and those below it, each after the one that it is in.
@@ -131,10 +140,22 @@ impl Cgroup {
     pub fn apply(&self, resources: &LinuxResources) -> Result<(), ContainerError> {
         let now = fs::read_to_string(self.0.join("cpu.max")).unwrap_or_default();
         for (file, value) in settings(resources, &now)? {
-            fs::write(self.0.join(&file), &value)
-                .map_err(|e| ContainerError::guest(&format!("set {file} to {value}"), e))?;
+            write(&self.0.join(&file), &value).map_err(|e| {
+                let name = file.split('.').next().unwrap_or_default();
+                let stage = if e.kind() == io::ErrorKind::NotFound && !self.has_controller(name) {
+                    format!("set {file}: the requested cgroup controller `{name}` is not available")
+                } else {
+                    format!("set {file} to {value}")
+                };
+                ContainerError::guest(&stage, e)
+            })?;
         }
         Ok(())
+    }
+
+    fn has_controller(&self, name: &str) -> bool {
+        let list = fs::read_to_string(self.0.join("cgroup.controllers")).unwrap_or_default();
+        list.split_whitespace().any(|controller| controller == name)
     }
 
     /// Has the kernel hold its processes to the rules for devices.
@@ -276,6 +297,26 @@ mod tests {
         for name in ["../x/pids.max", "cgroup.procs", "memory", ".", "a/b.c", ""] {
             assert!(of(name).is_err(), "{name:?}");
         }
+    }
+
+    #[test]
+    fn a_limit_without_a_file_is_named_as_missing() {
+        let root = tempfile::tempdir().unwrap();
+        fs::write(root.path().join("cgroup.controllers"), "cpu memory\n").unwrap();
+        fs::write(root.path().join("memory.high"), "").unwrap();
+        let group = Cgroup(root.path().to_owned());
+        let set = |name: &str| {
+            let value = serde_json::json!({ "unified": { name: "7" } });
+            group.apply(&serde_json::from_value(value).unwrap()).map_err(|e| e.message)
+        };
+        set("memory.high").unwrap();
+        assert_eq!(fs::read_to_string(root.path().join("memory.high")).unwrap(), "7");
+        let missing = set("memory.none").unwrap_err();
+        assert!(missing.contains("set memory.none to 7") && missing.contains("No such file"), "{missing}");
+        let controller = set("foo.bar").unwrap_err();
+        assert!(controller.contains("cgroup controller `foo` is not available"), "{controller}");
+        assert!(set("CAPITALS").unwrap_err().contains("has not the form CONTROLLER.VALUE `CAPITALS`"));
+        assert!(!root.path().join("memory.none").exists());
     }
 
     #[test]

@@ -20,7 +20,7 @@ use nix::{
 use oci_spec::runtime::{Process, Spec};
 
 use super::{
-    ContainerError, hooks, mounts, notify,
+    ContainerError, clocks, hooks, mounts, notify,
     process::{Shared, Theirs, fork, message},
     scheduling, security, user,
 };
@@ -32,6 +32,7 @@ pub(super) fn first(id: &str, shared: &[Shared], spec: &Spec, process: &Process,
         // What is made for the container has the modes that are said; the process gets its own mask later.
         nix::sys::stat::umask(nix::sys::stat::Mode::empty());
         shared.iter().try_for_each(Shared::enter)?;
+        clocks::enter(spec)?;
         mounts::set_up(spec)?;
         // As runc does; where it cannot be made, the change into it says so.
         let _ = fs::create_dir_all(process.cwd());
@@ -75,7 +76,8 @@ pub(super) fn further(process: &Process, spec: &Spec, target: i32, theirs: &Thei
         security::limits(process)?;
         // That namespace last: from inside it the others could not be joined.
         let user = user::wanted(spec).then_some(("user", CloneFlags::CLONE_NEWUSER));
-        let files = namespaces.iter().chain(&user).map(open).collect::<Result<Vec<_>, _>>()?;
+        let time = clocks::wanted(spec).then_some(("time", clocks::NEW_TIME));
+        let files = namespaces.iter().chain(&time).chain(&user).map(open).collect::<Result<Vec<_>, _>>()?;
         for (file, flag) in files {
             setns(file, flag).map_err(|e| ContainerError::guest("join the container", e))?;
         }

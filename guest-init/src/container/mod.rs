@@ -8,6 +8,7 @@
 mod accounting;
 mod cgroup;
 mod child;
+mod clocks;
 mod device_rules;
 mod devices;
 mod hooks;
@@ -71,6 +72,7 @@ pub fn parse_spec(value: serde_json::Value) -> Result<Spec, ContainerError> {
     }
     check_process(spec.process().as_ref().ok_or_else(|| invalid("config.json: no process".into()))?)?;
     user::check(&spec)?;
+    clocks::check(&spec)?;
     Ok(spec)
 }
 

@@ -5,7 +5,7 @@
 use std::{
     fs::File,
     io::{Read, Seek, Write},
-    os::unix::process::CommandExt,
+    os::unix::process::{CommandExt, ExitStatusExt},
     process::{Child, Command, ExitStatus, Stdio},
     thread,
     time::{Duration, Instant},
@@ -81,7 +81,13 @@ fn one(hook: &Hook, state: &str) -> Result<(), Error> {
         "" => String::new(),
         words => format!(": {}", words.replace('\n', "; ")),
     };
-    Err(Error::State(format!("hook {name}: {ended}{words}")))
+    let how = match (ended.code(), ended.signal()) {
+        (Some(code), _) => format!("failed with exit code {code}"),
+        (None, Some(signal)) => format!("was killed by signal {signal}"),
+        (None, None) => ended.to_string(),
+    };
+    // The words before the name are crun's.
+    Err(Error::State(format!("hook {how}: {name}{words}")))
 }
 
 /// `None` when it took too long; it is gone then.

@@ -74,7 +74,7 @@ fn a_hook_that_fails_takes_create_down_with_it() {
         config["hooks"][name] = json!([{ "path": "/bin/sh", "args": ["sh", "-c", script] }]);
         let bundle = bench.bundle("c", &config);
         let said = bench.create("c", &bundle).failed(1);
-        assert!(said.contains("hook /bin/sh") && said.contains("it is the hook"), "{name}: {said}");
+        assert!(said.contains("hook failed with exit code 3: /bin/sh: it is the hook"), "{name}: {said}");
         assert_eq!(fs::read_dir(bench.root()).unwrap().count(), 0, "{name}");
     }
     let bench = Bench::new();
@@ -118,7 +118,7 @@ fn every_poststop_hook_runs_and_those_that_fail_are_named() {
     bench.wait_stopped("c");
     let gave = bench.call(&["delete", "c"]);
     assert_eq!((gave.code, bench.read("second").as_str()), (0, "ran\n"), "{}", gave.err);
-    assert!(gave.err.contains("warning: poststop hook /bin/false"), "{}", gave.err);
+    assert!(gave.err.contains("warning: poststop hook failed with exit code 1: /bin/false"), "{}", gave.err);
 }
 
 #[test]
@@ -147,7 +147,7 @@ fn a_poststart_hook_that_fails_stops_the_container() {
     config["hooks"]["poststart"] = json!([{ "path": "/bin/false" }]);
     let bundle = bench.bundle("c", &config);
     let _ = bench.create("c", &bundle).ok();
-    assert!(bench.call(&["start", "c"]).failed(1).contains("hook /bin/false"));
+    assert!(bench.call(&["start", "c"]).failed(1).contains("hook failed with exit code 1: /bin/false"));
     bench.wait_stopped("c");
 }
 
@@ -176,7 +176,10 @@ fn a_poststop_hook_that_fails_keeps_nothing_else_from_running_and_is_in_the_log(
     let _ = bench.call(&["--log", log.to_str().unwrap(), "delete", "c"]).ok();
     assert_eq!(bench.read("order"), "first\nlast\n");
     let log = bench.read("delete.log");
-    assert!(log.contains("level=warning") && log.contains("hook /bin/false"), "{log}");
+    assert!(
+        log.contains("level=warning") && log.contains("hook failed with exit code 1: /bin/false"),
+        "{log}"
+    );
     assert!(bench.state("c").is_err());
 }
 

@@ -165,7 +165,7 @@ fn what_a_vm_cannot_give_fails_create_with_one_line() {
     let bench = Bench::new();
     for (path, entry, words) in [
         ("/linux/intelRdt", json!({ "closID": "x" }), "linux.intelRdt"),
-        ("/linux/timeOffsets", json!({ "boottime": { "secs": 1, "nanosecs": 0 } }), "linux.timeOffsets"),
+        ("/linux/timeOffsets", json!({ "boottime": { "secs": 1, "nanosecs": 0 } }), "there is none"),
         (
             "/linux/seccomp",
             json!({ "defaultAction": "SCMP_ACT_ALLOW", "listenerPath": "/run/agent.sock" }),
@@ -198,6 +198,27 @@ fn the_hosts_network_by_its_path_is_refused_and_left_as_it_is() {
     namespaces.push(json!({ "type": "network", "path": format!("/proc/{}/ns/net", std::process::id()) }));
     let bundle = bench.bundle("c", &config);
     assert!(bench.create("c", &bundle).failed(1).contains("the host's network cannot be given to a VM"));
+}
+
+#[test]
+fn a_time_namespace_has_the_configured_offsets_also_in_further_processes() {
+    let bench = Bench::new();
+    let mut config = config(&["cat", "/proc/self/timens_offsets", "/proc/uptime"]);
+    config["linux"]["namespaces"].as_array_mut().unwrap().push(json!({ "type": "time" }));
+    config["linux"]["timeOffsets"] =
+        json!({ "monotonic": { "secs": 1, "nanosecs": 2 }, "boottime": { "secs": 4_000_000_000_u32 } });
+    let bundle = bench.bundle("c", &config);
+    let _ = bench.create("c", &bundle).ok();
+    let further = bench.call(&["exec", "c", "cat", "/proc/self/timens_offsets", "/proc/uptime"]).ok();
+    let _ = bench.call(&["start", "c"]).ok();
+    bench.wait_stopped("c");
+    for out in [further, bench.read("c.out")] {
+        let words: Vec<&str> = out.split_whitespace().take(7).collect();
+        assert_eq!(words[..6], ["monotonic", "1", "2", "boottime", "4000000000", "0"], "{out}");
+        assert!(words[6].parse::<f64>().unwrap() > 4_000_000_000.0, "{out}");
+    }
+    let own = fs::read_to_string("/proc/uptime").unwrap();
+    assert!(own.split_whitespace().next().unwrap().parse::<f64>().unwrap() < 4_000_000_000.0);
 }
 
 #[test]
