@@ -171,7 +171,7 @@ fn become_program(
     if !late {
         security::filter(spec, process)?;
     }
-    security::identity(process)?;
+    security::identity(process, spec)?;
     enter_directory(process.cwd())?;
     let program = resolve(process)?;
     say(sync, message::READY, "", terminal.as_ref().map(AsRawFd::as_raw_fd));

@@ -56,8 +56,8 @@ fn set(wanted: Option<&Capabilities>) -> CapsHashSet {
     wanted.into_iter().flatten().filter_map(|c| format!("CAP_{c}").parse().ok()).collect()
 }
 
-/// User, groups and capabilities.
-pub(super) fn identity(process: &Process) -> Result<(), ContainerError> {
+/// User, groups, file mode mask and capabilities. A further process that says nothing of the mask has the first one's, as under crun.
+pub(super) fn identity(process: &Process, spec: &Spec) -> Result<(), ContainerError> {
     let failed = |stage: &'static str| move |e: nix::Error| ContainerError::guest(stage, e);
     let caps_failed = |stage: &'static str| move |e: caps::errors::CapsError| ContainerError::guest(stage, e);
     let wanted = process.capabilities().as_ref();
@@ -82,7 +82,8 @@ pub(super) fn identity(process: &Process) -> Result<(), ContainerError> {
     let (uid, gid) = (Uid::from_raw(user.uid()), Gid::from_raw(user.gid()));
     setresgid(gid, gid, gid).map_err(failed("set the group"))?;
     setresuid(uid, uid, uid).map_err(failed("set the user"))?;
-    let mask = user.umask().unwrap_or(DEFAULT_UMASK);
+    let first = spec.process().as_ref().and_then(|process| process.user().umask());
+    let mask = user.umask().or(first).unwrap_or(DEFAULT_UMASK);
     nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(mask));
     caps::set(None, CapSet::Inheritable, &of(|c| c.inheritable()))
         .map_err(caps_failed("set inheritable capabilities"))?;

@@ -52,6 +52,20 @@ fn a_detached_process_has_its_own_stub_in_the_containers_namespaces() {
 }
 
 #[test]
+fn a_process_that_says_nothing_of_its_mask_has_the_containers() {
+    let bench = Bench::new();
+    let mut config = config(&["sleep", "1000"]);
+    config["process"]["user"]["umask"] = json!(0o724);
+    bench.start("c", &config);
+    let mut further = process(&["sh", "-c", "umask"]);
+    let _ = detached(&bench, "e", &further).ok();
+    until(|| bench.read("e.out") == "0724\n");
+    further["user"]["umask"] = json!(0o077);
+    let _ = detached(&bench, "f", &further).ok();
+    until(|| bench.read("f.out") == "0077\n");
+}
+
+#[test]
 fn a_stub_that_is_killed_takes_its_process_along() {
     let bench = Bench::new();
     bench.start("c", &config(&["sleep", "1000"]));
