@@ -210,6 +210,18 @@ impl<'a> Vm<'a> {
     }
 }
 
+/// Has a pod's VM give back what it grew by for a container that has ended, where others go on in it.
+///
+/// # Errors
+/// When there is no VM.
+pub fn give_back(root: &Path, directory: &Directory, record: &Record) -> Result<(), Error> {
+    let mut vm = Vm::of(root, directory, record)?;
+    match change(&vm.size, vm.needed_mib(0)) {
+        Change::Shrink(mib) => vm.shrink(mib).map(drop),
+        Change::Stay | Change::Grow(_) => Ok(()),
+    }
+}
+
 /// Remembers what a container has from an update: a memory limit, processors.
 ///
 /// # Errors

@@ -35,7 +35,7 @@ use crate::{
     cli::Call,
     client,
     error::{self, Error},
-    network, notify, plan,
+    network, notify, plan, resize,
     state::{self, DEFAULT_ROOT, Directory, Record, Status},
 };
 
@@ -245,17 +245,18 @@ fn delete(root: &Path, id: &str, force: bool) -> Result<(), Error> {
         cgroup::remove(path);
     }
     let spec = config(&directory).ok().and_then(|c| plan::read(&c).ok()).map(|(_, spec)| spec);
+    if others {
+        forgotten(&directory, &record.id);
+        // A VM that keeps what it has is no reason to keep the container.
+        let _ = resize::give_back(root, &directory, &record);
+    }
     match (others, &record.share) {
         (false, _) => directory.remove()?,
         (true, Some(_)) => {
-            forgotten(&directory, &record.id);
             pod::hide(&record);
             directory.remove()?;
         }
-        (true, None) => {
-            forgotten(&directory, &record.id);
-            pod::orphan(root, &directory, &record)?;
-        }
+        (true, None) => pod::orphan(root, &directory, &record)?,
     }
     pod::sweep(root);
     let poststop = spec.as_ref().and_then(|s| s.hooks().as_ref()).and_then(|h| h.poststop().as_ref());

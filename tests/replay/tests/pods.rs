@@ -79,6 +79,12 @@ fn the_vm_grows_for_a_member_that_needs_more_than_there_is() {
     bench.start("three", &limited(member(&bench, &["sleep", "1000"], SHARED), 8192));
     assert_eq!((bench.status("three"), size()), ("running".into(), (512, 152)));
     assert!(bench.read("three.log").contains("at most 4096 MiB"), "{}", bench.read("three.log"));
+    // Who leaves takes along what the VM has for it alone.
+    let _ = bench.call(&["delete", "--force", "three"]).ok();
+    assert_eq!(size(), (512, 152));
+    let _ = bench.call(&["delete", "--force", "two"]).ok();
+    assert_eq!(size(), (512, 0));
+    assert_eq!(bench.status("one"), "running");
 }
 
 #[test]
