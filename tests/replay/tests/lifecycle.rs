@@ -105,11 +105,14 @@ fn an_id_can_be_used_again_when_its_conmon_was_killed_and_it_has_stopped() {
     assert_eq!(bench.status("c"), "running");
 }
 
-/// A `create` whose hook waits until it is told to go on; the child, and the file that tells it.
+/// A `create` whose hook waits until it is told to go on, or until the bench is gone; the child, and the file that tells it.
 fn create_that_waits(bench: &Bench) -> (Child, std::path::PathBuf) {
     let mut config = config(&["echo", "ran"]);
     let place = bench.path("hook");
-    let script = format!("touch {0}.there; while [ ! -e {0}.go ]; do sleep 0.01; done", place.display());
+    let script = format!(
+        "touch {0}.there; while [ -e {0}.there ] && [ ! -e {0}.go ]; do sleep 0.01; done",
+        place.display()
+    );
     let env = json!(["PATH=/usr/bin:/bin"]);
     config["hooks"]["createRuntime"] =
         json!([{ "path": "/bin/sh", "args": ["sh", "-c", script], "env": env }]);
