@@ -5,18 +5,24 @@
 
 use std::{
     ffi::CString,
-    io,
+    fs, io,
     os::{
         fd::BorrowedFd,
-        unix::{ffi::OsStrExt, fs::symlink},
+        unix::{
+            ffi::OsStrExt,
+            fs::{PermissionsExt, chown, symlink},
+        },
     },
-    path::Path,
+    path::{Path, PathBuf},
 };
 
 use nix::mount::{MsFlags, mount};
 use oci_spec::runtime::{LinuxDeviceType, Spec};
 
 use super::{ContainerError, path, user};
+
+/// Where nodes are made that the host's file system does not take.
+const OWN_NODES: &str = "/run/coffer/node";
 
 /// A node to make.
 struct Node<'a> {
@@ -96,8 +102,7 @@ fn one(root: BorrowedFd<'_>, node: &Node<'_>) -> Result<(), ContainerError> {
         let error = io::Error::last_os_error();
         return match error.raw_os_error() {
             Some(libc::EEXIST) => Ok(()),
-            // The host's file system takes no devices: this guest's own then lies over an empty file.
-            Some(libc::EPERM) if node.path.starts_with("/dev") && node.path.exists() => bind(root, node.path),
+            Some(libc::EPERM) => lay_over(root, node),
             _ => Err(failed(error)),
         };
     }
@@ -110,10 +115,45 @@ fn one(root: BorrowedFd<'_>, node: &Node<'_>) -> Result<(), ContainerError> {
     if set { Ok(()) } else { Err(failed(io::Error::last_os_error())) }
 }
 
-/// For a root file system without a tmpfs on `/dev`.
-fn bind(root: BorrowedFd<'_>, source: &Path) -> Result<(), ContainerError> {
-    let failed = |e: io::Error| ContainerError::guest(&format!("bind device {}", source.display()), e);
-    let place = path::make(root, source, true).map_err(failed)?.fd;
+/// The host's file system takes no devices: one of this guest's then lies over an empty file.
+fn lay_over(root: BorrowedFd<'_>, node: &Node<'_>) -> Result<(), ContainerError> {
+    if node.path.starts_with("/dev") && node.path.exists() {
+        return bind(root, node.path, node.path);
+    }
+    let failed = |e: io::Error| ContainerError::guest(&format!("make device {}", node.path.display()), e);
+    let own = make_own(node).map_err(failed)?;
+    let bound = bind(root, &own, node.path);
+    // What is bound needs no name.
+    fs::remove_file(&own).map_err(failed)?;
+    bound
+}
+
+/// A node in init's own files, under a name that no other container's has meanwhile.
+fn make_own(node: &Node<'_>) -> io::Result<PathBuf> {
+    let mut number = 0_u64;
+    loop {
+        let own = PathBuf::from(format!("{OWN_NODES}.{number}"));
+        let name = CString::new(own.as_os_str().as_bytes())?;
+        // SAFETY: the name outlives the call.
+        let made = unsafe {
+            libc::mknod(name.as_ptr(), node.kind | node.mode, libc::makedev(node.number.0, node.number.1))
+        };
+        if made == 0 {
+            chown(&own, Some(node.owner.0), Some(node.owner.1))?;
+            fs::set_permissions(&own, fs::Permissions::from_mode(node.mode))?;
+            return Ok(own);
+        }
+        let error = io::Error::last_os_error();
+        if error.kind() != io::ErrorKind::AlreadyExists {
+            return Err(error);
+        }
+        number += 1;
+    }
+}
+
+fn bind(root: BorrowedFd<'_>, source: &Path, device: &Path) -> Result<(), ContainerError> {
+    let failed = |e: io::Error| ContainerError::guest(&format!("bind device {}", device.display()), e);
+    let place = path::make(root, device, true).map_err(failed)?.fd;
     mount(Some(source), path::name(&place).as_str(), None::<&str>, MsFlags::MS_BIND, None::<&str>)
         .map_err(|e| failed(e.into()))
 }

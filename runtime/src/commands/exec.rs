@@ -70,6 +70,7 @@ pub(super) fn exec(call: &Call, root: &Path) -> Result<i32, Error> {
     let exec_id = format!("{}", std::process::id());
     let streams = carried.iter().map(|c| c.stream).collect();
     let (id, cgroup) = (record.id.clone(), below(call)?);
+    let signals = if call.has("detach") { None } else { Some(foreground::Signals::hold()?) };
     connection.ask(&Request::Exec(Box::new(Exec { id, cgroup, exec_id, process, window, streams })))?;
     let (ready, tell_ready) = pipe2(OFlag::O_CLOEXEC).map_err(host("make a pipe"))?;
     let reports = File::open(directory.file("")).ok();
@@ -136,7 +137,7 @@ pub(super) fn exec(call: &Call, root: &Path) -> Result<i32, Error> {
     if let Some(path) = call.value("pid-file") {
         state::write_whole(Path::new(path), pid.to_string().as_bytes())?;
     }
-    if call.has("detach") { Ok(0) } else { foreground::wait(pid, own) }
+    signals.map_or(Ok(0), |signals| foreground::wait(pid, own, &signals))
 }
 
 /// The cgroup below the container's that `--cgroup` names. The hierarchy has one tree, so that no controller is named with it.

@@ -48,11 +48,19 @@ impl Drop for Raw {
     }
 }
 
+/// This process's signals, kept from before the container's process runs: whoever sees its first word may signal at once.
+pub(super) struct Signals(SignalFd);
+
+impl Signals {
+    pub(super) fn hold() -> Result<Self, Error> {
+        let all = SigSet::all();
+        all.thread_block().map_err(host("take signals"))?;
+        SignalFd::with_flags(&all, SfdFlags::SFD_CLOEXEC).map(Self).map_err(host("take signals"))
+    }
+}
+
 /// Waits for the stub, our child, with its signals and its terminal; gives its code as a shell would.
-pub(super) fn wait(stub: i32, terminal: Option<OwnedFd>) -> Result<i32, Error> {
-    let all = SigSet::all();
-    all.thread_block().map_err(host("take signals"))?;
-    let signals = SignalFd::with_flags(&all, SfdFlags::SFD_CLOEXEC).map_err(host("take signals"))?;
+pub(super) fn wait(stub: i32, terminal: Option<OwnedFd>, signals: &Signals) -> Result<i32, Error> {
     let _raw = terminal.map(Raw::new).transpose()?;
     loop {
         match waitpid(Pid::from_raw(stub), Some(WaitPidFlag::WNOHANG)) {
@@ -62,7 +70,7 @@ pub(super) fn wait(stub: i32, terminal: Option<OwnedFd>) -> Result<i32, Error> {
             Err(e) => return Err(host("wait for the container")(e)),
         }
         // The end of the child is a signal, too.
-        let Ok(Some(signal)) = signals.read_signal() else { continue };
+        let Ok(Some(signal)) = signals.0.read_signal() else { continue };
         let number = signal.ssi_signo as i32;
         if number != Signal::SIGCHLD as i32 {
             // SAFETY: signals our own child, which was not reaped.

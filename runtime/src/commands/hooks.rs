@@ -11,7 +11,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::{
+    memfd::{MFdFlags, memfd_create},
+    signal::SigSet,
+};
 use oci_spec::runtime::Hook;
 
 use crate::{
@@ -59,6 +62,10 @@ fn one(hook: &Hook, state: &str) -> Result<(), Error> {
     }
     let copy = said.try_clone().map_err(host("make a file for a hook's words"))?;
     command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(copy);
+    // This process may hold its own signals back.
+    let unblock = || SigSet::empty().thread_set_mask().map_err(Into::into);
+    // SAFETY: between fork and exec it makes one system call and takes no memory.
+    unsafe { command.pre_exec(unblock) };
     let mut child = command.spawn().map_err(host(format!("run hook {name}")))?;
     if let Some(mut stdin) = child.stdin.take() {
         // A hook need not read it.

@@ -203,6 +203,32 @@ fn signals_to_run_in_the_foreground_are_the_containers() {
     assert_eq!(coffer_replay::finish(&mut child), 3);
 }
 
+/// The container runs before `run` waits for it: here a hook, which has no signal blocked, holds `run` up.
+#[test]
+fn a_signal_to_run_is_kept_until_it_can_be_handed_on() {
+    let bench = Bench::new();
+    let mut config = config(&["sh", "-c", TRAPS]);
+    let place = bench.path("hook");
+    let script = format!(
+        "grep SigBlk /proc/self/status >{0}.mask; touch {0}.there; while [ -e {0}.there ] && [ ! -e {0}.go ]; do sleep 0.01; done",
+        place.display()
+    );
+    config["hooks"]["poststart"] =
+        json!([{ "path": "/bin/sh", "args": ["sh", "-c", script], "env": ["PATH=/usr/bin:/bin"] }]);
+    let bundle = bench.bundle("c", &config);
+    let out = fs::File::create(bench.path("out")).unwrap();
+    let mut child = bench.command(&["run", "c", "-b"]).arg(&bundle).stdout(out).spawn().unwrap();
+    until(|| bench.path("hook.there").exists() && bench.read("out").contains("up"));
+    // SAFETY: signals our own child.
+    unsafe { libc::kill(child.id() as i32, libc::SIGUSR1) };
+    fs::write(bench.path("hook.go"), "").unwrap();
+    until(|| bench.read("out").contains("got USR1"));
+    // SAFETY: likewise.
+    unsafe { libc::kill(child.id() as i32, libc::SIGTERM) };
+    assert_eq!(coffer_replay::finish(&mut child), 3);
+    assert_eq!(bench.read("hook.mask").trim(), "SigBlk:\t0000000000000000");
+}
+
 #[test]
 fn a_daemon_that_closes_its_output_lets_readers_of_it_go() {
     let bench = Bench::new();

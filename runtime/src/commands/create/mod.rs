@@ -121,20 +121,23 @@ pub(super) fn run(call: &Call, root: &Path) -> Result<i32, Error> {
     // A stub must be our child to be waited for.
     create(call, root)?;
     let id = call.id()?;
-    let waits = if call.has("detach") { Ready::Awaited } else { Ready::Behind };
-    let started = start_container(root, id, waits);
+    let detached = call.has("detach");
+    let held = if detached { Ok(None) } else { foreground::Signals::hold().map(Some) };
+    let waits = if detached { Ready::Awaited } else { Ready::Behind };
+    let started = held.and_then(|held| start_container(root, id, waits).map(|()| held));
     let record = Directory::of(root, id)?.read()?;
-    if let Err(error) = started {
-        let _ = delete(root, id, true);
-        return Err(error);
-    }
-    if call.has("detach") {
-        return Ok(0);
-    }
+    let signals = match started {
+        Err(error) => {
+            let _ = delete(root, id, true);
+            return Err(error);
+        }
+        Ok(None) => return Ok(0),
+        Ok(Some(signals)) => signals,
+    };
     let wants_terminal =
         plan::wants_terminal(&config(&Directory::of(root, id)?)?) && call.value("console-socket").is_none();
     let terminal = if wants_terminal { foreground::terminal()? } else { None };
-    let code = record.stub.map_or(Ok(0), |stub| foreground::wait(stub.pid, terminal));
+    let code = record.stub.map_or(Ok(0), |stub| foreground::wait(stub.pid, terminal, &signals));
     if !call.has("keep") {
         delete(root, id, true)?;
     }
