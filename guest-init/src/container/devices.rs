@@ -21,8 +21,8 @@ use oci_spec::runtime::{LinuxDeviceType, Spec};
 
 use super::{ContainerError, path, user};
 
-/// Where nodes are made that the host's file system does not take.
-const OWN_NODES: &str = "/run/coffer/node";
+/// Where nodes are made that the host's file system does not take: what is bound from /run opens no device.
+const OWN_NODES: &str = "/dev/coffer-node";
 
 /// A node to make.
 struct Node<'a> {
@@ -128,7 +128,7 @@ fn lay_over(root: BorrowedFd<'_>, node: &Node<'_>) -> Result<(), ContainerError>
     bound
 }
 
-/// A node in init's own files, under a name that no other container's has meanwhile.
+/// A node among the guest's own, under a name that no other container's has meanwhile.
 fn make_own(node: &Node<'_>) -> io::Result<PathBuf> {
     let mut number = 0_u64;
     loop {
