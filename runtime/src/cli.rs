@@ -4,9 +4,14 @@
 
 mod options;
 
-use std::{collections::HashMap, path::PathBuf};
+use std::{collections::HashMap, io::Write, path::PathBuf};
 
 use crate::error::Error;
+
+/// Shows a help text; a reader that has seen enough, as `head`, is no failure.
+pub fn show(text: &str) {
+    let _ = writeln!(std::io::stdout(), "{text}");
+}
 
 /// Shown by `--help`.
 pub const USAGE: &str = "\

@@ -34,7 +34,7 @@ pub fn main() -> ExitCode {
         }
     };
     match call.command.as_str() {
-        "--help" => println!("{}", cli::USAGE),
+        "--help" => cli::show(cli::USAGE),
         "--version" => println!(
             "coffer version {}\ncommit: {}\nspec: {SPECIFICATION}",
             env!("CARGO_PKG_VERSION"),

@@ -4,14 +4,11 @@
 //! kernel decides; who may use them (`device_rules`).
 
 use std::{
-    ffi::CString,
+    ffi::{CStr, CString},
     fs, io,
     os::{
         fd::BorrowedFd,
-        unix::{
-            ffi::OsStrExt,
-            fs::{PermissionsExt, chown, symlink},
-        },
+        unix::{ffi::OsStrExt, fs::symlink},
     },
     path::{Path, PathBuf},
 };
@@ -94,25 +91,24 @@ fn one(root: BorrowedFd<'_>, node: &Node<'_>) -> Result<(), ContainerError> {
     let parent = path::make(root, parent, false).map_err(failed)?.fd;
     let place = CString::new([path::name(&parent).as_bytes(), b"/", name.as_bytes()].concat())
         .map_err(|e| failed(e.into()))?;
-    // SAFETY: the name outlives the call.
-    let made = unsafe {
-        libc::mknod(place.as_ptr(), node.kind | node.mode, libc::makedev(node.number.0, node.number.1))
-    };
-    if made < 0 {
-        let error = io::Error::last_os_error();
-        return match error.raw_os_error() {
-            Some(libc::EEXIST) => Ok(()),
-            Some(libc::EPERM) => lay_over(root, node),
-            _ => Err(failed(error)),
-        };
+    match make_at(&place, node) {
+        Err(e) if e.raw_os_error() == Some(libc::EPERM) => lay_over(root, node),
+        Err(e) if e.kind() != io::ErrorKind::AlreadyExists => Err(failed(e)),
+        _ => Ok(()),
     }
-    // The mask took bits away; nobody else is in this mount namespace yet, so the name is still what was just made.
-    // SAFETY: the name outlives both calls.
-    let set = unsafe {
-        libc::lchown(place.as_ptr(), node.owner.0, node.owner.1) == 0
+}
+
+/// Makes a node under a name that nobody else changes: this mount namespace, or the guest's own /dev.
+fn make_at(place: &CStr, node: &Node<'_>) -> io::Result<()> {
+    let number = libc::makedev(node.number.0, node.number.1);
+    // The mask takes bits of the mode away, so that it is set after.
+    // SAFETY: the name outlives the calls.
+    let made = unsafe {
+        libc::mknod(place.as_ptr(), node.kind | node.mode, number) == 0
+            && libc::lchown(place.as_ptr(), node.owner.0, node.owner.1) == 0
             && libc::chmod(place.as_ptr(), node.mode) == 0
     };
-    if set { Ok(()) } else { Err(failed(io::Error::last_os_error())) }
+    if made { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 /// The host's file system takes no devices: one of this guest's then lies over an empty file.
@@ -133,21 +129,10 @@ fn make_own(node: &Node<'_>) -> io::Result<PathBuf> {
     let mut number = 0_u64;
     loop {
         let own = PathBuf::from(format!("{OWN_NODES}.{number}"));
-        let name = CString::new(own.as_os_str().as_bytes())?;
-        // SAFETY: the name outlives the call.
-        let made = unsafe {
-            libc::mknod(name.as_ptr(), node.kind | node.mode, libc::makedev(node.number.0, node.number.1))
-        };
-        if made == 0 {
-            chown(&own, Some(node.owner.0), Some(node.owner.1))?;
-            fs::set_permissions(&own, fs::Permissions::from_mode(node.mode))?;
-            return Ok(own);
+        match make_at(&CString::new(own.as_os_str().as_bytes())?, node) {
+            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => number += 1,
+            made => return made.map(|()| own),
         }
-        let error = io::Error::last_os_error();
-        if error.kind() != io::ErrorKind::AlreadyExists {
-            return Err(error);
-        }
-        number += 1;
     }
 }
 

@@ -36,6 +36,7 @@ use zeroize::Zeroizing;
 
 use self::{arguments::Arguments, progress::Progress};
 use crate::{
+    cli,
     image::SHARED,
     registry::{self, RegistryError},
 };
@@ -115,7 +116,7 @@ pub enum Error {
 /// [`Error`].
 pub fn run(words: &[String]) -> Result<(), Error> {
     let Some((command, words)) = words.split_first() else {
-        println!("{USAGE}");
+        cli::show(USAGE);
         return Ok(());
     };
     let arguments = |flags: &[&'static str], most: usize| Arguments::parse(command, words, flags, most);
@@ -128,7 +129,7 @@ pub fn run(words: &[String]) -> Result<(), Error> {
         "unpack" => unpack(&arguments(&["--key", "--jwe", "--most", "--policy", "--name"], 2)?),
         "keyprovider" => keyprovider(&arguments(&["--key"], 0)?),
         "--help" | "-h" | "help" => {
-            println!("{USAGE}");
+            cli::show(USAGE);
             Ok(())
         }
         other => Err(Error::Usage(format!("unknown command {other:?}"))),

@@ -27,7 +27,7 @@ use coffer_layers::{
 use serde_json::{Value, json};
 use thiserror::Error;
 
-use crate::plan;
+use crate::{cli, plan};
 
 /// Shown by `coffer policy --help`.
 pub const USAGE: &str = "\
@@ -103,11 +103,11 @@ pub fn run(words: &[String]) -> Result<(), Error> {
     match words.split_first() {
         Some((command, words)) if command == "generate" => generate_policy(words),
         None => {
-            println!("{USAGE}");
+            cli::show(USAGE);
             Ok(())
         }
         Some((help, _)) if matches!(help.as_str(), "--help" | "-h" | "help") => {
-            println!("{USAGE}");
+            cli::show(USAGE);
             Ok(())
         }
         Some((other, _)) => Err(Error::Usage(format!("unknown command {other:?}"))),

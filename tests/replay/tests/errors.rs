@@ -163,3 +163,19 @@ fn create_takes_another_configuration_file() {
     assert_eq!(coffer_replay::finish(&mut child), 0, "{}", bench.read("out"));
     assert_eq!(bench.status("c"), "created");
 }
+
+#[test]
+fn help_for_a_reader_that_has_seen_enough_is_no_failure() {
+    let bench = Bench::new();
+    for words in [&["--help"][..], &["image", "--help"], &["policy"]] {
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let mut command = Command::new(bench.command(&[]).get_program());
+        let output = command.args(words).stdout(writer).output().unwrap();
+        assert_eq!(
+            (output.status.code(), String::from_utf8_lossy(&output.stderr).as_ref()),
+            (Some(0), ""),
+            "{words:?}"
+        );
+    }
+}
