@@ -2,8 +2,8 @@
 """What of a pod under a TEE its host can see.
 
 plaintext.py wire FILE              records every frame on this host's interfaces into FILE until it is killed
-plaintext.py memory WORD PID...     says how often WORD stands in the guest's private memory, which only the emulated machine lets anybody
-                                    read, and how often anywhere else in these processes: shared memory, buffers, stacks
+plaintext.py memory WORD... -- PID...   a line for each WORD: how often it stands in the guest's private memory, which only the emulated machine
+                                    lets anybody read, and how often anywhere else in these processes: shared memory, buffers, stacks
 plaintext.py file WORD FILE         says how often WORD stands in FILE
 """
 import socket
@@ -21,13 +21,14 @@ def wire(path):
             out.write(heard.recv(1 << 16))
 
 
-def count(word, pieces):
-    """In a stream of pieces, also across their borders."""
-    found, kept = 0, b""
+def count(words, pieces):
+    """Of each word in a stream of pieces, also across their borders."""
+    found, kept = [0] * len(words), [b""] * len(words)
     for piece in pieces:
-        kept += piece
-        found += kept.count(word)
-        kept = kept[-(len(word) - 1):]
+        for i, word in enumerate(words):
+            # What is kept is too short for the word by itself.
+            found[i] += piece.count(word) + (kept[i] + piece[:len(word) - 1]).count(word)
+            kept[i] = (kept[i] + piece[1 - len(word):])[1 - len(word):]
     return found
 
 
@@ -55,8 +56,8 @@ def private_range(pid):
     return start, start + size
 
 
-def memory(word, pids):
-    private = elsewhere = 0
+def memory(words, pids):
+    private, elsewhere = [0] * len(words), [0] * len(words)
     for pid in pids:
         first, last = private_range(pid)
         held = open(f"/proc/{pid}/mem", "rb", buffering=0)
@@ -74,17 +75,18 @@ def memory(word, pids):
                 at += len(piece)
 
         for start, end, _, _ in mappings(pid):
-            if first <= start < last:
-                private += count(word, pieces(start, end))
-            else:
-                elsewhere += count(word, pieces(start, end))
-    print(f"private {private} elsewhere {elsewhere}")
+            sums = private if first <= start < last else elsewhere
+            for i, found in enumerate(count(words, pieces(start, end))):
+                sums[i] += found
+    for inside, outside in zip(private, elsewhere):
+        print(f"private {inside} elsewhere {outside}")
 
 
 if sys.argv[1] == "wire":
     wire(sys.argv[2])
 elif sys.argv[1] == "memory":
-    memory(sys.argv[2].encode(), [int(pid) for pid in sys.argv[3:]])
+    border = sys.argv.index("--")
+    memory([word.encode() for word in sys.argv[2:border]], [int(pid) for pid in sys.argv[border + 1:]])
 else:
     with open(sys.argv[3], "rb") as data:
-        print(count(sys.argv[2].encode(), iter(lambda: data.read(PIECE), b"")))
+        print(*count([sys.argv[2].encode()], iter(lambda: data.read(PIECE), b"")))
