@@ -24,6 +24,8 @@ use crate::{
 pub(crate) const DEFAULT_MEMORY_MIB: u64 = 512;
 /// MiB that the guest's kernel and init need beside the container.
 pub(crate) const GUEST_OVERHEAD_MIB: u64 = 64;
+/// Says a VM's memory outright, in MiB.
+pub(crate) const MEMORY_ANNOTATION: &str = "io.coffer.memory-mib";
 /// MiB that no guest is smaller than.
 pub(crate) const LEAST_MEMORY_MIB: u64 = 128;
 pub(crate) const MOST_VCPUS: u32 = 64;
@@ -296,11 +298,9 @@ fn hardware(config: &Value, field: &str) -> Option<u64> {
 }
 
 fn memory_mib(spec: &Spec) -> Result<u64, Error> {
-    if let Some(text) = annotation(spec, "io.coffer.memory-mib") {
+    if let Some(text) = annotation(spec, MEMORY_ANNOTATION) {
         let wrong = || {
-            Error::Bundle(format!(
-                "annotation io.coffer.memory-mib={text} is not a number of MiB, 32 or more"
-            ))
+            Error::Bundle(format!("annotation {MEMORY_ANNOTATION}={text} is not a number of MiB, 32 or more"))
         };
         return text.parse().ok().filter(|n| *n >= 32).ok_or_else(wrong);
     }

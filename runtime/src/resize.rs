@@ -57,6 +57,19 @@ pub fn change(size: &VmSize, needed_mib: Option<u64>) -> Change {
     }
 }
 
+/// Why a VM is not that many MiB larger than it booted, and what helps where no more can ever come.
+fn too_small(size: &VmSize, wanted_mib: u64, reason: &str) -> String {
+    let (boot, wanted) = (size.boot_mib, size.boot_mib.saturating_add(wanted_mib));
+    let remedy = match size.most_mib {
+        0 => format!(
+            "; make it with annotation {}={wanted} to have so many from its start",
+            plan::MEMORY_ANNOTATION
+        ),
+        _ => String::new(),
+    };
+    format!("memory: the VM booted with {boot} MiB and needs {wanted}: {reason}{remedy}")
+}
+
 /// A VM that runs, while nobody else changes its size.
 pub struct Vm<'a> {
     root: &'a Path,
@@ -133,10 +146,6 @@ impl<'a> Vm<'a> {
     pub fn grow(&mut self, wanted_mib: u64) -> Result<(), Error> {
         let before = self.size;
         let more = wanted_mib.saturating_sub(before.wanted_mib);
-        let words = |reason: String| {
-            let (boot, wanted) = (before.boot_mib, before.boot_mib + wanted_mib);
-            Error::State(format!("memory: the VM booted with {boot} MiB and needs {wanted}: {reason}"))
-        };
         self.widen(i64::try_from(more << 20).unwrap_or(i64::MAX))?;
         let grown = self.ask(wanted_mib).and_then(|()| {
             client::ask(&self.directory.socket(), &Request::TakeMemory)?;
@@ -150,7 +159,7 @@ impl<'a> Vm<'a> {
         // As before, as far as that goes.
         let _ = self.ask(before.wanted_mib);
         let _ = self.widen(-i64::try_from(more << 20).unwrap_or(i64::MAX));
-        Err(words(reason))
+        Err(Error::State(too_small(&before, wanted_mib, &reason)))
     }
 
     /// Asks the VM to be smaller, then its host's cgroup. The MiB over what was wanted that the guest keeps; it gives them back when it
@@ -273,6 +282,21 @@ mod tests {
         assert_eq!(change(&size, Some(300)), Change::Shrink(108));
         assert_eq!(change(&size, Some(0)), Change::Shrink(0));
         assert_eq!(change(&size, None), Change::Stay, "without a limit it keeps what it has");
+    }
+
+    #[test]
+    fn a_vm_that_cannot_grow_says_how_it_is_made_larger() {
+        let size = VmSize { boot_mib: 192, ..VmSize::default() };
+        assert_eq!(
+            too_small(&size, 384, "it is in a TEE"),
+            "memory: the VM booted with 192 MiB and needs 576: it is in a TEE; \
+             make it with annotation io.coffer.memory-mib=576 to have so many from its start"
+        );
+        let size = VmSize { most_mib: 256, ..size };
+        assert_eq!(
+            too_small(&size, 384, "at most 256 MiB can come"),
+            "memory: the VM booted with 192 MiB and needs 576: at most 256 MiB can come"
+        );
     }
 
     #[test]
