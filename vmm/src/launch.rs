@@ -15,7 +15,7 @@ use coffer_layout::{
     boot::{COMMAND_LINE, COMMAND_LINE_MAX, MapEntry},
 };
 use thiserror::Error;
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::{Bytes, GuestAddress, GuestMemory};
 
 use crate::{
     igvm::{Directive, Image, ParameterKind, Registers},
@@ -243,7 +243,11 @@ pub fn load(plan: &Plan, mut file: &File, memory: &Ram) -> Result<(), LaunchErro
         } else {
             let mut bytes = vec![0; copy.size as usize];
             file.read_exact_at(&mut bytes, copy.offset).map_err(|e| failed(&e))?;
-            (0..copy.times).try_for_each(|n| write(copy.gpa + n * copy.size, &bytes))?;
+            let (all, size) = ((copy.size * copy.times) as usize, bytes.len());
+            let room = memory.get_slice(GuestAddress(copy.gpa), all).map_err(|e| failed(&e))?;
+            for at in (0..all).step_by(size) {
+                room.subslice(at, size).map_err(|e| failed(&e))?.copy_from(&bytes);
+            }
         }
     }
     plan.areas.iter().try_for_each(|(gpa, bytes)| write(*gpa, bytes))

@@ -22,8 +22,6 @@ const RETURN: u16 = (libc::BPF_RET | libc::BPF_K) as u16;
 /// None when there are so many that a jump would be too long.
 #[must_use]
 pub(super) fn program(refused: &[u32]) -> Option<BpfProgram> {
-    let edges = edges(refused);
-    let tree = tree(&edges, false)?;
     let step = |code, jt, jf, k| sock_filter { code, jt, jf, k };
     let mut program = vec![
         step(LOAD, 0, 0, ARCHITECTURE_AT),
@@ -31,7 +29,7 @@ pub(super) fn program(refused: &[u32]) -> Option<BpfProgram> {
         step(RETURN, 0, 0, libc::SECCOMP_RET_KILL_PROCESS),
         step(LOAD, 0, 0, NUMBER_AT),
     ];
-    program.extend(tree);
+    tree(&mut program, &edges(refused), false)?;
     Some(program)
 }
 
@@ -54,20 +52,20 @@ fn edges(refused: &[u32]) -> Vec<u32> {
     edges
 }
 
-/// Decides among the stretches that `edges` part; `refuses` is the verdict on the first.
-fn tree(edges: &[u32], refuses: bool) -> Option<Vec<sock_filter>> {
-    let verdict = if refuses { libc::SECCOMP_RET_TRAP } else { libc::SECCOMP_RET_ALLOW };
+/// Adds the steps that decide among the stretches that `edges` part; `refuses` is the verdict on the first.
+fn tree(program: &mut BpfProgram, edges: &[u32], refuses: bool) -> Option<()> {
     let middle = edges.len() / 2;
     let Some(edge) = edges.get(middle) else {
-        return Some(vec![sock_filter { code: RETURN, jt: 0, jf: 0, k: verdict }]);
+        let verdict = if refuses { libc::SECCOMP_RET_TRAP } else { libc::SECCOMP_RET_ALLOW };
+        program.push(sock_filter { code: RETURN, jt: 0, jf: 0, k: verdict });
+        return Some(());
     };
-    let below = tree(&edges[..middle], refuses)?;
-    let above = tree(&edges[middle + 1..], refuses ^ middle.is_multiple_of(2))?;
-    let over = u8::try_from(below.len()).ok()?;
-    let mut steps = vec![sock_filter { code: JUMP_FROM, jt: over, jf: 0, k: *edge }];
-    steps.extend(below);
-    steps.extend(above);
-    Some(steps)
+    let fork = program.len();
+    program.push(sock_filter { code: JUMP_FROM, jt: 0, jf: 0, k: *edge });
+    tree(program, &edges[..middle], refuses)?;
+    // Over those of the numbers below the edge.
+    program[fork].jt = u8::try_from(program.len() - fork - 1).ok()?;
+    tree(program, &edges[middle + 1..], refuses ^ middle.is_multiple_of(2))
 }
 
 #[cfg(test)]

@@ -252,6 +252,7 @@ pub fn read(file: &[u8], platform: Platform) -> Result<Image, ImageError> {
         index: 0,
         // Nearly all headers are pages', and one that grew step by step would be copied and faulted in again each time.
         directives: Vec::with_capacity(headers.len() / abi::PAGE_HEADER),
+        areas: Vec::new(),
         registers: None,
         snp: Snp::default(),
     };
@@ -321,8 +322,18 @@ struct Reader<'a> {
     mask: u32,
     index: usize,
     directives: Vec<Directive>,
+    /// Those among the directives, which are thousands.
+    areas: Vec<Area>,
     registers: Option<Registers>,
     snp: Snp,
+}
+
+/// A parameter area that was made.
+struct Area {
+    index: u32,
+    size: u64,
+    /// It was put into the guest: nothing fills it any more.
+    inserted: bool,
 }
 
 impl Reader<'_> {
@@ -331,12 +342,17 @@ impl Reader<'_> {
     }
 
     fn header(&mut self, kind: u32, body: &[u8]) -> Result<(), ImageError> {
+        // Nearly all are these, and where the length is known no field is checked again.
+        if let (abi::PAGE_DATA, Ok(page)) = (kind, <&[u8; abi::PAGE_BODY]>::try_from(body)) {
+            return self.page(page);
+        }
         let fields = Fields(body);
         let length_of = |kind| match kind {
             abi::SUPPORTED_PLATFORM | abi::VP_CONTEXT => Some(if kind == abi::VP_CONTEXT { 20 } else { 16 }),
             abi::PARAMETER_AREA | abi::PARAMETER_INSERT | abi::GUEST_POLICY => Some(16),
             abi::SNP_ID_BLOCK => Some(abi::SNP_ID_BLOCK_SIZE),
-            abi::PAGE_DATA | abi::REQUIRED_MEMORY => Some(24),
+            abi::PAGE_DATA => Some(abi::PAGE_BODY),
+            abi::REQUIRED_MEMORY => Some(24),
             abi::VP_COUNT | abi::MEMORY_MAP => Some(8),
             _ => None,
         };
@@ -348,7 +364,6 @@ impl Reader<'_> {
         }
         match kind {
             abi::SUPPORTED_PLATFORM => self.platform(fields),
-            abi::PAGE_DATA => self.page(fields),
             abi::PARAMETER_AREA => self.area(fields),
             abi::VP_COUNT => self.parameter(ParameterKind::VpCount, fields),
             abi::MEMORY_MAP => self.parameter(ParameterKind::MemoryMap, fields),
@@ -422,7 +437,9 @@ impl Reader<'_> {
         Ok(())
     }
 
-    fn page(&mut self, fields: Fields<'_>) -> Result<(), ImageError> {
+    #[inline]
+    fn page(&mut self, body: &[u8; abi::PAGE_BODY]) -> Result<(), ImageError> {
+        let fields = Fields(body);
         let (gpa, mask, offset, flags, kind) =
             (fields.u64(0), fields.u32(8), fields.u32(12), fields.u32(16), fields.u16(20));
         if !gpa.is_multiple_of(PAGE) || gpa.checked_add(PAGE).is_none() {
@@ -470,29 +487,26 @@ impl Reader<'_> {
             return Err(self.wrong("a parameter area must be pages, 1 MiB at most"));
         }
         let initial = self.data(fields.u32(12), size, "a parameter area's bytes lie outside the file")?;
-        if self.find_area(index).is_some() {
+        if self.areas.iter().any(|area| area.index == index) {
             return Err(self.wrong("a parameter area is there twice"));
         }
         // Each becomes a buffer of this process.
-        let areas = self.directives.iter().filter(|d| matches!(d, Directive::Area { .. })).count();
-        if areas == MOST_AREAS {
+        if self.areas.len() == MOST_AREAS {
             return Err(self.wrong("there are more parameter areas than any guest needs"));
         }
+        self.areas.push(Area { index, size, inserted: false });
         self.add(Directive::Area { index, size, initial })
     }
 
-    fn find_area(&self, wanted: u32) -> Option<u64> {
-        self.directives.iter().find_map(|d| match d {
-            Directive::Area { index, size, .. } if *index == wanted => Some(*size),
-            _ => None,
-        })
+    /// An area that takes parameters.
+    fn open_area(&mut self, wanted: u32) -> Option<&mut Area> {
+        self.areas.iter_mut().find(|area| area.index == wanted && !area.inserted)
     }
 
     fn parameter(&mut self, kind: ParameterKind, fields: Fields<'_>) -> Result<(), ImageError> {
         let (area, offset) = (fields.u32(0), fields.u32(4));
-        let inserted = |d: &Directive| matches!(d, Directive::Insert { area: a, .. } if *a == area);
-        match self.find_area(area) {
-            Some(size) if u64::from(offset) < size && !self.directives.iter().any(inserted) => {
+        match self.open_area(area) {
+            Some(open) if u64::from(offset) < open.size => {
                 self.add(Directive::Parameter { kind, area, offset })
             }
             _ => Err(self.wrong("a parameter lies in no area that is still open")),
@@ -504,13 +518,9 @@ impl Reader<'_> {
         if !self.is_ours(mask) {
             return Ok(());
         }
-        let twice = |d: &Directive| matches!(d, Directive::Insert { area: a, .. } if *a == area);
-        match self.find_area(area) {
-            Some(size)
-                if gpa.is_multiple_of(PAGE)
-                    && gpa.checked_add(size).is_some()
-                    && !self.directives.iter().any(twice) =>
-            {
+        match self.open_area(area) {
+            Some(open) if gpa.is_multiple_of(PAGE) && gpa.checked_add(open.size).is_some() => {
+                open.inserted = true;
                 self.add(Directive::Insert { gpa, area })
             }
             _ => Err(self.wrong("a parameter area cannot be put there, or was put before")),
