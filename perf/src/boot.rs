@@ -3,13 +3,14 @@
 //! Owns: the measured windows of VMs. Does not own: which VMM, how often.
 //!
 //! Every VMM is watched in the same way: the guest writes one byte to the mark port, the VMM passes it on through a
-//! pipe, and the harness takes the time when it reads it. Where our VMM writes its own times they are kept as stages.
+//! pipe, and the harness takes the time when it reads it. For a VMM that passes nothing on, the host's kernel tells of the write
+//! ([`crate::tracepoint`]), a little earlier than a pipe would. Where our VMM writes its own times they are kept as stages.
 
 use std::{
     collections::BTreeMap,
     ffi::CString,
     fs::{self, File},
-    io::Read,
+    io::{Read, Write},
     os::unix::{ffi::OsStrExt, fs::DirBuilderExt, process::ExitStatusExt},
     path::Path,
     process::{Child, Command, Stdio},
@@ -24,10 +25,11 @@ use thiserror::Error;
 use crate::{
     counts,
     figures::{self, Figures},
-    peers::{Guest, Peer},
-    plan::Until,
+    peers::{Guest, Peer, Scratch},
+    plan::{Marks, Until},
     record::{Stage, Window},
     tiny,
+    tracepoint::{self, Tracing},
 };
 
 /// Why a start gave no figure.
@@ -97,7 +99,8 @@ pub(crate) fn system(stage: &'static str) -> impl FnOnce(std::io::Error) -> Boot
 /// A mark that passed by.
 struct Seen {
     name: &'static str,
-    at: Instant,
+    /// CLOCK_MONOTONIC.
+    at_ns: u64,
 }
 
 /// Boots `guest` once under `peer`; `directory` is scratch of this start alone.
@@ -105,29 +108,35 @@ struct Seen {
 /// # Errors
 /// [`BootError`] when there is no figure to give.
 pub fn measure(peer: &Peer, guest: &Guest, directory: &Path, limit: Duration) -> Result<Started, BootError> {
-    let fifo = directory.join("marks");
-    let vsock = directory.join("vsock");
-    for path in [&fifo, &vsock] {
+    let scratch = Scratch::new(directory);
+    for path in [&scratch.marks, &scratch.vsock] {
         let _ = fs::remove_file(path);
     }
-    let name = CString::new(fifo.as_os_str().as_bytes()).map_err(|e| system("fifo path")(e.into()))?;
-    // SAFETY: `name` is a C string that outlives the call.
-    if unsafe { libc::mkfifo(name.as_ptr(), 0o600) } != 0 {
-        return Err(system("make the fifo for marks")(std::io::Error::last_os_error()));
+    if let Some(text) = peer.configuration(guest) {
+        fs::write(&scratch.configuration, text).map_err(system("write the VMM's configuration"))?;
     }
     let messages = directory.join("stderr");
     let stderr = File::create(&messages).map_err(system("create the file for messages"))?;
-    // Open for reading and writing, so that neither side waits for the other to open.
-    let reader = File::options().read(true).write(true).open(&fifo).map_err(system("open the fifo"))?;
+    let (source, mut ender, tracing) = match peer.marks() {
+        Marks::Vmm => {
+            let (source, ender) = fifo(&scratch.marks)?;
+            (source, ender, None)
+        }
+        Marks::Tracepoint => {
+            let tracing = Tracing::begin().map_err(system(tracepoint::STAGE))?;
+            let files = tracing.open().map_err(system(tracepoint::STAGE))?;
+            (files.0, files.1, Some(tracing))
+        }
+    };
     let (sender, receiver) = mpsc::channel();
-    let waiter = thread::spawn(move || watch(reader, &sender));
+    let waiter = thread::spawn(move || watch(source, &sender));
     let last = match (guest.tiny, guest.until) {
         (true, _) => "kernel-entry",
         (false, Until::Pid1) => "init-entry",
         (false, Until::Ready) => "init-ready",
     };
 
-    let argv = peer.command(guest, &fifo.to_string_lossy(), &vsock.to_string_lossy());
+    let argv = peer.command(guest, &scratch);
     let mut command = Command::new(&argv[0]);
     command.args(&argv[1..]).stdin(Stdio::null()).stdout(Stdio::null()).stderr(stderr);
     counts::begin();
@@ -145,9 +154,12 @@ pub fn measure(peer: &Peer, guest: &Guest, directory: &Path, limit: Duration) ->
     figures::reap(&mut child, &mut started.figures);
     started.figures.insert("end-us".into(), ending.elapsed().as_micros() as u64);
     // The watcher reads until this byte, which no VMM writes.
-    let end = File::options().write(true).open(&fifo);
-    let _ = end.and_then(|mut f| std::io::Write::write_all(&mut f, &[END]));
-    let bytes = waiter.join().unwrap_or_default();
+    let _ = ender.write_all(&[END]);
+    let mut bytes = waiter.join().unwrap_or_default();
+    if tracing.is_some() {
+        // What the VMM would have told through a pipe lies in a file, if it wrote one.
+        bytes = fs::read(&scratch.marks).unwrap_or_default();
+    }
     if !reached {
         return Err(BootError::NoMark {
             vmm: peer.kind().word(),
@@ -161,7 +173,7 @@ pub fn measure(peer: &Peer, guest: &Guest, directory: &Path, limit: Duration) ->
     }
     for mark in &seen {
         if let Some(window) = Window::of_stage(mark.name) {
-            let ms = mark.at.duration_since(began).as_secs_f64() * 1e3;
+            let ms = mark.at_ns.saturating_sub(began_ns) as f64 / 1e6;
             started.windows.entry(window).or_insert(ms);
         }
     }
@@ -181,8 +193,7 @@ pub fn make_template(peer: &Peer, guest: &Guest, directory: &Path) -> Result<(),
     let _ = fs::remove_dir_all(directory);
     let mut builder = fs::DirBuilder::new();
     builder.mode(0o700).create(directory).map_err(system("make the template's directory"))?;
-    let (vsock, trace) = (directory.join("vsock"), directory.join("trace"));
-    let argv = peer.command(guest, &trace.to_string_lossy(), &vsock.to_string_lossy());
+    let argv = peer.command(guest, &Scratch::new(directory));
     let mut command = Command::new(&argv[0]);
     command.args(&argv[1..]).arg("--make-template").arg(directory).stdin(Stdio::null());
     let output = command.output().map_err(system("start the VMM"))?;
@@ -195,6 +206,19 @@ pub fn make_template(peer: &Peer, guest: &Guest, directory: &Path) -> Result<(),
 
 const END: u8 = 0xff;
 
+/// A fifo at `path`: an end to read from and one to write to.
+fn fifo(path: &Path) -> Result<(File, File), BootError> {
+    let name = CString::new(path.as_os_str().as_bytes()).map_err(|e| system("fifo path")(e.into()))?;
+    // SAFETY: `name` is a C string that outlives the call.
+    if unsafe { libc::mkfifo(name.as_ptr(), 0o600) } != 0 {
+        return Err(system("make the fifo for marks")(std::io::Error::last_os_error()));
+    }
+    // Open for reading and writing, so that neither side waits for the other to open.
+    let reader = File::options().read(true).write(true).open(path).map_err(system("open the fifo"))?;
+    let writer = reader.try_clone().map_err(system("open the fifo"))?;
+    Ok((reader, writer))
+}
+
 /// Reads until [`END`], and tells of every mark when it passes by. Returns all that was read. Works little: in the rig its
 /// instructions are counted with the VMM's.
 fn watch(mut reader: File, sender: &mpsc::Sender<Seen>) -> Vec<u8> {
@@ -202,21 +226,25 @@ fn watch(mut reader: File, sender: &mpsc::Sender<Seen>) -> Vec<u8> {
     let mut told = [false; MARKS.len()];
     let mut buffer = [0; 4096];
     while let Ok(count) = reader.read(&mut buffer) {
-        let at = Instant::now();
+        let read_ns = figures::monotonic_ns();
         let new = all.len();
         all.extend_from_slice(&buffer[..count]);
-        let mut tell = |index: usize| {
+        let mut tell = |index: usize, at_ns: Option<u64>| {
             if !std::mem::replace(&mut told[index], true) {
                 // When nobody listens any more the start is over.
-                let _ = sender.send(Seen { name: MARKS[index].1, at });
+                let _ = sender.send(Seen { name: MARKS[index].1, at_ns: at_ns.unwrap_or(read_ns) });
             }
         };
-        all[new..].iter().filter_map(|b| raw_mark(*b)).for_each(&mut tell);
+        all[new..].iter().filter_map(|b| raw_mark(*b)).for_each(|index| tell(index, None));
         while let Some(length) = all[line_at..].iter().position(|b| *b == b'\n') {
-            line_mark(&all[line_at..line_at + length]).into_iter().for_each(&mut tell);
+            let line = &all[line_at..line_at + length];
+            if let Some((mark, at_ns)) = tracepoint::parse(line) {
+                raw_mark(mark).into_iter().for_each(|index| tell(index, Some(at_ns)));
+            }
+            line_mark(line).into_iter().for_each(|index| tell(index, None));
             line_at += length + 1;
         }
-        if count == 0 || all.last() == Some(&END) {
+        if count == 0 || all[new..].contains(&END) {
             break;
         }
     }
@@ -312,7 +340,8 @@ mod tests {
         let script = directory.path().join("vmm");
         fs::write(&script, "#!/bin/sh\necho no luck >&2\nexit 3\n").unwrap();
         fs::set_permissions(&script, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
-        let peer = Peer::new(crate::plan::Kind::CofferVmm, script).unwrap();
+        let runtime = format!("kind = \"coffer-vmm\"\nprogram = {script:?}");
+        let peer = Peer::new(&toml::from_str(&runtime).unwrap()).unwrap();
         let error = measure(&peer, &Guest::default(), directory.path(), Duration::from_secs(60)).unwrap_err();
         assert!(error.to_string().contains("no luck"), "{error}");
     }
@@ -326,7 +355,8 @@ mod tests {
             "#!/bin/sh\nfor f; do :; done\nprintf '\\300' >$f\nsleep 0.05\nprintf '\\302' >$f\nsleep 60\n";
         fs::write(&script, text).unwrap();
         fs::set_permissions(&script, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
-        let peer = Peer::new(crate::plan::Kind::CofferVmm, script).unwrap();
+        let runtime = format!("kind = \"coffer-vmm\"\nprogram = {script:?}");
+        let peer = Peer::new(&toml::from_str(&runtime).unwrap()).unwrap();
         let started = measure(&peer, &Guest::default(), directory.path(), Duration::from_secs(60)).unwrap();
         let window = |w| started.windows[&w];
         assert!(window(Window::FirstGuestInstruction) + 50.0 <= window(Window::Pid1) + 1.0, "{started:?}");

@@ -21,3 +21,4 @@ pub mod run;
 pub mod stats;
 pub mod symbols;
 pub mod tiny;
+pub mod tracepoint;

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use coffer_layout::MARK_PORT;
 
-use crate::plan::{Kind, Until};
+use crate::plan::{Kind, Marks, Runtime, Until};
 
 /// The files of one comparison: every VMM boots the same kernel with the same initramfs.
 #[derive(Clone, Debug, Default)]
@@ -33,19 +33,61 @@ pub struct Guest {
     pub template: Option<PathBuf>,
 }
 
+/// Files of one start.
+#[derive(Clone, Debug)]
+pub struct Scratch {
+    /// The VMM writes what the guest marks, and we our VMM's stages.
+    pub marks: PathBuf,
+    /// A free path for a socket.
+    pub vsock: PathBuf,
+    /// Where [`Peer::configuration`] lies, for a VMM that has one.
+    pub configuration: PathBuf,
+}
+
+impl Scratch {
+    /// In a directory of the start alone.
+    #[must_use]
+    pub fn new(directory: &Path) -> Self {
+        let file = |name| directory.join(name);
+        Self { marks: file("marks"), vsock: file("vsock"), configuration: file("configuration") }
+    }
+}
+
 /// One VMM.
 #[derive(Clone, Debug)]
 pub struct Peer {
     kind: Kind,
     program: PathBuf,
+    marks: Marks,
 }
 
 impl Peer {
     /// `None` for what is no VMM.
     #[must_use]
-    pub fn new(kind: Kind, program: PathBuf) -> Option<Self> {
-        let vmm = matches!(kind, Kind::CofferVmm | Kind::QemuMicrovm | Kind::CloudHypervisor);
-        vmm.then_some(Self { kind, program })
+    pub fn new(runtime: &Runtime) -> Option<Self> {
+        let (kind, program, marks) = (runtime.kind, runtime.program.clone(), runtime.marks());
+        (!kind.is_container_runtime()).then_some(Self { kind, program, marks })
+    }
+
+    /// Who tells of the guest's marks.
+    #[must_use]
+    pub fn marks(&self) -> Marks {
+        self.marks
+    }
+
+    /// The file that some VMMs take instead of flags.
+    #[must_use]
+    pub fn configuration(&self, guest: &Guest) -> Option<String> {
+        if self.kind != Kind::Firecracker {
+            return None;
+        }
+        let mut boot = serde_json::json!({ "kernel_image_path": guest.kernel });
+        if !guest.tiny {
+            boot["initrd_path"] = text(&guest.initramfs).into();
+            boot["boot_args"] = guest.command_line.as_str().into();
+        }
+        let machine = serde_json::json!({ "vcpu_count": guest.vcpus, "mem_size_mib": guest.memory_mib });
+        Some(serde_json::json!({ "boot-source": boot, "drives": [], "machine-config": machine }).to_string())
     }
 
     /// Which one.
@@ -54,9 +96,10 @@ impl Peer {
         self.kind
     }
 
-    /// Program and arguments. `marks` is a fifo to which the VMM writes what the guest marks, `vsock` a free path.
+    /// Program and arguments.
     #[must_use]
-    pub fn command(&self, guest: &Guest, marks: &str, vsock: &str) -> Vec<String> {
+    pub fn command(&self, guest: &Guest, scratch: &Scratch) -> Vec<String> {
+        let (marks, vsock) = (text(&scratch.marks), text(&scratch.vsock));
         let mut argv = vec![text(&self.program)];
         let mut add = |words: &[&str]| argv.extend(words.iter().map(|w| (*w).to_owned()));
         let (memory, vcpus) = (guest.memory_mib.to_string(), guest.vcpus.to_string());
@@ -83,11 +126,13 @@ impl Peer {
                     add(&["--initramfs", &initramfs, "--cmdline", &guest.command_line]);
                 }
                 add(&["--memory", &format!("size={memory}M"), "--console", "off", "--serial", "off"]);
-                add(&["--log-file", marks]);
+                add(&["--log-file", &marks]);
             }
+            // docs/getting-started.md and docs/api_requests of 1.10: without an API nothing has to wait for a client.
+            Kind::Firecracker => add(&["--no-api", "--config-file", &text(&scratch.configuration)]),
             _ => {
                 add(&["--image", &text(&guest.image), "--memory-mib", &memory, "--vcpus", &vcpus]);
-                add(&["--vsock", vsock, "--trace", marks]);
+                add(&["--vsock", &vsock, "--trace", &marks]);
                 if let Some(template) = &guest.template {
                     add(&["--template", &text(template)]);
                 }
@@ -105,6 +150,10 @@ fn text(path: &Path) -> String {
 mod tests {
     use super::*;
 
+    fn peer(kind: &str) -> Option<Peer> {
+        Peer::new(&toml::from_str(&format!("kind = \"{kind}\"\nprogram = \"vmm\"")).unwrap())
+    }
+
     #[test]
     fn every_vmm_gets_the_same_guest() {
         let guest = Guest {
@@ -116,19 +165,38 @@ mod tests {
             vcpus: 3,
             ..Guest::default()
         };
-        for kind in [Kind::QemuMicrovm, Kind::CloudHypervisor] {
-            let line = Peer::new(kind, "vmm".into()).unwrap().command(&guest, "M", "V").join(" ");
+        let scratch = Scratch { marks: "M".into(), vsock: "V".into(), configuration: "F".into() };
+        for kind in ["qemu-microvm", "cloud-hypervisor"] {
+            let line = peer(kind).unwrap().command(&guest, &scratch).join(" ");
             for word in ["K", "R", "C", "77", "3"] {
                 assert!(line.split([' ', '=']).any(|w| w.trim_end_matches('M') == word), "{word}: {line}");
             }
+            assert_eq!(peer(kind).unwrap().configuration(&guest), None);
         }
         let machine = |acpi| {
             let guest = Guest { acpi, ..Guest::default() };
-            Peer::new(Kind::QemuMicrovm, "vmm".into()).unwrap().command(&guest, "M", "V")[2].clone()
+            peer("qemu-microvm").unwrap().command(&guest, &scratch)[2].clone()
         };
         assert!(machine(true).ends_with(",acpi=on") && machine(false).ends_with(",acpi=off"));
-        let ours = Peer::new(Kind::CofferVmm, "vmm".into()).unwrap().command(&guest, "M", "V").join(" ");
+        let ours = peer("coffer-vmm").unwrap().command(&guest, &scratch).join(" ");
         assert_eq!(ours, "vmm --image I --memory-mib 77 --vcpus 3 --vsock V --trace M");
-        assert!(Peer::new(Kind::Crun, "crun".into()).is_none());
+        let firecracker = peer("firecracker").unwrap();
+        assert_eq!(firecracker.command(&guest, &scratch).join(" "), "vmm --no-api --config-file F");
+        let configuration = firecracker.configuration(&guest).unwrap();
+        let wanted = r#"{"boot-source":{"boot_args":"C","initrd_path":"R","kernel_image_path":"K"},"drives":[],
+            "machine-config":{"mem_size_mib":77,"vcpu_count":3}}"#;
+        assert_eq!(
+            configuration.parse::<serde_json::Value>().unwrap(),
+            wanted.parse::<serde_json::Value>().unwrap()
+        );
+        assert!(peer("crun").is_none());
+    }
+
+    #[test]
+    fn who_passes_no_mark_on_is_watched_by_the_tracepoint() {
+        assert_eq!(peer("firecracker").unwrap().marks(), Marks::Tracepoint);
+        assert_eq!(peer("qemu-microvm").unwrap().marks(), Marks::Vmm);
+        let text = "kind = \"qemu-microvm\"\nprogram = \"q\"\nmarks = \"tracepoint\"";
+        assert_eq!(Peer::new(&toml::from_str(text).unwrap()).unwrap().marks(), Marks::Tracepoint);
     }
 }

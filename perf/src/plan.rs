@@ -68,6 +68,8 @@ pub enum Kind {
     QemuMicrovm,
     /// Cloud Hypervisor, when a path is given.
     CloudHypervisor,
+    /// Firecracker, when a path is given.
+    Firecracker,
     /// Our runtime with a container.
     Coffer,
     /// crun with a container.
@@ -86,6 +88,7 @@ impl Kind {
             Self::CofferVmm => "coffer-vmm",
             Self::QemuMicrovm => "qemu-microvm",
             Self::CloudHypervisor => "cloud-hypervisor",
+            Self::Firecracker => "firecracker",
             Self::Coffer => "coffer",
             Self::Crun => "crun",
             Self::Runc => "runc",
@@ -100,6 +103,16 @@ impl Kind {
     }
 }
 
+/// Who tells of the guest's marks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Marks {
+    /// The VMM passes them on.
+    Vmm,
+    /// The host's kernel, by KVM's tracepoint `kvm_pio`: for VMMs that pass on no write to the mark port.
+    Tracepoint,
+}
+
 /// A runtime with its program.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -108,6 +121,18 @@ pub struct Runtime {
     pub kind: Kind,
     /// Its program; a name without a slash is looked up in PATH.
     pub program: PathBuf,
+    /// By default the VMM, where it can: see [`Runtime::marks`].
+    #[serde(default)]
+    marks: Option<Marks>,
+}
+
+impl Runtime {
+    /// Who tells of its guest's marks.
+    #[must_use]
+    pub fn marks(&self) -> Marks {
+        let default = if self.kind == Kind::Firecracker { Marks::Tracepoint } else { Marks::Vmm };
+        self.marks.unwrap_or(default)
+    }
 }
 
 /// What a VM boots: every VMM the same kernel and initramfs.
@@ -235,6 +260,12 @@ impl Plan {
         if plan.runtime.is_empty() {
             return wrong("[[runtime]] is missing");
         }
+        if plan.runtime.iter().any(|r| r.marks.is_some() && r.kind.is_container_runtime()) {
+            return wrong("marks: a container runtime's are read from its VMM's trace");
+        }
+        if plan.runtime.iter().any(|r| r.kind == Kind::Firecracker && r.marks() == Marks::Vmm) {
+            return wrong("marks = \"vmm\": firecracker passes none on");
+        }
         if plan.image.iter().any(|i| i.acpi) && plan.runtime.iter().any(|r| r.kind != Kind::QemuMicrovm) {
             return wrong("acpi = true: only qemu-microvm has ACPI tables");
         }
@@ -343,6 +374,8 @@ mod tests {
             ("repetitions = 3", "repetitions = 3\nuntil = \"ready\"", "until"),
             ("igvm = \"i\"", "igvm = \"i\"\nacpi = true", "acpi"),
             ("kind = \"crun\"", "kind = \"krun\"", "krun"),
+            ("kind = \"crun\"", "kind = \"crun\"\nmarks = \"tracepoint\"", "marks"),
+            ("kind = \"crun\"", "kind = \"firecracker\"\nmarks = \"vmm\"", "firecracker passes none on"),
             ("name = \"x\"", "name = \"x\"\nspeed = 1", "speed"),
         ] {
             let error = Plan::parse(&TEXT.replace(from, to)).unwrap_err().to_string();

@@ -143,7 +143,7 @@ fn start(
     directory: &Path,
     index: usize,
 ) -> Result<Started, BootError> {
-    match (cell.image, Peer::new(runtime.kind, runtime.program.clone())) {
+    match (cell.image, Peer::new(runtime)) {
         (Some(image), Some(peer)) => {
             let template = (cell.class == Class::Template).then(|| template_of(setting));
             let guest = Guest { until: setting.until, template, ..guest(image, cell, directory)? };
@@ -172,7 +172,7 @@ fn template_of(setting: &Setting<'_>) -> PathBuf {
 /// Saves the machine that the cell's starts come from. It is not measured.
 fn make_templates(cell: &Cell<'_>, setting: &Setting<'_>) -> Result<(), RunError> {
     for runtime in &cell.runtimes {
-        if let (Some(image), Some(peer)) = (cell.image, Peer::new(runtime.kind, runtime.program.clone())) {
+        if let (Some(image), Some(peer)) = (cell.image, Peer::new(runtime)) {
             let directory = template_of(setting);
             let made = guest(image, cell, setting.scratch)
                 .and_then(|guest| boot::make_template(&peer, &guest, &directory));
