@@ -84,6 +84,17 @@ impl Call {
         self.switches.contains(&name)
     }
 
+    /// For a command that takes no words.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] when there are some.
+    pub fn no_words(&self) -> Result<(), Error> {
+        match self.words.as_slice() {
+            [] => Ok(()),
+            words => Err(Error::Usage(format!("{}: too many arguments: {}", self.command, words.join(" ")))),
+        }
+    }
+
     /// The id.
     ///
     /// # Errors
@@ -117,6 +128,11 @@ pub fn parse(words: impl IntoIterator<Item = String>) -> Result<Call, Error> {
     let mut call = Call::default();
     call.command = before(&mut words, &mut call.global)?;
     if call.command.starts_with('-') {
+        return Ok(call);
+    }
+    if matches!(call.command.as_str(), "image" | "policy") {
+        // They have words and flags of their own.
+        call.words = words.collect();
         return Ok(call);
     }
     let command = call.command.clone();
@@ -283,6 +299,17 @@ mod tests {
         assert_eq!(message("fly a"), "unknown command `fly`: see coffer --help");
         assert_eq!(message("create --bundle"), "--bundle wants a value: see coffer --help");
         assert!(line("state a b").unwrap().id().is_err());
+        let more = line("list -q extra words").unwrap().no_words().unwrap_err().to_string();
+        assert!(more.starts_with("list: too many arguments: extra words"), "{more}");
+        assert!(line("list -q").unwrap().no_words().is_ok());
+    }
+
+    #[test]
+    fn the_owners_commands_keep_their_words_behind_global_options() {
+        let call = line("--root /r --log-format json image inspect --pretty /i").unwrap();
+        assert_eq!((call.command.as_str(), call.global.log_json), ("image", true));
+        assert_eq!(call.words, ["inspect", "--pretty", "/i"]);
+        assert_eq!(line("policy --help").unwrap().words, ["--help"]);
     }
 
     proptest! {

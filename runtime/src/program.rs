@@ -2,10 +2,10 @@
 //!
 //! Owns: exit codes, and where a failure is said. Does not own: what a command does.
 
-use std::process::ExitCode;
+use std::{fmt::Display, process::ExitCode};
 
 use crate::{
-    cli::{self, Global},
+    cli::{self, Call, Global},
     commands, log,
 };
 
@@ -15,16 +15,6 @@ pub const SPECIFICATION: &str = "1.2.1";
 /// Runs this process's command line.
 #[must_use]
 pub fn main() -> ExitCode {
-    let words: Vec<String> = std::env::args().skip(1).collect();
-    if words.first().is_some_and(|word| word == "image") {
-        // The owner's commands, with flags of their own; no caller of a runtime has them.
-        return commands::image::run(&words[1..])
-            .map_or_else(|error| fail(&Global::default(), &error.to_string(), 1), |()| ExitCode::SUCCESS);
-    }
-    if words.first().is_some_and(|word| word == "policy") {
-        return commands::policy::run(&words[1..])
-            .map_or_else(|error| fail(&Global::default(), &error.to_string(), 1), |()| ExitCode::SUCCESS);
-    }
     let call = match cli::parse(std::env::args().skip(1)) {
         Ok(call) => call,
         Err(error) => {
@@ -35,6 +25,8 @@ pub fn main() -> ExitCode {
     };
     match call.command.as_str() {
         "--help" => cli::show(cli::USAGE),
+        "image" => return owners(&call, commands::image::run(&call.words)),
+        "policy" => return owners(&call, commands::policy::run(&call.words)),
         "--version" => println!(
             "coffer version {}\ncommit: {}\nspec: {SPECIFICATION}",
             env!("CARGO_PKG_VERSION"),
@@ -52,6 +44,11 @@ pub fn main() -> ExitCode {
         }
     }
     ExitCode::SUCCESS
+}
+
+/// The owner's commands; no caller of a runtime has them.
+fn owners(call: &Call, done: Result<(), impl Display>) -> ExitCode {
+    done.map_or_else(|error| fail(&call.global, &error.to_string(), 1), |()| ExitCode::SUCCESS)
 }
 
 fn fail(global: &Global, message: &str, code: u8) -> ExitCode {

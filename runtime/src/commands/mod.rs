@@ -52,6 +52,9 @@ const DEATH_LIMIT: Duration = Duration::from_secs(10);
 /// [`Error`]; the caller prints it.
 pub fn run(call: &Call) -> Result<i32, Error> {
     let root = call.global.root.clone().unwrap_or_else(|| PathBuf::from(DEFAULT_ROOT));
+    if matches!(call.command.as_str(), "list" | "features" | "spec" | "doctor") {
+        call.no_words()?;
+    }
     match call.command.as_str() {
         "create" => create::create(call, &root).map(|()| 0),
         "run" => create::run(call, &root),
