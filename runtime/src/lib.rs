@@ -31,3 +31,4 @@ pub mod stub;
 pub mod support;
 pub mod systemd;
 pub mod template;
+mod title;

@@ -85,15 +85,20 @@ pub(super) fn identity(process: &Process, spec: &Spec) -> Result<(), ContainerEr
     let first = spec.process().as_ref().and_then(|process| process.user().umask());
     let mask = user.umask().or(first).unwrap_or(DEFAULT_UMASK);
     nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(mask));
-    caps::set(None, CapSet::Inheritable, &of(|c| c.inheritable()))
+    let inheritable = of(|c| c.inheritable());
+    caps::set(None, CapSet::Inheritable, &inheritable)
         .map_err(caps_failed("set inheritable capabilities"))?;
     // The effective set first shrinks to what both have, because it must stay within the permitted one.
     let (permitted, effective) = (of(|c| c.permitted()), of(|c| c.effective()));
     caps::set(None, CapSet::Effective, &effective.intersection(&permitted).copied().collect())
         .map_err(caps_failed("set effective capabilities"))?;
     caps::set(None, CapSet::Permitted, &permitted).map_err(caps_failed("set permitted capabilities"))?;
-    caps::set(None, CapSet::Ambient, &of(|c| c.ambient()))
-        .or_else(|e| if of(|c| c.ambient()).is_empty() { Ok(()) } else { Err(e) })
+    // An ambient one has to be permitted and inheritable (capabilities(7)). `podman build` asks for others as well; runc and crun
+    // leave them out, too.
+    let mut ambient = of(|c| c.ambient());
+    ambient.retain(|c| permitted.contains(c) && inheritable.contains(c));
+    caps::set(None, CapSet::Ambient, &ambient)
+        .or_else(|e| if ambient.is_empty() { Ok(()) } else { Err(e) })
         .map_err(caps_failed("set ambient capabilities"))
 }
 

@@ -25,6 +25,7 @@ use crate::{
     spawn,
     state::{self, Status},
     stub::{self, Relay},
+    title,
 };
 
 /// Runs it. With `--detach` this returns when the process runs; otherwise its exit code is ours.
@@ -68,6 +69,7 @@ pub(super) fn exec(call: &Call, root: &Path) -> Result<i32, Error> {
     let mut connection = Connection::open(&directory.socket(), || false)?;
     let window = pty.as_ref().map(|(_, slave)| slave).or(own.as_ref()).and_then(stub::window);
     let exec_id = format!("{}", std::process::id());
+    let words: Vec<String> = serde_json::from_value(process["args"].clone()).unwrap_or_default();
     let streams = carried.iter().map(|c| c.stream).collect();
     let (id, cgroup) = (record.id.clone(), below(call)?);
     let signals = if call.has("detach") { None } else { Some(foreground::Signals::hold()?) };
@@ -87,6 +89,7 @@ pub(super) fn exec(call: &Call, root: &Path) -> Result<i32, Error> {
         let ready = File::from(tell_ready);
         let set_up = || -> std::io::Result<_> {
             nix::unistd::setsid()?;
+            title::show(&words);
             let kept = [ready.as_raw_fd(), connection.stream.as_raw_fd()];
             let others = slave.iter().chain(&vmm).map(AsRawFd::as_raw_fd);
             let others = others.chain(reports.iter().map(AsRawFd::as_raw_fd));

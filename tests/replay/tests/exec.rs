@@ -51,6 +51,20 @@ fn a_detached_process_has_its_own_stub_in_the_containers_namespaces() {
     assert_eq!(bench.status("c"), "running");
 }
 
+/// podman's `top` without options for `ps` shows what the host's /proc has for the process ids that it knows.
+#[test]
+fn a_stub_is_listed_by_the_command_that_it_stands_for() {
+    let bench = Bench::new();
+    bench.start("c", &config(&["sleep", "1000", "1000"]));
+    let _ = detached(&bench, "e", &process(&["sh", "-c", "while :; do sleep 0.05; done"])).ok();
+    let listed = |name| fs::read_to_string(format!("/proc/{}/cmdline", bench.pid(name))).unwrap();
+    // Zeros fill the place of the words that it was started with.
+    assert_eq!(listed("c").trim_end_matches('\0'), ["sleep", "1000", "1000"].join("\0"));
+    assert_eq!(listed("e").trim_end_matches('\0'), ["sh", "-c", "while :; do sleep 0.05; done"].join("\0"));
+    let short = fs::read_to_string(format!("/proc/{}/comm", bench.pid("c"))).unwrap();
+    assert!(short.starts_with("coffer"), "{short}");
+}
+
 #[test]
 fn a_process_that_says_nothing_of_its_mask_has_the_containers() {
     let bench = Bench::new();

@@ -230,6 +230,19 @@ fn a_capability_that_nobody_knows_yet_is_left_out() {
     assert_eq!(out, "CapBnd:\t0000000000000020\n");
 }
 
+/// `podman build` of 4.3.1 asks for ambient ones that are not inheritable, which no kernel allows.
+#[test]
+fn an_ambient_capability_that_cannot_be_is_left_out() {
+    let out = inside(
+        |_, c| {
+            c["process"]["capabilities"]["inheritable"] = json!(["CAP_KILL", "CAP_SYS_CHROOT"]);
+            c["process"]["capabilities"]["ambient"] = json!(["CAP_CHOWN", "CAP_KILL", "CAP_NET_RAW"]);
+        },
+        "grep CapAmb /proc/self/status",
+    );
+    assert_eq!(out, "CapAmb:\t0000000000000020\n");
+}
+
 #[test]
 fn a_mount_on_a_link_to_what_is_not_there_is_where_the_link_leads() {
     let bench = Bench::new();

@@ -32,6 +32,7 @@ use crate::{
     spawn::clone,
     state::{Record, Status},
     stub::{self, Relay},
+    title,
 };
 
 fn pipe(stage: &str) -> Result<(OwnedFd, OwnedFd), Error> {
@@ -132,6 +133,7 @@ impl Making<'_> {
                 let mut go = File::from(go);
                 let mut set_up = || -> std::io::Result<_> {
                     nix::unistd::setsid()?;
+                    title::show(spec.process().as_ref().and_then(|p| p.args().as_deref()).unwrap_or(&[]));
                     let kept =
                         [ready.as_raw_fd(), go.as_raw_fd(), hold.as_raw_fd(), connection.stream.as_raw_fd()];
                     let others = slave
