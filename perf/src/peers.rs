@@ -1,6 +1,6 @@
 //! The VMMs that are compared, each with its own documented settings for a fast start.
 //!
-//! Owns: command lines. Does not own: running them.
+//! Owns: command lines, and the file that a VMM takes in place of flags. Does not own: running them.
 
 use std::path::{Path, PathBuf};
 
