@@ -24,6 +24,7 @@ Exit code 124: out of time. 125: the rig failed, and says how.
   --iommu none|intel with intel the machine has an IOMMU with interrupt remapping, for VFIO (none)
   --qemu-arg ARG     one more word for QEMU; more than once
   --append TEXT      more words for the machine's kernel
+  --boot             boot the machine, in place of going on with one that was saved after its boot
   --no-stdin         the command's stdin is empty
   --force-rig        emulate even where KVM works
   -q, --quiet        do not say where the command runs
@@ -59,6 +60,7 @@ pub(crate) struct Run {
     pub(crate) iommu: Iommu,
     pub(crate) qemu: Vec<String>,
     pub(crate) append: String,
+    pub(crate) boot: bool,
     pub(crate) stdin: bool,
     pub(crate) force: bool,
     pub(crate) quiet: bool,
@@ -76,6 +78,7 @@ impl Default for Run {
             iommu: Iommu::None,
             qemu: Vec::new(),
             append: String::new(),
+            boot: false,
             stdin: true,
             force: false,
             quiet: false,
@@ -137,6 +140,7 @@ pub(crate) fn parse(words: impl IntoIterator<Item = String>) -> Result<Command, 
                     other => return Err(ArgsError::Value(option, other.to_owned())),
                 }
             }
+            "--boot" => run.boot = true,
             "--no-stdin" => run.stdin = false,
             "--force-rig" => run.force = true,
             "-q" | "--quiet" => run.quiet = true,

@@ -18,7 +18,14 @@ use std::{
 use nix::sys::signal::Signal;
 use thiserror::Error;
 
-use crate::{RIG_FAILED, TIMED_OUT, args::Run, kernel::Stock, machine, signals};
+use crate::{
+    RIG_FAILED, TIMED_OUT,
+    args::Run,
+    kernel::Stock,
+    machine,
+    saved::{self, Turn, Way},
+    signals,
+};
 
 /// The machine cannot be used.
 #[derive(Debug, Error)]
@@ -189,12 +196,7 @@ fn lay_out(run: &Run, stock: &Stock, state: &State, writable: &[PathBuf]) -> Res
     Ok(())
 }
 
-fn start(run: &Run, stock: &Stock, state: &State, writable: &[PathBuf]) -> Result<Machine, EmulatedError> {
-    let khz = machine::tsc_khz(&fs::read_to_string("/proc/cpuinfo").unwrap_or_default());
-    if khz.is_none() {
-        eprintln!("rig: /proc/cpuinfo does not tell the TSC's rate: some guests will stall for seconds");
-    }
-    let argv = machine::command(run, stock, &state.path, writable, khz);
+fn start(argv: &[String], state: &State) -> Result<Machine, EmulatedError> {
     let log = state.path.join("qemu");
     let log = File::create(&log).map_err(|source| EmulatedError::File { what: "make", path: log, source })?;
     let mut command = Command::new(&argv[0]);
@@ -216,6 +218,14 @@ fn explain(state: &State) {
     }
 }
 
+/// How a machine that was started ended.
+enum End {
+    /// With the command's exit code, or one of the rig's.
+    Code(u8),
+    /// It was to go on from a saved one and does not.
+    Lifeless,
+}
+
 /// Runs it. The exit code is the command's, or one of the rig's.
 ///
 /// # Errors
@@ -229,12 +239,47 @@ pub(crate) fn run(run: &Run, stock: &Stock) -> Result<u8, EmulatedError> {
         })
     };
     let writable = run.writable.iter().map(canonical).collect::<Result<Vec<_>, _>>()?;
+    let khz = machine::tsc_khz(&fs::read_to_string("/proc/cpuinfo").unwrap_or_default());
+    if khz.is_none() {
+        eprintln!("rig: /proc/cpuinfo does not tell the TSC's rate: some guests will stall for seconds");
+    }
     let state = State::new()?;
     lay_out(run, stock, &state, &writable)?;
+    let way = saved::way(run, stock, &machine::common(run, stock, khz));
+    let started = |way: &Way| {
+        let argv = machine::command(run, stock, &state.path, &writable, khz, way);
+        follow(run, &state, &argv, way)
+    };
+    match started(&way)? {
+        End::Code(code) => return Ok(code),
+        End::Lifeless => {}
+    }
+    // Nothing of the command has run.
+    eprintln!("rig: the saved machine does not go on: it is removed, and one boots");
+    if let Way::Continue(file) = &way {
+        let _ = fs::remove_file(file);
+    }
+    match started(&Way::Boot)? {
+        End::Code(code) => Ok(code),
+        End::Lifeless => Ok(RIG_FAILED),
+    }
+}
+
+fn follow(run: &Run, state: &State, argv: &[String], way: &Way) -> Result<End, EmulatedError> {
+    let mut turn = match way {
+        Way::Boot => None,
+        Way::Save(_) | Way::Continue(_) => {
+            Some(Turn::new(&state.path).map_err(|e| system("prepare the machine")(io::Error::other(e)))?)
+        }
+    };
+    let mut to_save = match way {
+        Way::Save(file) => Some(file),
+        Way::Boot | Way::Continue(_) => None,
+    };
     let mut out = Follower::new(&state.path.join("out"), io::stdout())?;
     let mut err = Follower::new(&state.path.join("err"), io::stderr())?;
     let began = Instant::now();
-    let mut machine = start(run, stock, &state, &writable)?;
+    let mut machine = start(argv, state)?;
     loop {
         let code = state.read("rc");
         let ended = code.is_some() || machine.0.try_wait().map_err(system("wait for QEMU"))?.is_some();
@@ -242,33 +287,54 @@ pub(crate) fn run(run: &Run, stock: &Stock) -> Result<u8, EmulatedError> {
         out.copy().map_err(system("copy output"))?;
         err.copy().map_err(system("copy output"))?;
         if let Some(code) = signals::exit_code() {
-            return Ok(code);
+            return Ok(End::Code(code));
+        }
+        if let Some(turn) = turn.as_mut().filter(|t| !t.has_gone_on()) {
+            let lifeless = matches!(way, Way::Continue(_)) && (ended || began.elapsed() > saved::PATIENCE);
+            if lifeless {
+                return Ok(End::Lifeless);
+            }
+            if turn.can_be_saved()
+                && let Some(file) = to_save.take()
+                && let Err(error) = saved::save(&state.path, file)
+            {
+                eprintln!("rig: the machine is not kept for the next run: {error}");
+            }
+            if to_save.is_none() {
+                turn.go_on().map_err(system("tell the machine to go on"))?;
+            }
         }
         let up = state.read("up").unwrap_or_default();
         if let Some(code) = code.or_else(|| if ended { state.read("rc") } else { None }) {
             if run.verbose {
                 let took = began.elapsed().as_secs_f64();
-                eprintln!("rig: ready after {} s of the machine's time, {took:.2} s in all", up.trim());
-                explain(&state);
+                let came =
+                    if matches!(way, Way::Continue(_)) { "went on from a saved one" } else { "booted" };
+                eprintln!("rig: it {came}, ready after {} s of its time, {took:.2} s in all", up.trim());
+                explain(state);
             }
-            return code.trim().parse().map_err(|_| system("read the exit code")(io::Error::other(code)));
+            return code
+                .trim()
+                .parse()
+                .map(End::Code)
+                .map_err(|_| system("read the exit code")(io::Error::other(code)));
         }
         if ended {
             eprintln!("rig: the machine ended without a result");
-            explain(&state);
-            return Ok(RIG_FAILED);
+            explain(state);
+            return Ok(End::Code(RIG_FAILED));
         }
         if began.elapsed() > run.time_out {
             eprintln!("rig: no result after {} s", run.time_out.as_secs());
             if up.is_empty() {
                 eprintln!("rig: the machine was not even ready");
-                explain(&state);
-                return Ok(RIG_FAILED);
+                explain(state);
+                return Ok(End::Code(RIG_FAILED));
             }
             if run.verbose {
-                explain(&state);
+                explain(state);
             }
-            return Ok(TIMED_OUT);
+            return Ok(End::Code(TIMED_OUT));
         }
         thread::sleep(TICK);
     }

@@ -81,7 +81,7 @@ fn recipe(package: &Path) -> Result<String, KernelError> {
 }
 
 /// A name for a recipe; not a defence against anybody.
-fn fnv1a(text: &str) -> u64 {
+pub(crate) fn fnv1a(text: &str) -> u64 {
     text.bytes()
         .fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3))
 }

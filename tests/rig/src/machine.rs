@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use crate::{
     args::{Iommu, Run},
     kernel::Stock,
+    saved::{self, Way},
 };
 
 /// The host's TSC rate in kHz out of `/proc/cpuinfo`: bogomips are twice its MHz.
@@ -22,7 +23,7 @@ pub(crate) fn tsc_khz(cpuinfo: &str) -> Option<u64> {
 }
 
 /// The machine's kernel's command line.
-fn kernel_words(run: &Run, tsc_khz: Option<u64>) -> String {
+fn kernel_words(run: &Run, tsc_khz: Option<u64>, turn: bool) -> String {
     // mitigations: for an emulated CPU they only cost. panic: at once, QEMU ends with -no-reboot. no_timer_check: on a
     // busy host the check's ten ticks come too late, and the kernel panics over a timer that works.
     let mut words =
@@ -36,6 +37,10 @@ fn kernel_words(run: &Run, tsc_khz: Option<u64>) -> String {
     if run.iommu == Iommu::Intel {
         words += " intel_iommu=on";
     }
+    if turn {
+        words += " ";
+        words += saved::WORD;
+    }
     if !run.append.is_empty() {
         words += " ";
         words += &run.append;
@@ -48,6 +53,13 @@ pub(crate) fn share_tag(n: usize) -> String {
     format!("rw{n}")
 }
 
+/// What a saved machine and one that goes on from it have in common: the program, and words without a run's own files.
+pub(crate) fn common(run: &Run, stock: &Stock, tsc_khz: Option<u64>) -> Vec<String> {
+    let nowhere = Path::new("");
+    let writable = vec![PathBuf::new(); run.writable.len()];
+    command(run, stock, nowhere, &writable, tsc_khz, &Way::Save(PathBuf::new()))
+}
+
 /// QEMU's program and words. `state` is a directory shared with the machine, `writable` the others.
 pub(crate) fn command(
     run: &Run,
@@ -55,6 +67,7 @@ pub(crate) fn command(
     state: &Path,
     writable: &[PathBuf],
     tsc_khz: Option<u64>,
+    way: &Way,
 ) -> Vec<String> {
     let mut argv: Vec<String> = Vec::new();
     let mut add = |words: &[&str]| argv.extend(words.iter().map(|w| (*w).to_owned()));
@@ -66,7 +79,22 @@ pub(crate) fn command(
     add(&["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]);
     add(&["-serial", &format!("file:{}/console", state.display())]);
     add(&["-kernel", &stock.kernel.to_string_lossy(), "-initrd", &stock.initramfs.to_string_lossy()]);
-    add(&["-append", &kernel_words(run, tsc_khz)]);
+    add(&["-append", &kernel_words(run, tsc_khz, *way != Way::Boot)]);
+    if *way != Way::Boot {
+        let pipes = state.join(saved::PIPES).to_string_lossy().replace(',', ",,");
+        add(&["-chardev", &format!("pipe,id=turn,path={pipes}"), "-serial", "chardev:turn"]);
+    }
+    match way {
+        Way::Boot => {}
+        Way::Save(_) => {
+            let monitor = state.join(saved::MONITOR).to_string_lossy().replace(',', ",,");
+            add(&["-qmp", &format!("unix:{monitor},server=on,wait=off")]);
+        }
+        Way::Continue(from) => {
+            let quoted = from.to_string_lossy().replace('\'', r"'\''");
+            add(&["-incoming", &format!("exec:cat '{quoted}'")]);
+        }
+    }
     if run.iommu == Iommu::Intel {
         // Before every device that it shall translate for.
         add(&["-device", "intel-iommu,intremap=on,caching-mode=on,device-iotlb=on"]);
@@ -103,12 +131,25 @@ mod tests {
     fn the_iommu_comes_before_the_devices_and_commas_are_kept() {
         let run = Run { iommu: Iommu::Intel, qemu: vec!["-device".into(), "nvme".into()], ..Run::default() };
         let stock = Stock { kernel: "/k".into(), initramfs: "/i".into(), modules: "/m".into() };
-        let argv = command(&run, &stock, Path::new("/tmp/s"), &["/a,b".into()], Some(7));
+        let argv = command(&run, &stock, Path::new("/tmp/s"), &["/a,b".into()], Some(7), &Way::Boot);
         let place =
             |part: &str| argv.iter().position(|w| w.contains(part)).unwrap_or_else(|| panic!("{part}"));
         assert!(place("intel-iommu") < place("virtio-9p-pci"));
         assert!(argv[place("id=rw0")].contains("path=/a,,b,"));
         assert!(argv[place("-append") + 1].contains("tsc_early_khz=7 intel_iommu=on"));
         assert_eq!(argv.last().map(String::as_str), Some("nvme"));
+    }
+
+    #[test]
+    fn a_machine_that_goes_on_is_the_one_that_was_saved() {
+        let stock = Stock { kernel: "/k".into(), initramfs: "/i".into(), modules: "/m".into() };
+        let words = |way: Way| {
+            let argv = command(&Run::default(), &stock, Path::new("/tmp/s"), &[], Some(7), &way);
+            let own = argv.iter().position(|w| w == "-qmp" || w == "-incoming").expect("a word of its own");
+            [&argv[..own], &argv[own + 2..]].concat()
+        };
+        assert_eq!(words(Way::Save("/f".into())), words(Way::Continue("/f".into())));
+        let boots = command(&Run::default(), &stock, Path::new("/tmp/s"), &[], Some(7), &Way::Boot);
+        assert!(!boots.join(" ").contains(saved::WORD));
     }
 }

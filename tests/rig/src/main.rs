@@ -6,6 +6,7 @@ mod emulated;
 mod kernel;
 mod machine;
 mod modules;
+mod saved;
 mod signals;
 
 use std::process::ExitCode;
