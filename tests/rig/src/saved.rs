@@ -259,7 +259,7 @@ mod tests {
     fn states_of_another_initramfs_go() {
         let directory = tempfile::tempdir().unwrap();
         let names = ["saved-initramfs-1-a", "saved-initramfs-1-b", "saved-initramfs-2-a", "vmlinux"];
-        names.map(|n| fs::write(directory.path().join(n), "x").unwrap());
+        names.iter().for_each(|n| fs::write(directory.path().join(n), "x").unwrap());
         forget_older(&directory.path().join("saved-initramfs-1-b"));
         let left = names.map(|n| directory.path().join(n).exists());
         assert_eq!(left, [true, true, false, true]);
