@@ -5,16 +5,16 @@
 
 use std::io::{BufRead, Read};
 
-use ruzstd::decoding::{
-    BlockDecodingStrategy, FrameDecoder,
-    errors::{FrameDecoderError, ReadFrameHeaderError},
-};
+use zstd_safe::{DCtx, DParameter, InBuffer, OutBuffer};
 
 use super::queue::{Receiver, Sender, Stopped};
 use crate::manifest::Compression;
 
 /// Largest zstd window in bytes.
 pub const MOST_WINDOW: u64 = 8 << 20;
+
+/// `ZSTD_error_frameParameter_windowTooLarge` (zstd_errors.h), as a result: the negative number.
+const WINDOW_TOO_LARGE: usize = 16_usize.wrapping_neg();
 
 /// Why the stage ended early.
 #[derive(Debug, PartialEq, Eq)]
@@ -62,41 +62,41 @@ fn pass(mut from: impl Read, to: &Sender, left: &mut u64, most: u64) -> Result<(
 }
 
 fn zstd(mut from: Receiver, to: &Sender, left: &mut u64, most: u64) -> Result<(), Failure> {
-    let broken = |e: &dyn std::fmt::Display| Failure::Broken(e.to_string());
-    let mut decoder = FrameDecoder::new();
-    decoder.set_max_window_size(MOST_WINDOW);
-    while !from.fill_buf().map_err(|e| broken(&e))?.is_empty() {
-        match decoder.init(&mut from) {
-            Ok(()) => {}
-            Err(FrameDecoderError::ReadFrameHeaderError(ReadFrameHeaderError::SkipFrame {
-                length, ..
-            })) => {
-                let skipped = std::io::copy(&mut (&mut from).take(length.into()), &mut std::io::sink());
-                if skipped.map_err(|e| broken(&e))? != u64::from(length) {
-                    return Err(Failure::Broken("it ends in a skippable frame".into()));
-                }
-                continue;
-            }
-            Err(e) => return Err(broken(&e)),
+    let broken = |code| match code {
+        WINDOW_TOO_LARGE => Failure::Broken(format!("a frame wants a window of over {MOST_WINDOW} bytes")),
+        _ => Failure::Broken(zstd_safe::get_error_name(code).to_owned()),
+    };
+    let mut decoder =
+        DCtx::try_create().ok_or_else(|| Failure::Broken("no memory for zstd's decoder".into()))?;
+    decoder.set_parameter(DParameter::WindowLogMax(MOST_WINDOW.ilog2())).map_err(broken)?;
+    let (mut chunk, mut filled, mut within_a_frame) = (to.buffer(), 0, false);
+    loop {
+        let bytes = from.fill_buf().map_err(|e| Failure::Broken(e.to_string()))?;
+        let (ended, mut input) = (bytes.is_empty(), InBuffer::around(bytes));
+        let mut output = OutBuffer::around_pos(&mut chunk[..], filled);
+        let still_wanted = decoder.decompress_stream(&mut output, &mut input).map_err(broken)?;
+        let (read, now) = (input.pos(), output.pos());
+        let new = now - filled;
+        from.consume(read);
+        *left = left.checked_sub(new as u64).ok_or(Failure::Bomb(most))?;
+        // Without bytes of either kind the answer is about a frame that may follow.
+        if read > 0 || new > 0 {
+            within_a_frame = still_wanted != 0;
         }
-        loop {
-            let finished = decoder.is_finished();
-            if !finished {
-                decoder
-                    .decode_blocks(&mut from, BlockDecodingStrategy::UptoBlocks(1))
-                    .map_err(|e| broken(&e))?;
-            }
-            while decoder.can_collect() > 0 {
-                let mut chunk = to.buffer();
-                let n = decoder.read(&mut chunk).map_err(|e| broken(&e))?;
-                *left = left.checked_sub(n as u64).ok_or(Failure::Bomb(most))?;
-                chunk.truncate(n);
-                to.send(chunk)?;
-            }
-            if finished {
-                break;
-            }
+        filled = now;
+        if filled == chunk.len() {
+            to.send(std::mem::replace(&mut chunk, to.buffer()))?;
+            filled = 0;
+        } else if ended {
+            break;
         }
+    }
+    if within_a_frame {
+        return Err(Failure::Broken("it ends within a zstd frame".into()));
+    }
+    if filled > 0 {
+        chunk.truncate(filled);
+        to.send(chunk)?;
     }
     Ok(())
 }
