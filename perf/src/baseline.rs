@@ -75,7 +75,7 @@ impl Finding {
 }
 
 fn cell(record: &Record) -> String {
-    format!("{} {}", record.runtime.word(), record.group().file_name())
+    format!("{} {}", record.who.words(), record.group().file_name())
 }
 
 fn samples(records: &[Record]) -> BTreeMap<(String, &'static str), Samples> {
@@ -135,7 +135,7 @@ mod tests {
     fn run(kernel: u64) -> Vec<Record> {
         let record = |round, kernel| Record {
             sequence: round,
-            runtime: Kind::CofferVmm,
+            who: Kind::CofferVmm.into(),
             image: "up".into(),
             class: Class::Warm,
             memory_mib: 128,

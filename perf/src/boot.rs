@@ -28,7 +28,7 @@ use crate::{
     peers::{Guest, Peer, Scratch},
     plan::{Marks, Until},
     record::{Stage, Window},
-    tiny,
+    terminal, tiny,
     tracepoint::{self, Tracing},
 };
 
@@ -136,9 +136,15 @@ pub fn measure(peer: &Peer, guest: &Guest, directory: &Path, limit: Duration) ->
         (false, Until::Ready) => "init-ready",
     };
 
+    let (_terminal, stdin) = if peer.wants_terminal() {
+        let (ours, theirs) = terminal::pair().map_err(system("make a terminal"))?;
+        (Some(ours), theirs)
+    } else {
+        (None, Stdio::null())
+    };
     let argv = peer.command(guest, &scratch);
     let mut command = Command::new(&argv[0]);
-    command.args(&argv[1..]).stdin(Stdio::null()).stdout(Stdio::null()).stderr(stderr);
+    command.args(&argv[1..]).stdin(stdin).stdout(Stdio::null()).stderr(stderr);
     counts::begin();
     let (began_ns, began) = (figures::monotonic_ns(), Instant::now());
     let mut child = command.spawn().map_err(system("start the VMM"))?;

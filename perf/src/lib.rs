@@ -20,5 +20,6 @@ pub mod report;
 pub mod run;
 pub mod stats;
 pub mod symbols;
+pub mod terminal;
 pub mod tiny;
 pub mod tracepoint;

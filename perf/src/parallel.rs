@@ -6,7 +6,7 @@ use std::{collections::BTreeMap, fmt::Write};
 
 use coffer_chart::work_before;
 
-use crate::{plan::Kind, record::Record, stats::Samples};
+use crate::{plan::Who, record::Record, stats::Samples};
 
 /// Median length of each stage in ms, in order, by number of starts at the same time.
 struct Growth {
@@ -52,15 +52,15 @@ fn slope(medians: &BTreeMap<usize, f64>, few: usize, many: usize) -> Option<f64>
     Some((medians.get(&many)? - medians.get(&few)?) / (many - few) as f64)
 }
 
-/// A table of `kind`'s stages by number of starts, ms per further start, and the stage that grew most beside its own length: work that needs only
+/// A table of one runtime's stages by number of starts, ms per further start, and the stage that grew most beside its own length: work that needs only
 /// a processor grows by the number of starts over the number of processors, and what grows faster waits for something else.
 /// None without stages, or when all starts were alone.
 #[must_use]
-pub fn table(kind: Kind, records: &[&Record]) -> Option<String> {
+pub fn table(who: &Who, records: &[&Record]) -> Option<String> {
     let growth = Growth::of(records)?;
     let numbers = growth.numbers();
     let (few, many) = (*numbers.first()?, *numbers.last()?);
-    let mut text = format!("| {}, p50 ms at once |", kind.word());
+    let mut text = format!("| {}, p50 ms at once |", who.words());
     numbers.iter().for_each(|n| text.push_str(&format!(" {n} |")));
     let _ = writeln!(
         text,
@@ -92,13 +92,16 @@ pub fn table(kind: Kind, records: &[&Record]) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{plan::Class, record::Stage};
+    use crate::{
+        plan::{Class, Kind},
+        record::Stage,
+    };
 
     fn record(parallel: usize, created: f64, loaded: f64) -> Record {
         let stage = |stage: &str, ms| Stage { stage: stage.to_owned(), ms };
         Record {
             sequence: 0,
-            runtime: Kind::CofferVmm,
+            who: Kind::CofferVmm.into(),
             image: "up".into(),
             class: Class::Warm,
             memory_mib: 128,
@@ -115,7 +118,7 @@ mod tests {
     fn the_stage_that_waits_for_the_others_is_named() {
         let sixteen = [90.0, 92.0, 94.0].map(|created| record(16, created, 85.0));
         let records: Vec<Record> = [record(1, 2.0, 10.0)].into_iter().chain(sixteen).collect();
-        let text = table(Kind::CofferVmm, &records.iter().collect::<Vec<_>>()).unwrap();
+        let text = table(&Kind::CofferVmm.into(), &records.iter().collect::<Vec<_>>()).unwrap();
         assert!(text.contains("| make the VM | 2.0 | 92.0 | 6.00 | 46.0 |"), "{text}");
         assert!(text.contains("| map memory, load the image | 10.0 | 85.0 | 5.00 | 8.5 |"), "{text}");
         assert!(text.ends_with("grows most: make the VM, 46.0 times as long with 16 as with 1.\n"), "{text}");
@@ -123,7 +126,7 @@ mod tests {
 
     #[test]
     fn starts_that_were_all_alone_have_no_table() {
-        assert_eq!(table(Kind::CofferVmm, &[&record(1, 2.0, 10.0)]), None);
-        assert_eq!(table(Kind::CofferVmm, &[]), None);
+        assert_eq!(table(&Kind::CofferVmm.into(), &[&record(1, 2.0, 10.0)]), None);
+        assert_eq!(table(&Kind::CofferVmm.into(), &[]), None);
     }
 }

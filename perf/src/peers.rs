@@ -96,6 +96,12 @@ impl Peer {
         self.kind
     }
 
+    /// It starts with nothing but a terminal as its standard input: the guest's serial port is there.
+    #[must_use]
+    pub fn wants_terminal(&self) -> bool {
+        self.kind == Kind::Alioth
+    }
+
     /// Program and arguments.
     #[must_use]
     pub fn command(&self, guest: &Guest, scratch: &Scratch) -> Vec<String> {
@@ -130,6 +136,14 @@ impl Peer {
             }
             // docs/getting-started.md and docs/api_requests of 1.10: without an API nothing has to wait for a client.
             Kind::Firecracker => add(&["--no-api", "--config-file", &text(&scratch.configuration)]),
+            // README of 0.12; `--help` names anonymous memory as the default. The same words from 0.8 on.
+            Kind::Alioth => {
+                add(&["boot", "--pvh", &kernel]);
+                if !guest.tiny {
+                    add(&["--initramfs", &initramfs, "-c", &guest.command_line]);
+                }
+                add(&["--memory", &format!("size={memory}M"), "--num-cpu", &vcpus]);
+            }
             _ => {
                 add(&["--image", &text(&guest.image), "--memory-mib", &memory, "--vcpus", &vcpus]);
                 add(&["--vsock", &vsock, "--trace", &marks]);
@@ -166,7 +180,7 @@ mod tests {
             ..Guest::default()
         };
         let scratch = Scratch { marks: "M".into(), vsock: "V".into(), configuration: "F".into() };
-        for kind in ["qemu-microvm", "cloud-hypervisor"] {
+        for kind in ["qemu-microvm", "cloud-hypervisor", "alioth"] {
             let line = peer(kind).unwrap().command(&guest, &scratch).join(" ");
             for word in ["K", "R", "C", "77", "3"] {
                 assert!(line.split([' ', '=']).any(|w| w.trim_end_matches('M') == word), "{word}: {line}");
@@ -189,12 +203,24 @@ mod tests {
             configuration.parse::<serde_json::Value>().unwrap(),
             wanted.parse::<serde_json::Value>().unwrap()
         );
+        let alioth = peer("alioth").unwrap();
+        assert_eq!(
+            alioth.command(&guest, &scratch).join(" "),
+            "vmm boot --pvh K --initramfs R -c C --memory size=77M --num-cpu 3"
+        );
+        assert!(alioth.wants_terminal() && !firecracker.wants_terminal());
+        let tiny = Guest { tiny: true, ..guest };
+        assert_eq!(
+            alioth.command(&tiny, &scratch).join(" "),
+            "vmm boot --pvh K --memory size=77M --num-cpu 3"
+        );
         assert!(peer("crun").is_none());
     }
 
     #[test]
     fn who_passes_no_mark_on_is_watched_by_the_tracepoint() {
         assert_eq!(peer("firecracker").unwrap().marks(), Marks::Tracepoint);
+        assert_eq!(peer("alioth").unwrap().marks(), Marks::Tracepoint);
         assert_eq!(peer("qemu-microvm").unwrap().marks(), Marks::Vmm);
         let text = "kind = \"qemu-microvm\"\nprogram = \"q\"\nmarks = \"tracepoint\"";
         assert_eq!(Peer::new(&toml::from_str(text).unwrap()).unwrap().marks(), Marks::Tracepoint);

@@ -4,7 +4,7 @@
 //!
 //! Every list is multiplied with every other. Paths are relative to the repository's root, from which `perf/run` starts.
 
-use std::path::PathBuf;
+use std::{collections::BTreeSet, path::PathBuf};
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
@@ -70,6 +70,8 @@ pub enum Kind {
     CloudHypervisor,
     /// Firecracker, when a path is given.
     Firecracker,
+    /// Alioth.
+    Alioth,
     /// Our runtime with a container.
     Coffer,
     /// crun with a container.
@@ -89,6 +91,7 @@ impl Kind {
             Self::QemuMicrovm => "qemu-microvm",
             Self::CloudHypervisor => "cloud-hypervisor",
             Self::Firecracker => "firecracker",
+            Self::Alioth => "alioth",
             Self::Coffer => "coffer",
             Self::Crun => "crun",
             Self::Runc => "runc",
@@ -96,10 +99,41 @@ impl Kind {
         }
     }
 
+    /// It tells of the guest's writes to the mark port.
+    #[must_use]
+    pub fn passes_marks_on(self) -> bool {
+        !matches!(self, Self::Firecracker | Self::Alioth)
+    }
+
     /// It starts a container, not only a VM.
     #[must_use]
     pub fn is_container_runtime(self) -> bool {
         matches!(self, Self::Coffer | Self::Crun | Self::Runc | Self::Runsc)
+    }
+}
+
+/// A runtime as it is kept and shown: of two of one kind, one at least has a name.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Who {
+    /// Which one.
+    #[serde(rename = "runtime")]
+    pub kind: Kind,
+    /// The plan's, when it has one.
+    #[serde(rename = "runtime-name", default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+}
+
+impl Who {
+    /// In tables.
+    #[must_use]
+    pub fn words(&self) -> &str {
+        self.name.as_deref().unwrap_or(self.kind.word())
+    }
+}
+
+impl From<Kind> for Who {
+    fn from(kind: Kind) -> Self {
+        Self { kind, name: None }
     }
 }
 
@@ -121,16 +155,25 @@ pub struct Runtime {
     pub kind: Kind,
     /// Its program; a name without a slash is looked up in PATH.
     pub program: PathBuf,
+    /// In tables, where a plan has two of one kind.
+    #[serde(default)]
+    name: Option<String>,
     /// By default the VMM, where it can: see [`Runtime::marks`].
     #[serde(default)]
     marks: Option<Marks>,
 }
 
 impl Runtime {
+    /// As whom its starts are kept.
+    #[must_use]
+    pub fn who(&self) -> Who {
+        Who { kind: self.kind, name: self.name.clone() }
+    }
+
     /// Who tells of its guest's marks.
     #[must_use]
     pub fn marks(&self) -> Marks {
-        let default = if self.kind == Kind::Firecracker { Marks::Tracepoint } else { Marks::Vmm };
+        let default = if self.kind.passes_marks_on() { Marks::Vmm } else { Marks::Tracepoint };
         self.marks.unwrap_or(default)
     }
 }
@@ -263,8 +306,8 @@ impl Plan {
         if plan.runtime.iter().any(|r| r.marks.is_some() && r.kind.is_container_runtime()) {
             return wrong("marks: a container runtime's are read from its VMM's trace");
         }
-        if plan.runtime.iter().any(|r| r.kind == Kind::Firecracker && r.marks() == Marks::Vmm) {
-            return wrong("marks = \"vmm\": firecracker passes none on");
+        if let Some(r) = plan.runtime.iter().find(|r| !r.kind.passes_marks_on() && r.marks() == Marks::Vmm) {
+            return wrong(&format!("marks = \"vmm\": {} passes none on", r.kind.word()));
         }
         if plan.image.iter().any(|i| i.acpi) && plan.runtime.iter().any(|r| r.kind != Kind::QemuMicrovm) {
             return wrong("acpi = true: only qemu-microvm has ACPI tables");
@@ -274,6 +317,12 @@ impl Plan {
         }
         if plan.image.is_empty() && plan.runtime.iter().any(|r| !r.kind.is_container_runtime()) {
             return wrong("a VMM wants an [[image]]");
+        }
+        let mut everyone = BTreeSet::new();
+        if let Some(twice) =
+            plan.runtime.iter().map(Runtime::who).find(|who| !everyone.insert(who.words().to_owned()))
+        {
+            return wrong(&format!("name: two runtimes would both be `{}` in tables", twice.words()));
         }
         Ok(plan)
     }
@@ -365,6 +414,16 @@ mod tests {
     }
 
     #[test]
+    fn two_of_one_kind_have_names() {
+        let text = TEXT.replace("kind = \"crun\"", "kind = \"coffer-vmm\"\nname = \"the other\"");
+        let plan = Plan::parse(&text).unwrap();
+        let cell = &plan.cells()[0];
+        let words: Vec<String> = cell.runtimes.iter().map(|r| r.who().words().to_owned()).collect();
+        assert_eq!(words, ["coffer-vmm", "the other"]);
+        assert_eq!(cell.runtimes[1].program, PathBuf::from("crun"));
+    }
+
+    #[test]
     fn what_cannot_be_run_is_refused_with_the_field() {
         for (from, to, words) in [
             ("repetitions = 3", "repetitions = 0", "repetitions"),
@@ -376,6 +435,9 @@ mod tests {
             ("kind = \"crun\"", "kind = \"krun\"", "krun"),
             ("kind = \"crun\"", "kind = \"crun\"\nmarks = \"tracepoint\"", "marks"),
             ("kind = \"crun\"", "kind = \"firecracker\"\nmarks = \"vmm\"", "firecracker passes none on"),
+            ("kind = \"crun\"", "kind = \"alioth\"\nmarks = \"vmm\"", "alioth passes none on"),
+            ("kind = \"crun\"", "kind = \"coffer-vmm\"", "both be `coffer-vmm`"),
+            ("kind = \"crun\"", "kind = \"crun\"\nname = \"coffer-vmm\"", "both be `coffer-vmm`"),
             ("name = \"x\"", "name = \"x\"\nspeed = 1", "speed"),
         ] {
             let error = Plan::parse(&TEXT.replace(from, to)).unwrap_err().to_string();

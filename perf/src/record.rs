@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use crate::plan::{Class, Kind};
+use crate::plan::{Class, Who};
 
 /// From which event to which: no time is ever given without it. All begin with the exec of the runtime's process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -83,7 +83,8 @@ pub struct Record {
     /// Number of the start since the harness began, warm-ups counted: finds the plugin's counts.
     pub sequence: usize,
     /// Who.
-    pub runtime: Kind,
+    #[serde(flatten)]
+    pub who: Who,
     /// Name of the image; empty for containers.
     pub image: String,
     /// Class.
@@ -155,12 +156,13 @@ impl Group {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::plan::Kind;
 
     #[test]
     fn a_record_is_one_line_that_reads_back() {
         let record = Record {
             sequence: 4,
-            runtime: Kind::CofferVmm,
+            who: Kind::CofferVmm.into(),
             image: "up".into(),
             class: Class::Warm,
             memory_mib: 128,
@@ -173,7 +175,12 @@ mod tests {
         };
         let line = serde_json::to_string(&record).unwrap();
         assert!(line.contains("\"windows\":{\"pid1\":3.5}") && !line.contains('\n'), "{line}");
+        assert!(line.contains("\"runtime\":\"coffer-vmm\",\"image\""), "{line}");
         assert_eq!(serde_json::from_str::<Record>(&line).unwrap(), record);
+        let named = Record { who: Who { name: Some("new".into()), ..record.who.clone() }, ..record.clone() };
+        let line = serde_json::to_string(&named).unwrap();
+        assert!(line.contains("\"runtime\":\"coffer-vmm\",\"runtime-name\":\"new\""), "{line}");
+        assert_eq!(serde_json::from_str::<Record>(&line).unwrap(), named);
         assert_eq!(record.group().file_name(), "up-warm-128mib-1vcpu-1");
     }
 }

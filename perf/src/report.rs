@@ -14,28 +14,28 @@ use coffer_chart::{Bar, Curve, bars, cdf, lines, work_before};
 use crate::{
     fingerprint::Fingerprint,
     parallel,
-    plan::Kind,
+    plan::Who,
     record::{Group, Record, Window},
     stats::{Samples, ratio},
 };
 
 /// Records of one group by runtime, in the order in which they first appear.
-type Runtimes<'a> = Vec<(Kind, Vec<&'a Record>)>;
+type Runtimes<'a> = Vec<(&'a Who, Vec<&'a Record>)>;
 
 /// Records by runtime and image.
-type Rows<'a> = Vec<(Kind, &'a str, Vec<&'a Record>)>;
+type Rows<'a> = Vec<(&'a Who, &'a str, Vec<&'a Record>)>;
 
 fn grouped(records: &[Record]) -> BTreeMap<Group, Runtimes<'_>> {
     let mut groups: BTreeMap<Group, Runtimes<'_>> = BTreeMap::new();
     for record in records {
         let runtimes = groups.entry(record.group()).or_default();
-        match runtimes.iter_mut().find(|(kind, _)| *kind == record.runtime) {
+        match runtimes.iter_mut().find(|(who, _)| **who == record.who) {
             Some((_, list)) => list.push(record),
-            None => runtimes.push((record.runtime, vec![record])),
+            None => runtimes.push((&record.who, vec![record])),
         }
     }
     for runtimes in groups.values_mut() {
-        runtimes.sort_by_key(|(kind, _)| *kind);
+        runtimes.sort_by_key(|(who, _)| *who);
     }
     groups
 }
@@ -70,16 +70,16 @@ pub fn summary(name: &str, print: &Fingerprint, records: &[Record], counted: boo
 }
 
 fn times(text: &mut String, runtimes: &Runtimes<'_>) {
-    let Some((base_kind, base)) = runtimes.first() else { return };
+    let Some((base_who, base)) = runtimes.first() else { return };
     let _ = writeln!(
         text,
         "| window | runtime | n | p50 ms | p90 | p99 | max | {} / it, 95 % interval |\n|---|---|---|---|---|---|---|---|",
-        base_kind.word()
+        base_who.words()
     );
     for which in Window::ALL {
-        for (kind, records) in runtimes {
+        for (who, records) in runtimes {
             let Some(samples) = window(records, which) else { continue };
-            let against = window(base, which).filter(|_| kind != base_kind).map(|b| ratio(&b, &samples));
+            let against = window(base, which).filter(|_| who != base_who).map(|b| ratio(&b, &samples));
             let against =
                 against.map_or("–".to_owned(), |r| format!("{:.2} [{:.2}–{:.2}]", r.value, r.low, r.high));
             let p = |percent| samples.percentile(percent);
@@ -87,7 +87,7 @@ fn times(text: &mut String, runtimes: &Runtimes<'_>) {
                 text,
                 "| {} | {} | {} | {:.1} | {:.1} | {:.1} | {:.1} | {against} |",
                 which.words(),
-                kind.word(),
+                who.words(),
                 samples.count(),
                 p(50.0),
                 p(90.0),
@@ -104,17 +104,14 @@ fn across(text: &mut String, records: &[Record]) {
     let mut alike: BTreeMap<Group, Rows<'_>> = BTreeMap::new();
     for record in records.iter().filter(|r| !r.image.is_empty()) {
         let rows = alike.entry(Group { image: String::new(), ..record.group() }).or_default();
-        match rows
-            .iter_mut()
-            .find(|(kind, image, _)| (*kind, *image) == (record.runtime, record.image.as_str()))
-        {
+        match rows.iter_mut().find(|(who, image, _)| (*who, *image) == (&record.who, record.image.as_str())) {
             Some((_, _, list)) => list.push(record),
-            None => rows.push((record.runtime, &record.image, vec![record])),
+            None => rows.push((&record.who, &record.image, vec![record])),
         }
     }
     for (group, mut rows) in alike {
         rows.retain(|(_, _, list)| window(list, Window::Pid1).is_some());
-        rows.sort_by_key(|(kind, _, _)| *kind);
+        rows.sort_by_key(|(who, _, _)| *who);
         let images: BTreeSet<&str> = rows.iter().map(|(_, image, _)| *image).collect();
         let Some(first) = rows.first().and_then(|(_, _, list)| window(list, Window::Pid1)) else { continue };
         if images.len() < 2 {
@@ -126,13 +123,13 @@ fn across(text: &mut String, records: &[Record]) {
             text,
             "| runtime | image | n | p50 ms | first row / it, 95 % interval |\n|---|---|---|---|---|"
         );
-        for (kind, image, list) in &rows {
+        for (who, image, list) in &rows {
             let Some(samples) = window(list, Window::Pid1) else { continue };
             let r = ratio(&first, &samples);
             let _ = writeln!(
                 text,
                 "| {} | {image} | {} | {:.1} | {:.2} [{:.2}–{:.2}] |",
-                kind.word(),
+                who.words(),
                 samples.count(),
                 samples.median(),
                 r.value,
@@ -146,12 +143,12 @@ fn across(text: &mut String, records: &[Record]) {
 
 /// For each runtime and what was started: the stages by number of starts at the same time.
 fn at_once(text: &mut String, records: &[Record]) {
-    let mut alike: BTreeMap<(Kind, Group), Vec<&Record>> = BTreeMap::new();
+    let mut alike: BTreeMap<(&Who, Group), Vec<&Record>> = BTreeMap::new();
     for record in records {
-        alike.entry((record.runtime, Group { parallel: 1, ..record.group() })).or_default().push(record);
+        alike.entry((&record.who, Group { parallel: 1, ..record.group() })).or_default().push(record);
     }
-    for ((kind, group), records) in alike {
-        if let Some(table) = parallel::table(kind, &records) {
+    for ((who, group), records) in alike {
+        if let Some(table) = parallel::table(who, &records) {
             let _ = writeln!(text, "## Starts at the same time: {}\n\n{table}", group.words());
         }
     }
@@ -164,7 +161,7 @@ fn figures(text: &mut String, runtimes: &Runtimes<'_>) {
     names.sort();
     names.dedup();
     let _ = write!(text, "| figure, median [min–max] |");
-    runtimes.iter().for_each(|(kind, _)| text.push_str(&format!(" {} |", kind.word())));
+    runtimes.iter().for_each(|(who, _)| text.push_str(&format!(" {} |", who.words())));
     let _ = writeln!(text, "\n|---|{}", "---|".repeat(runtimes.len()));
     for name in names {
         let _ = write!(text, "| {name} |");
@@ -204,9 +201,9 @@ pub fn plots(directory: &Path, records: &[Record]) -> io::Result<Vec<String>> {
         };
         let curves: Vec<Curve> = runtimes
             .iter()
-            .map(|(kind, list)| {
+            .map(|(who, list)| {
                 let samples: Vec<f64> = list.iter().filter_map(|r| r.windows.get(&which).copied()).collect();
-                Curve::of_samples(kind.word(), &samples)
+                Curve::of_samples(who.words(), &samples)
             })
             .collect();
         let title = format!("{}: {}", which.words(), group.words());
@@ -234,8 +231,8 @@ pub fn plots(directory: &Path, records: &[Record]) -> io::Result<Vec<String>> {
 
 /// A bar for each runtime whose stages are known; for the others one part up to PID 1.
 fn stage_bars(group: &Group, runtimes: &Runtimes<'_>) -> Vec<Bar> {
-    let bar = |(kind, list): &(Kind, Vec<&Record>)| {
-        let name = [kind.word(), group.image.as_str(), group.class.word()]
+    let bar = |(who, list): &(&Who, Vec<&Record>)| {
+        let name = [who.words(), group.image.as_str(), group.class.word()]
             .map(str::trim)
             .join(" ")
             .replace("  ", " ");
@@ -262,7 +259,7 @@ fn stage_bars(group: &Group, runtimes: &Runtimes<'_>) -> Vec<Bar> {
 fn slopes(groups: &BTreeMap<Group, Runtimes<'_>>) -> Vec<Curve> {
     let mut curves: BTreeMap<String, Vec<(f64, f64)>> = BTreeMap::new();
     for (group, runtimes) in groups {
-        for (kind, list) in runtimes {
+        for (who, list) in runtimes {
             let mut slowest: BTreeMap<usize, f64> = BTreeMap::new();
             for record in list {
                 if let Some(ms) = record.windows.get(&Window::Pid1).or(record.windows.get(&Window::Output)) {
@@ -273,7 +270,7 @@ fn slopes(groups: &BTreeMap<Group, Runtimes<'_>>) -> Vec<Curve> {
             if let Some(samples) = Samples::new(slowest.into_values().collect()) {
                 let name = format!(
                     "{} {} {} {} MiB",
-                    kind.word(),
+                    who.words(),
                     group.image,
                     group.class.word(),
                     group.memory_mib
@@ -294,12 +291,15 @@ fn slopes(groups: &BTreeMap<Group, Runtimes<'_>>) -> Vec<Curve> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{plan::Class, record::Stage};
+    use crate::{
+        plan::{Class, Kind},
+        record::Stage,
+    };
 
     fn record(runtime: Kind, round: usize, parallel: usize, ms: f64) -> Record {
         Record {
             sequence: 0,
-            runtime,
+            who: runtime.into(),
             image: "up".into(),
             class: Class::Warm,
             memory_mib: 128,
@@ -336,6 +336,27 @@ mod tests {
             files.contains(&"parallel.svg".to_owned()) && files.contains(&"stages.svg".to_owned()),
             "{files:?}"
         );
+    }
+
+    #[test]
+    fn two_of_one_kind_are_told_apart() {
+        let named = |mut r: Record, name: &str| {
+            r.who.name = Some(name.into());
+            r
+        };
+        let records = [
+            record(Kind::CofferVmm, 1, 1, 10.0),
+            named(record(Kind::QemuMicrovm, 1, 1, 20.0), "old"),
+            named(record(Kind::QemuMicrovm, 1, 1, 40.0), "new"),
+        ];
+        let text = summary("x", &Fingerprint::new(), &records, false);
+        assert!(text.contains("| exec → PID 1 | old | 1 | 20.0 |"), "{text}");
+        assert!(text.contains("| exec → PID 1 | new | 1 | 40.0 |"), "{text}");
+        assert!(text.contains("| figure, median [min–max] | coffer-vmm | new | old |"), "{text}");
+        let directory = tempfile::tempdir().unwrap();
+        plots(directory.path(), &records).unwrap();
+        let plot = fs::read_to_string(directory.path().join("cdf-up-warm-128mib-1vcpu-1.svg")).unwrap();
+        assert!(plot.contains("old") && plot.contains("new"), "{plot}");
     }
 
     #[test]

@@ -27,7 +27,7 @@ pub enum RunError {
     #[error("{runtime}: {source}")]
     Start {
         /// Which runtime.
-        runtime: &'static str,
+        runtime: String,
         /// Why.
         source: BootError,
     },
@@ -96,7 +96,7 @@ pub fn run(
 fn to_record(cell: &Cell<'_>, runtime: &Runtime, sequence: usize, round: usize, started: Started) -> Record {
     Record {
         sequence,
-        runtime: runtime.kind,
+        who: runtime.who(),
         image: cell.image.map(|i| i.name.clone()).unwrap_or_default(),
         class: cell.class,
         memory_mib: cell.memory_mib,
@@ -124,7 +124,7 @@ fn starts(runtime: &Runtime, cell: &Cell<'_>, setting: &Setting<'_>) -> Result<V
         fs::create_dir(&directory).map_err(system(format!("make {}", directory.display())))?;
         let started = start(runtime, cell, setting, &directory, index);
         fs::remove_dir_all(&directory).map_err(system(format!("remove {}", directory.display())))?;
-        started.map_err(|source| RunError::Start { runtime: runtime.kind.word(), source })
+        started.map_err(|source| RunError::Start { runtime: runtime.who().words().to_owned(), source })
     };
     if cell.parallel == 1 {
         return Ok(vec![one(0)?]);
@@ -176,7 +176,7 @@ fn make_templates(cell: &Cell<'_>, setting: &Setting<'_>) -> Result<(), RunError
             let directory = template_of(setting);
             let made = guest(image, cell, setting.scratch)
                 .and_then(|guest| boot::make_template(&peer, &guest, &directory));
-            made.map_err(|source| RunError::Start { runtime: runtime.kind.word(), source })?;
+            made.map_err(|source| RunError::Start { runtime: runtime.who().words().to_owned(), source })?;
         }
     }
     Ok(())
