@@ -309,12 +309,19 @@ pub(crate) fn trace_stages(bytes: &[u8], began_ns: u64) -> Vec<Stage> {
     lines.map(|l| Stage { stage: l.stage, ms: l.ns.saturating_sub(began_ns) as f64 / 1e6 }).collect()
 }
 
-/// Writes the kernel that reports at once to `path`, for [`Guest::tiny`].
+/// Writes the guest that reports at once into `guest`'s files in `directory`, for [`Guest::tiny`]; `image` is its IGVM image, where there is one.
 ///
 /// # Errors
 /// The system's.
-pub fn write_tiny_kernel(path: &Path) -> Result<(), BootError> {
-    fs::write(path, tiny::kernel()).map_err(system("write the tiny kernel"))
+pub fn write_tiny(guest: &mut Guest, image: Option<&[u8]>, directory: &Path) -> Result<(), BootError> {
+    guest.tiny = true;
+    guest.kernel = directory.join("kernel");
+    fs::write(&guest.kernel, tiny::kernel()).map_err(system("write the tiny kernel"))?;
+    if let Some(image) = image {
+        guest.image = directory.join("image");
+        fs::write(&guest.image, image).map_err(system("write the tiny image"))?;
+    }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -18,6 +18,7 @@ use crate::{
     peers::{Guest, Peer},
     plan::{Cell, Class, Image, Plan, Runtime, Until},
     record::Record,
+    tiny,
 };
 
 /// A run cannot go on.
@@ -30,6 +31,14 @@ pub enum RunError {
         runtime: String,
         /// Why.
         source: BootError,
+    },
+    /// The image from which the tiny one is made is none.
+    #[error("{}: {source}: build it with perf/build", path.display())]
+    Tiny {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        source: igvm::Error,
     },
     /// The operating system refused something.
     #[error("{stage}: {source}")]
@@ -61,7 +70,7 @@ pub fn run(
     let mut records = Vec::new();
     let mut sequence = 0;
     let limit = Duration::from_secs(plan.time_limit_s);
-    let setting = Setting { stamp, scratch, limit, until: plan.until };
+    let setting = Setting { stamp, scratch, limit, until: plan.until, tiny: tiny_image(plan)? };
     for cell in plan.cells() {
         if cell.class == Class::Template {
             make_templates(&cell, &setting)?;
@@ -115,6 +124,8 @@ struct Setting<'a> {
     scratch: &'a Path,
     limit: Duration,
     until: Until,
+    /// The bytes of the IGVM image that reports at once.
+    tiny: Option<Vec<u8>>,
 }
 
 /// All starts of one runtime in one round, at the same time when the cell says so.
@@ -146,7 +157,7 @@ fn start(
     match (cell.image, Peer::new(runtime)) {
         (Some(image), Some(peer)) => {
             let template = (cell.class == Class::Template).then(|| template_of(setting));
-            let guest = Guest { until: setting.until, template, ..guest(image, cell, directory)? };
+            let guest = Guest { until: setting.until, template, ..guest(image, cell, setting, directory)? };
             boot::measure(&peer, &guest, directory, setting.limit)
         }
         _ => {
@@ -174,7 +185,7 @@ fn make_templates(cell: &Cell<'_>, setting: &Setting<'_>) -> Result<(), RunError
     for runtime in &cell.runtimes {
         if let (Some(image), Some(peer)) = (cell.image, Peer::new(runtime)) {
             let directory = template_of(setting);
-            let made = guest(image, cell, setting.scratch)
+            let made = guest(image, cell, setting, setting.scratch)
                 .and_then(|guest| boot::make_template(&peer, &guest, &directory));
             made.map_err(|source| RunError::Start { runtime: runtime.who().words().to_owned(), source })?;
         }
@@ -182,29 +193,42 @@ fn make_templates(cell: &Cell<'_>, setting: &Setting<'_>) -> Result<(), RunError
     Ok(())
 }
 
-/// The name of the image whose kernel this harness makes itself.
+/// The name of the image whose files this harness makes itself.
 pub const TINY: &str = "tiny";
 
-fn guest(image: &Image, cell: &Cell<'_>, directory: &Path) -> Result<Guest, BootError> {
-    let tiny = image.name == TINY;
-    let kernel: PathBuf = if tiny { directory.join("kernel") } else { image.kernel.clone() };
-    if tiny {
-        boot::write_tiny_kernel(&kernel)?;
-    }
+/// The IGVM image that reports at once, when the plan has one.
+fn tiny_image(plan: &Plan) -> Result<Option<Vec<u8>>, RunError> {
+    let Some(path) = plan.image.iter().find(|i| i.name == TINY).and_then(|i| i.igvm.as_ref()) else {
+        return Ok(None);
+    };
+    let bytes = fs::read(path).map_err(system(format!("read {}", path.display())))?;
+    tiny::image(&bytes).map(Some).map_err(|source| RunError::Tiny { path: path.clone(), source })
+}
+
+fn guest(
+    image: &Image,
+    cell: &Cell<'_>,
+    setting: &Setting<'_>,
+    directory: &Path,
+) -> Result<Guest, BootError> {
     let command_line =
         fs::read_to_string(&image.command_line).map_err(boot::system("read the command line"))?;
-    Ok(Guest {
-        kernel,
+    let mut guest = Guest {
+        kernel: image.kernel.clone(),
         initramfs: image.initramfs.clone(),
         image: image.igvm.clone().unwrap_or_default(),
         command_line: command_line.trim().to_owned(),
         memory_mib: cell.memory_mib,
         vcpus: cell.vcpus,
         acpi: image.acpi,
-        tiny,
+        tiny: false,
         until: Until::Pid1,
         template: None,
-    })
+    };
+    if image.name == TINY {
+        boot::write_tiny(&mut guest, setting.tiny.as_deref(), directory)?;
+    }
+    Ok(guest)
 }
 
 fn drop_caches() -> Result<(), RunError> {

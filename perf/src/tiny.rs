@@ -1,8 +1,10 @@
-//! A guest that reports at once: an ELF kernel whose first instructions write a mark and halt.
+//! A guest that reports at once: its first instructions write a mark and halt.
 //!
-//! Owns: its bytes. It starts by the PVH note (Xen's ELF note 18), which QEMU, Cloud Hypervisor and others take.
+//! Owns: its bytes, as an ELF kernel that starts by the PVH note (Xen's ELF note 18), which QEMU, Cloud Hypervisor and others take, and
+//! as an IGVM image for our VMM, made of one of ours. Does not own: when it is written.
 
-use coffer_layout::{MARK_PORT, mark};
+use coffer_layout::{MARK_PORT, PAGE, mark};
+use igvm::{IgvmDirectiveHeader, IgvmFile};
 
 const LOADED_AT: u64 = 0x10_0000;
 const HEADER: u64 = 64;
@@ -12,12 +14,44 @@ const PVH_NOTE: u32 = 18;
 const PT_LOAD: u32 = 1;
 const PT_NOTE: u32 = 4;
 
-/// The whole file.
+/// The same in 32 and in 64 bits: mov dx, MARK_PORT; mov al, KERNEL_ENTRY; out dx, al; hlt; jmp to the hlt.
+fn code() -> [u8; 10] {
+    let [low, high] = MARK_PORT.to_le_bytes();
+    [0x66, 0xba, low, high, 0xb0, mark::KERNEL_ENTRY, 0xee, 0xf4, 0xeb, 0xfd]
+}
+
+/// An image of ours without what lies above the first MiB, kernel and initramfs, and with the code where the shim begins.
+///
+/// # Errors
+/// The library's, when it is no image.
+pub fn image(ours: &[u8]) -> Result<Vec<u8>, igvm::Error> {
+    let file = IgvmFile::new_from_binary(ours, None)?;
+    let mut directives = file.directives().to_vec();
+    directives.retain(|d| !matches!(d, IgvmDirectiveHeader::PageData { gpa, .. } if *gpa >= LOADED_AT));
+    let entry = directives.iter().find_map(|d| match d {
+        IgvmDirectiveHeader::X64NativeVpContext { context, .. } => Some(context.rip),
+        _ => None,
+    });
+    for directive in &mut directives {
+        if let IgvmDirectiveHeader::PageData { gpa, data, .. } = directive
+            && Some(*gpa) == entry
+        {
+            *data = code().to_vec();
+            data.resize(PAGE as usize, 0);
+        }
+    }
+    let revision = igvm::IgvmRevision::V2 { arch: igvm::Arch::X64, page_size: PAGE as u32 };
+    let file =
+        IgvmFile::new(revision, file.platforms().to_vec(), file.initializations().to_vec(), directives)?;
+    let mut bytes = Vec::new();
+    file.serialize(&mut bytes)?;
+    Ok(bytes)
+}
+
+/// The whole ELF file.
 #[must_use]
 pub fn kernel() -> Vec<u8> {
-    // 32-bit: mov dx, MARK_PORT; mov al, KERNEL_ENTRY; out dx, al; hlt; jmp to the hlt
-    let [low, high] = MARK_PORT.to_le_bytes();
-    let code = [0x66, 0xba, low, high, 0xb0, mark::KERNEL_ENTRY, 0xee, 0xf4, 0xeb, 0xfd];
+    let code = code();
     let note_at = HEADER + 2 * PROGRAM_HEADER;
     let note_size = 12 + 4 + 8;
     let code_at = note_at + note_size;
@@ -48,6 +82,52 @@ pub fn kernel() -> Vec<u8> {
 mod tests {
     use super::*;
     use std::process::Command;
+
+    #[test]
+    fn an_image_keeps_its_state_and_loses_its_kernel() {
+        use igvm::{Arch, IgvmPlatformHeader, IgvmRevision};
+        use igvm_defs::{
+            IGVM_VHS_SUPPORTED_PLATFORM, IgvmNativeVpContextX64, IgvmPageDataFlags, IgvmPageDataType,
+            IgvmPlatformType,
+        };
+        use zerocopy::FromZeros;
+
+        let page = |gpa, byte| IgvmDirectiveHeader::PageData {
+            gpa,
+            compatibility_mask: 1,
+            flags: IgvmPageDataFlags::new(),
+            data_type: IgvmPageDataType::NORMAL,
+            data: vec![byte; 4096],
+        };
+        let context = IgvmDirectiveHeader::X64NativeVpContext {
+            compatibility_mask: 1,
+            vp_index: 0,
+            context: Box::new(IgvmNativeVpContextX64 {
+                rip: 0x1_0000,
+                ..IgvmNativeVpContextX64::new_zeroed()
+            }),
+        };
+        let platform = IgvmPlatformHeader::SupportedPlatform(IGVM_VHS_SUPPORTED_PLATFORM {
+            compatibility_mask: 1,
+            highest_vtl: 0,
+            platform_type: IgvmPlatformType::NATIVE,
+            platform_version: 1,
+            shared_gpa_boundary: 0,
+        });
+        let revision = IgvmRevision::V2 { arch: Arch::X64, page_size: 4096 };
+        let directives =
+            vec![page(0x1_0000, 0x11), page(0x2_2000, 0x22), page(0x100_0000, 0x33), context.clone()];
+        let mut ours = Vec::new();
+        IgvmFile::new(revision, vec![platform], vec![], directives).unwrap().serialize(&mut ours).unwrap();
+        let tiny = IgvmFile::new_from_binary(&image(&ours).unwrap(), None).unwrap();
+        let [IgvmDirectiveHeader::PageData { gpa: 0x1_0000, data, .. }, kept, last] = tiny.directives()
+        else {
+            panic!("{:?}", tiny.directives());
+        };
+        assert_eq!(data[..10], [0x66, 0xba, 0x80, 0, 0xb0, 0xc1, 0xee, 0xf4, 0xeb, 0xfd]);
+        assert_eq!((kept, last), (&page(0x2_2000, 0x22), &context));
+        assert!(image(b"no image").is_err());
+    }
 
     /// binutils reads it as what it is meant to be.
     #[test]
