@@ -78,7 +78,7 @@ pub fn take_signals() -> io::Result<SignalFd> {
 }
 
 /// Makes a terminal this session's, so that its size changes are signalled.
-pub fn take_terminal(slave: &OwnedFd) {
+pub fn take_terminal(slave: &impl AsRawFd) {
     // SAFETY: the descriptor is open for as long as it is borrowed; the request takes an integer.
     unsafe { libc::ioctl(slave.as_raw_fd(), libc::TIOCSCTTY, 0) };
 }
@@ -101,6 +101,22 @@ pub fn drop_rights() {
     unsafe { libc::syscall(libc::SYS_capset, &raw const header, none.as_ptr()) };
 }
 
+/// The host's side of a process's terminal.
+pub enum Terminal {
+    /// The slave of one that was made for the process; whoever has the master reads what it prints.
+    Made(OwnedFd),
+    /// The caller's own, for keys and the size; what the process prints goes to stdout, which may be a file.
+    Callers(OwnedFd),
+}
+
+impl AsRawFd for Terminal {
+    fn as_raw_fd(&self) -> RawFd {
+        match self {
+            Self::Made(fd) | Self::Callers(fd) => fd.as_raw_fd(),
+        }
+    }
+}
+
 /// What a stub works with.
 pub struct Relay {
     /// Frames on their way to the guest.
@@ -109,8 +125,8 @@ pub struct Relay {
     pub connection: Connection,
     /// All signals.
     pub signals: SignalFd,
-    /// The slave of a terminal, or 0, 1 and 2.
-    pub terminal: Option<OwnedFd>,
+    /// A terminal, or 0, 1 and 2.
+    pub terminal: Option<Terminal>,
     /// Where the VMM says why it ended; opened before the root changed.
     pub reports: Option<File>,
     /// The VMM, to wait for what it says at its end.
@@ -278,7 +294,10 @@ impl Relay {
         loop {
             match self.connection.decoder.lend() {
                 Ok(Some((kind, payload))) => match kind {
-                    Kind::Stdout => write(self.terminal.as_ref().map_or(1, AsRawFd::as_raw_fd), payload),
+                    Kind::Stdout => match &self.terminal {
+                        Some(Terminal::Made(slave)) => write(slave.as_raw_fd(), payload),
+                        Some(Terminal::Callers(_)) | None => write(1, payload),
+                    },
                     Kind::Stderr => write(2, payload),
                     // Readers of a pipe see its end when a daemon closes what it inherited, though its stub lives on.
                     Kind::StdoutEnd => close(1),

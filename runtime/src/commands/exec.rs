@@ -24,7 +24,7 @@ use crate::{
     error::{Error, host},
     spawn,
     state::{self, Status},
-    stub::{self, Relay},
+    stub::{self, Relay, Terminal},
     title,
 };
 
@@ -80,8 +80,10 @@ pub(super) fn exec(call: &Call, root: &Path) -> Result<i32, Error> {
     // The child is in the container's namespace of processes, as callers expect who look there.
     setns(&namespaces[0], CloneFlags::CLONE_NEWPID).map_err(host("join the container's namespaces"))?;
     let (master, slave) = match (pty, &own) {
-        (Some((master, slave)), _) => (Some(master), Some(slave)),
-        (None, Some(own)) => (None, Some(own.try_clone().map_err(host("take this terminal"))?)),
+        (Some((master, slave)), _) => (Some(master), Some(Terminal::Made(slave))),
+        (None, Some(own)) => {
+            (None, Some(Terminal::Callers(own.try_clone().map_err(host("take this terminal"))?)))
+        }
         (None, None) => (None, None),
     };
     let Some(pid) = spawn::clone(0).map_err(host("fork the stub"))? else {
@@ -91,7 +93,7 @@ pub(super) fn exec(call: &Call, root: &Path) -> Result<i32, Error> {
             nix::unistd::setsid()?;
             title::show(&words);
             let kept = [ready.as_raw_fd(), connection.stream.as_raw_fd()];
-            let others = slave.iter().chain(&vmm).map(AsRawFd::as_raw_fd);
+            let others = slave.iter().map(AsRawFd::as_raw_fd).chain(vmm.iter().map(AsRawFd::as_raw_fd));
             let others = others.chain(reports.iter().map(AsRawFd::as_raw_fd));
             let others = others.chain(carried.iter().filter_map(Carried::number));
             create::close_others(

@@ -113,3 +113,37 @@ fn a_users_own_terminal_is_raw_while_run_lasts_and_its_size_follows() {
     let after = nix::sys::termios::tcgetattr(&pair.slave).unwrap();
     assert!(after.local_flags.contains(nix::sys::termios::LocalFlags::ICANON));
 }
+
+#[test]
+fn a_users_own_terminal_is_for_keys_and_what_is_printed_goes_to_stdout() {
+    // As in `run … >file` on a terminal; runc and crun copy to their stdout.
+    let bench = Bench::new();
+    let mut config = config(&[
+        "sh",
+        "-c",
+        "tty; echo $(stty size); read -r word; echo got $word; while :; do sleep 1; done",
+    ]);
+    config["process"]["terminal"] = json!(true);
+    let bundle = bench.bundle("c", &config);
+    let pair = openpty(None, None).unwrap();
+    size(&pair.master, 20, 70);
+    let on_terminal = |arguments: &[&str], output: &str| {
+        let mut command: Command = bench.command(arguments);
+        let slave = || pair.slave.try_clone().unwrap();
+        command.stdin(slave()).stdout(File::create(bench.path(output)).unwrap()).stderr(slave());
+        command
+    };
+    let mut command = on_terminal(&["run", "-b"], "run-out");
+    let mut child = command.arg(&bundle).arg("c").spawn().unwrap();
+    let mut master = File::from(pair.master.try_clone().unwrap());
+    record(master.try_clone().unwrap(), &bench, "terminal");
+    until(|| bench.read("run-out").contains("20 70"));
+    master.write_all(b"word\n").unwrap();
+    until(|| bench.read("run-out").contains("got word"));
+    let mut exec = on_terminal(&["exec", "-t", "c", "sh", "-c", "tty; exit 5"], "exec-out").spawn().unwrap();
+    assert_eq!(finish(&mut exec), 5);
+    assert!(bench.read("exec-out").contains("/dev/pts/1"), "{:?}", bench.read("exec-out"));
+    let _ = bench.call(&["kill", "c", "KILL"]).ok();
+    assert_eq!(finish(&mut child), 137);
+    assert_eq!(bench.read("terminal"), "");
+}

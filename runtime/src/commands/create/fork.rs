@@ -31,7 +31,7 @@ use crate::{
     plan::namespace,
     spawn::clone,
     state::{Record, Status},
-    stub::{self, Relay},
+    stub::{self, Relay, Terminal},
     title,
 };
 
@@ -45,7 +45,7 @@ impl Making<'_> {
     pub(super) fn fork_stub(
         &self,
         connection: Connection,
-        slave: Option<OwnedFd>,
+        slave: Option<Terminal>,
         hold: OwnedFd,
         carried: Vec<Carried>,
         record: &mut Record,

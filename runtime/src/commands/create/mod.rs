@@ -28,6 +28,7 @@ use crate::{
     plan::{self, Plan},
     scratch, start,
     state::{self, Directory, Record},
+    stub::Terminal,
     support,
     systemd::Scope,
 };
@@ -226,7 +227,10 @@ impl Making<'_> {
             );
         }
         let connection = self.ask_guest(&mut vm, pty.as_ref().map(|(_, slave)| slave).or(own.as_ref()))?;
-        let (slave, master) = pty.map_or((own, None), |(master, slave)| (Some(slave), Some(master)));
+        let (slave, master) = match pty {
+            Some((master, slave)) => (Some(Terminal::Made(slave)), Some(master)),
+            None => (own.map(Terminal::Callers), None),
+        };
         let stub = self.fork_stub(connection, slave, vm.hold, carried, &mut record)?;
         if let (Some(master), Some(console)) = (master, console) {
             terminal::give(console, &master)?;
