@@ -77,10 +77,17 @@ pub fn take_signals() -> io::Result<SignalFd> {
     Ok(SignalFd::with_flags(&set, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?)
 }
 
-/// Makes a terminal this session's, so that its size changes are signalled.
-pub fn take_terminal(slave: &impl AsRawFd) {
+/// Makes a terminal this session's, so that its size changes are signalled. One that was made for the process is this process's stdio, too:
+/// containerd's shim reads what it gave `create` for stdout to the end, and no `start` comes before that.
+pub fn take_terminal(terminal: &Terminal) {
     // SAFETY: the descriptor is open for as long as it is borrowed; the request takes an integer.
-    unsafe { libc::ioctl(slave.as_raw_fd(), libc::TIOCSCTTY, 0) };
+    unsafe { libc::ioctl(terminal.as_raw_fd(), libc::TIOCSCTTY, 0) };
+    if let Terminal::Made(slave) = terminal {
+        for stdio in 0..3 {
+            // SAFETY: makes these three numbers the terminal; nothing here owns them.
+            unsafe { libc::dup2(slave.as_raw_fd(), stdio) };
+        }
+    }
 }
 
 /// Lets go of everything that relaying does not need.
