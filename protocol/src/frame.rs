@@ -154,6 +154,12 @@ impl Decoder {
         self.end += count;
     }
 
+    /// What was received and not handed out yet, for another decoder that goes on.
+    #[must_use]
+    pub fn rest(&self) -> &[u8] {
+        &self.buffer[self.start..self.end]
+    }
+
     /// The next complete frame, or `None` when more bytes are needed.
     ///
     /// # Errors

@@ -2,7 +2,7 @@
 
 use std::{
     fs::File,
-    io::Read,
+    io::{Read, Write},
     os::fd::AsRawFd,
     path::{Path, PathBuf},
 };
@@ -11,7 +11,8 @@ use coffer_protocol::{Exec, Outbox, Request};
 use nix::{
     fcntl::OFlag,
     sched::{CloneFlags, setns},
-    unistd::pipe2,
+    sys::wait::waitpid,
+    unistd::{Pid, pipe2},
 };
 use serde_json::json;
 
@@ -27,6 +28,9 @@ use crate::{
     stub::{self, Relay, Terminal},
     title,
 };
+
+/// What the stub hears when the guest has the process: this, and what came with the guest's answer.
+const GO: u8 = b'g';
 
 /// Runs it. With `--detach` this returns when the process runs; otherwise its exit code is ours.
 pub(super) fn exec(call: &Call, root: &Path) -> Result<i32, Error> {
@@ -73,8 +77,9 @@ pub(super) fn exec(call: &Call, root: &Path) -> Result<i32, Error> {
     let streams = carried.iter().map(|c| c.stream).collect();
     let (id, cgroup) = (record.id.clone(), below(call)?);
     let signals = if call.has("detach") { None } else { Some(foreground::Signals::hold()?) };
-    connection.ask(&Request::Exec(Box::new(Exec { id, cgroup, exec_id, process, window, streams })))?;
+    let request = Request::Exec(Box::new(Exec { id, cgroup, exec_id, process, window, streams }));
     let (ready, tell_ready) = pipe2(OFlag::O_CLOEXEC).map_err(host("make a pipe"))?;
+    let (go, tell_to_go) = pipe2(OFlag::O_CLOEXEC).map_err(host("make a pipe"))?;
     let reports = File::open(directory.file("")).ok();
     let vmm = record.vmm.open().ok();
     // The child is in the container's namespace of processes, as callers expect who look there.
@@ -87,12 +92,12 @@ pub(super) fn exec(call: &Call, root: &Path) -> Result<i32, Error> {
         (None, None) => (None, None),
     };
     let Some(pid) = spawn::clone(0).map_err(host("fork the stub"))? else {
-        drop((ready, master));
+        drop((ready, master, tell_to_go));
         let ready = File::from(tell_ready);
         let set_up = || -> std::io::Result<_> {
             nix::unistd::setsid()?;
             title::show(&words);
-            let kept = [ready.as_raw_fd(), connection.stream.as_raw_fd()];
+            let kept = [ready.as_raw_fd(), go.as_raw_fd(), connection.stream.as_raw_fd()];
             let others = slave.iter().map(AsRawFd::as_raw_fd).chain(vmm.iter().map(AsRawFd::as_raw_fd));
             let others = others.chain(reports.iter().map(AsRawFd::as_raw_fd));
             let others = others.chain(carried.iter().filter_map(Carried::number));
@@ -115,19 +120,29 @@ pub(super) fn exec(call: &Call, root: &Path) -> Result<i32, Error> {
         };
         let signals = set_up();
         drop(namespaces);
-        stub::go_on(ready, signals, |signals| Relay {
-            out: Outbox::default(),
-            connection,
-            signals,
-            terminal: slave,
-            reports,
-            vmm,
-            bundle: None,
-            teller: None,
-            further: carried.into_iter().map(Into::into).collect(),
+        let mut connection = connection;
+        stub::go_on(ready, signals, |signals| {
+            let mut received = Vec::new();
+            let _ = File::from(go).read_to_end(&mut received);
+            match received.split_first() {
+                Some((&GO, received)) => connection.decoder.push(received),
+                // The guest refused, and the caller says so.
+                _ => std::process::exit(1),
+            }
+            Relay {
+                out: Outbox::default(),
+                connection,
+                signals,
+                terminal: slave,
+                reports,
+                vmm,
+                bundle: None,
+                teller: None,
+                further: carried.into_iter().map(Into::into).collect(),
+            }
         })
     };
-    drop((tell_ready, connection, slave, carried));
+    drop((tell_ready, go, slave, carried));
     if let Some(path) = &record.cgroup {
         cgroup::join(path, pid)?;
     }
@@ -136,6 +151,14 @@ pub(super) fn exec(call: &Call, root: &Path) -> Result<i32, Error> {
     if word != b"k" {
         return Err(Error::State(format!("set up the stub: {}", String::from_utf8_lossy(&word))));
     }
+    // Not before the stub is there: what runs may end the container at once, and with it every process in the host's namespace of it.
+    if let Err(error) = connection.ask(&request) {
+        drop(tell_to_go);
+        let _ = waitpid(Pid::from_raw(pid), None);
+        return Err(error);
+    }
+    // A stub that hears nothing has ended so by now: whoever waits for it sees that it was killed.
+    let _ = File::from(tell_to_go).write_all(&[&[GO], connection.decoder.rest()].concat());
     if let (Some(master), Some(console)) = (master, console) {
         terminal::give(&console, &master)?;
     }

@@ -228,3 +228,17 @@ fn it_works_before_the_start_as_with_runc() {
     assert_eq!(bench.call(&["exec", "c", "echo", "early"]).ok(), "early\n");
     assert_eq!(bench.status("c"), "created");
 }
+
+/// podman's 075-exec does that: `exec` of what the container waits for to end. The stub of such a process ends with the container's, at any point.
+#[test]
+fn a_process_that_ends_its_container_is_no_failure_of_exec() {
+    let bench = Bench::new();
+    for round in 0..30 {
+        bench.start("c", &config(&["sh", "-c", "trap 'exit 0' TERM; while :; do :; done"]));
+        let gave = bench.call(&["exec", "c", "kill", "1"]);
+        assert!([0, 137].contains(&gave.code), "{round}: {}: {}", gave.code, gave.err);
+        assert_eq!(gave.err, "", "{round}");
+        bench.wait_stopped("c");
+        let _ = bench.call(&["delete", "c"]).ok();
+    }
+}
