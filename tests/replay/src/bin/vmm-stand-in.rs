@@ -17,6 +17,7 @@ use std::{
     process::exit,
     sync::atomic::{AtomicU64, AtomicUsize, Ordering},
     thread,
+    time::SystemTime,
 };
 
 use coffer_init::{boot, network, server::Server};
@@ -130,9 +131,9 @@ fn report(path: &Path, reason: &str, code: u8, message: &str) {
 fn group() -> Option<PathBuf> {
     let root = ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"].map(Path::new);
     let root = root.into_iter().find(|r| r.join("cgroup.controllers").exists())?;
-    let path = root.join(format!("coffer-stand-in.{}", std::process::id()));
-    // A stand-in that was killed leaves its own, and its number is used again some day.
-    remove(path.exists().then_some(&*path));
+    // A stand-in that was killed leaves its own, with what is below, and its number is used again, in a namespace of processes soon.
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    let path = root.join(format!("coffer-stand-in.{}.{}", std::process::id(), now.as_nanos()));
     fs::create_dir(&path).ok()?;
     Some(path)
 }
