@@ -16,9 +16,9 @@ use std::{
 /// The system's.
 pub fn pair() -> io::Result<(File, Stdio)> {
     let (mut ours, mut theirs) = (-1, -1);
+    let (name, settings, size) = (ptr::null_mut(), ptr::null(), ptr::null());
     // SAFETY: both numbers outlive the call; no name, settings or size are asked for.
-    let result =
-        unsafe { libc::openpty(&raw mut ours, &raw mut theirs, ptr::null_mut(), ptr::null(), ptr::null()) };
+    let result = unsafe { libc::openpty(&raw mut ours, &raw mut theirs, name, settings, size) };
     if result != 0 {
         return Err(io::Error::last_os_error());
     }
