@@ -30,14 +30,49 @@ pub fn is_translated() -> bool {
 /// Takes nearly all free memory, in pages as large as there are, writes it and gives it back.
 ///
 /// # Errors
-/// `/proc/meminfo` cannot be read, or the mapping is refused.
+/// `/proc/meminfo` cannot be read, or the mapping is refused, or there is no process for it.
 pub fn write_free_memory() -> io::Result<()> {
     let free = free_kib(&fs::read_to_string("/proc/meminfo")?)
         .ok_or_else(|| io::Error::other("no `MemFree` in /proc/meminfo"))?;
     let length = (free.saturating_sub(SPARED_KIB) << 10) as usize / PAGE * PAGE;
+    write_in_a_child(length)
+}
+
+/// Takes `length` bytes, writes them and gives them back, in a process of its own: a program that is started takes over the peak of memory of the
+/// one that starts it, so that a harness which had done this itself would find its own peak in every `ru_maxrss`.
+fn write_in_a_child(length: usize) -> io::Result<()> {
     if length == 0 {
         return Ok(());
     }
+    // SAFETY: the child makes only calls that are allowed after a fork of a process with threads, and ends by `_exit`.
+    let child = unsafe { libc::fork() };
+    match child {
+        -1 => Err(io::Error::last_os_error()),
+        0 => {
+            let code = i32::from(!write(length));
+            // SAFETY: ends this process; nothing of the harness's is run.
+            unsafe { libc::_exit(code) }
+        }
+        child => {
+            let mut status = 0;
+            // SAFETY: `status` outlives the call; the child is ours.
+            while unsafe { libc::waitpid(child, &raw mut status, 0) } < 0 {
+                let error = io::Error::last_os_error();
+                if error.kind() != io::ErrorKind::Interrupted {
+                    return Err(error);
+                }
+            }
+            if status == 0 {
+                Ok(())
+            } else {
+                Err(io::Error::other(format!("the child that writes it ended with {status:#x}")))
+            }
+        }
+    }
+}
+
+/// Whether there was such a mapping to write. Allocates nothing: the process is a fork of one with threads.
+fn write(length: usize) -> bool {
     // SAFETY: a new anonymous mapping, where the kernel likes.
     let memory = unsafe {
         libc::mmap(
@@ -50,7 +85,7 @@ pub fn write_free_memory() -> io::Result<()> {
         )
     };
     if memory == libc::MAP_FAILED {
-        return Err(io::Error::last_os_error());
+        return false;
     }
     // SAFETY: the mapping is ours and `length` long. Advice that is not taken makes small pages, which are written as well.
     unsafe { libc::madvise(memory, length, libc::MADV_HUGEPAGE) };
@@ -58,9 +93,7 @@ pub fn write_free_memory() -> io::Result<()> {
         // SAFETY: `offset` is below the mapping's length. The kernel clears the page on its first write, which is what is wanted.
         unsafe { memory.cast::<u8>().add(offset).write_volatile(1) };
     }
-    // SAFETY: the mapping is ours, and nothing points into it any more.
-    unsafe { libc::munmap(memory, length) };
-    Ok(())
+    true
 }
 
 fn free_kib(meminfo: &str) -> Option<u64> {
@@ -71,6 +104,17 @@ fn free_kib(meminfo: &str) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::figures;
+    use std::process::Command;
+
+    #[test]
+    fn the_peak_of_what_is_started_is_not_that_of_the_writing() {
+        write_in_a_child(512 << 20).unwrap();
+        let mut child = Command::new("sh").args(["-c", "exit 0"]).spawn().unwrap();
+        let mut figures = figures::of_vm(child.id(), 128);
+        figures::reap(&mut child, &mut figures);
+        assert!(figures["peak-resident-kib"] < 256 << 10, "{figures:?}");
+    }
 
     #[test]
     fn free_memory_is_what_the_kernel_says() {
