@@ -201,8 +201,14 @@ impl Machine {
                 restored = template.state.windows;
                 made
             }
-            Planned::Snp(plan) => make_snp(args, &vm, &base, &plan, image, &trace, &log)?,
-            Planned::Emulated(plan) => make_emulated(args, &vm, &base, &plan, image, &trace, &log)?,
+            Planned::Snp(plan) => {
+                empty.make_controllers(args.tee)?;
+                make_snp(args, &vm, &base, &plan, image, &trace, &log)?
+            }
+            Planned::Emulated(plan) => {
+                empty.make_controllers(args.tee)?;
+                make_emulated(args, &vm, &base, &plan, image, &trace, &log)?
+            }
         };
         trace.stage("vcpus-set");
 
@@ -322,6 +328,7 @@ fn make_plain(
 ) -> Result<Made, MachineError> {
     let ram = memory::reserve(args.memory_mib)?;
     give_memory(&empty.vm, &ram)?;
+    empty.make_controllers(Tee::None)?;
     launch::load(plan, &file.file, &ram)
         .and_then(|()| args.boot_vcpus.map_or(Ok(()), |count| launch::start_fewer(count, &ram)))
         .map_err(|source| MachineError::Launch { path: file.path.clone(), source })?;

@@ -67,9 +67,14 @@ impl ImageFile {
     }
 }
 
-/// A VM that has interrupt controllers and nothing else.
+/// A VM that has interrupt controllers at most.
+///
+/// Memory comes before the controllers, where both are made in one go: each controller is put on KVM's buses, and who tells KVM of memory then
+/// waits until no reader of the buses as they were can be left (`synchronize_srcu` behind Linux 6.18's `call_srcu`): 4 to 11 ms, on a VM that has
+/// no reader yet. The other way around nothing waits.
 pub(super) struct EmptyVm {
     pub(super) vm: Arc<VmFd>,
+    has_controllers: bool,
     /// Processor 0, where it was made ahead.
     pub(super) first: Option<VcpuFd>,
 }
@@ -79,13 +84,22 @@ impl EmptyVm {
         let kind = if tee == Tee::Snp { u64::from(snp::abi::KVM_X86_SNP_VM) } else { 0 };
         let vm = Arc::new(kvm.create_vm_with_type(kind).map_err(kvm_error("KVM_CREATE_VM"))?);
         vm.set_tss_address(TSS_ADDRESS).map_err(kvm_error("KVM_SET_TSS_ADDR"))?;
-        vm.create_irq_chip().map_err(kvm_error("KVM_CREATE_IRQCHIP"))?;
+        Ok(Self { vm, has_controllers: false, first: None })
+    }
+
+    /// Makes the interrupt controllers, unless they are there. No processor can be made before.
+    pub(super) fn make_controllers(&mut self, tee: Tee) -> Result<(), MachineError> {
+        if self.has_controllers {
+            return Ok(());
+        }
+        self.vm.create_irq_chip().map_err(kvm_error("KVM_CREATE_IRQCHIP"))?;
         if tee != Tee::None {
             // The security processor lets no guest have the TSC deadline timer; Linux measures the local APIC's by this one.
             let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
-            vm.create_pit2(pit).map_err(kvm_error("KVM_CREATE_PIT2"))?;
+            self.vm.create_pit2(pit).map_err(kvm_error("KVM_CREATE_PIT2"))?;
         }
-        Ok(Self { vm, first: None })
+        self.has_controllers = true;
+        Ok(())
     }
 
     /// Processor `id`, unless it is there already.
@@ -115,6 +129,7 @@ impl Prepared {
         let image = Box::new(file.read(Platform::Native)?);
         let host = Host::open()?;
         let mut vm = EmptyVm::new(&host.kvm, Tee::None)?;
+        vm.make_controllers(Tee::None)?;
         vm.first = Some(vm.processor(0)?);
         Ok(Self { file, image, host, vm })
     }

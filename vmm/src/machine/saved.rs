@@ -72,6 +72,7 @@ pub(super) fn make(
     memory::map(&memory, &state.extents, args.memory_mib, file)
         .map_err(|source| MachineError::Host { what: "map the template's memory", source })?;
     give_memory(&empty.vm, &memory)?;
+    empty.make_controllers(args.tee)?;
     trace.stage("memory-loaded");
     let vcpus = make_processors(args, empty, base, |vcpu, id, cpuid| {
         // Memory types are not among the MSRs that KVM names.
