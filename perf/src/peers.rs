@@ -59,6 +59,7 @@ pub struct Peer {
     kind: Kind,
     program: PathBuf,
     marks: Marks,
+    arguments: Vec<String>,
 }
 
 impl Peer {
@@ -66,7 +67,8 @@ impl Peer {
     #[must_use]
     pub fn new(runtime: &Runtime) -> Option<Self> {
         let (kind, program, marks) = (runtime.kind, runtime.program.clone(), runtime.marks());
-        (!kind.is_container_runtime()).then_some(Self { kind, program, marks })
+        let arguments = runtime.arguments.clone();
+        (!kind.is_container_runtime()).then_some(Self { kind, program, marks, arguments })
     }
 
     /// Who tells of the guest's marks.
@@ -152,6 +154,7 @@ impl Peer {
                 }
             }
         }
+        argv.extend(self.arguments.iter().cloned());
         argv
     }
 }
@@ -166,6 +169,14 @@ mod tests {
 
     fn peer(kind: &str) -> Option<Peer> {
         Peer::new(&toml::from_str(&format!("kind = \"{kind}\"\nprogram = \"vmm\"")).unwrap())
+    }
+
+    #[test]
+    fn a_plan_may_add_words() {
+        let plan = "kind = \"qemu-microvm\"\nprogram = \"vmm\"\narguments = [\"-cpu\", \"max\"]";
+        let peer = Peer::new(&toml::from_str(plan).unwrap()).unwrap();
+        let argv = peer.command(&Guest::default(), &Scratch::new(Path::new("D")));
+        assert_eq!(argv[argv.len() - 2..], ["-cpu", "max"]);
     }
 
     #[test]

@@ -161,6 +161,9 @@ pub struct Runtime {
     /// By default the VMM, where it can: see [`Runtime::marks`].
     #[serde(default)]
     marks: Option<Marks>,
+    /// Words after ours, for what a host cannot do otherwise: the plan says why.
+    #[serde(default)]
+    pub arguments: Vec<String>,
 }
 
 impl Runtime {
@@ -306,6 +309,9 @@ impl Plan {
         if plan.runtime.iter().any(|r| r.marks.is_some() && r.kind.is_container_runtime()) {
             return wrong("marks: a container runtime's are read from its VMM's trace");
         }
+        if plan.runtime.iter().any(|r| !r.arguments.is_empty() && r.kind.is_container_runtime()) {
+            return wrong("arguments: only a VMM takes some");
+        }
         if let Some(r) = plan.runtime.iter().find(|r| !r.kind.passes_marks_on() && r.marks() == Marks::Vmm) {
             return wrong(&format!("marks = \"vmm\": {} passes none on", r.kind.word()));
         }
@@ -434,6 +440,7 @@ mod tests {
             ("igvm = \"i\"", "igvm = \"i\"\nacpi = true", "acpi"),
             ("kind = \"crun\"", "kind = \"krun\"", "krun"),
             ("kind = \"crun\"", "kind = \"crun\"\nmarks = \"tracepoint\"", "marks"),
+            ("kind = \"crun\"", "kind = \"crun\"\narguments = [\"--debug\"]", "only a VMM takes some"),
             ("kind = \"crun\"", "kind = \"firecracker\"\nmarks = \"vmm\"", "firecracker passes none on"),
             ("kind = \"crun\"", "kind = \"alioth\"\nmarks = \"vmm\"", "alioth passes none on"),
             ("kind = \"crun\"", "kind = \"coffer-vmm\"", "both be `coffer-vmm`"),
