@@ -38,7 +38,11 @@ pub fn serve(listener: &TcpListener, guest: &mut Guest) {
     }
 }
 
-fn one(stream: &mut (impl Read + Write), peer: SocketAddr, guest: &mut Guest) -> io::Result<()> {
+/// Answers the one call that a connection is for.
+///
+/// # Errors
+/// The connection's.
+pub fn one(stream: &mut (impl Read + Write), peer: SocketAddr, guest: &mut Guest) -> io::Result<()> {
     let (mut bytes, began) = (Vec::new(), Instant::now());
     let mut buffer = [0; 4096];
     let (method, target) = loop {

@@ -7,6 +7,8 @@ pub mod boot;
 #[cfg(feature = "confidential")]
 pub mod confidential;
 pub mod container;
+#[cfg(feature = "fuzz")]
+pub mod fuzz;
 #[cfg(feature = "confidential")]
 pub mod image;
 mod memory;

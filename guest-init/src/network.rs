@@ -304,22 +304,26 @@ fn set_interface(netlink: &Netlink, wanted: &Interface, index: u32) -> Result<()
         format!("bring {name} up with MTU {}", wanted.mtu),
     )?;
     for text in &wanted.addresses {
-        let (host, prefix) = prefixed(text)?;
-        let (family, value) = bytes(host);
-        let mut fixed = [0; 8];
-        (fixed[0], fixed[1], fixed[2]) = (family, prefix, libc::IFA_F_NODAD as u8);
-        fixed[4..8].copy_from_slice(&index.to_ne_bytes());
-        let mut message = Message::new(libc::RTM_NEWADDR, libc::NLM_F_CREATE | libc::NLM_F_REPLACE, &fixed);
-        message = message.attribute(libc::IFA_LOCAL, &value).attribute(libc::IFA_ADDRESS, &value);
-        if let IpAddr::V4(host) = host
-            && prefix < 31
-        {
-            let broadcast = u32::from(host) | u32::MAX.checked_shr(prefix.into()).unwrap_or(0);
-            message = message.attribute(libc::IFA_BROADCAST, &broadcast.to_be_bytes());
-        }
-        netlink.add(message, format!("add {text} to {name}"))?;
+        netlink.add(address_message(text, index)?, format!("add {text} to {name}"))?;
     }
     Ok(())
+}
+
+fn address_message(text: &str, index: u32) -> Result<Message, NetworkError> {
+    let (host, prefix) = prefixed(text)?;
+    let (family, value) = bytes(host);
+    let mut fixed = [0; 8];
+    (fixed[0], fixed[1], fixed[2]) = (family, prefix, libc::IFA_F_NODAD as u8);
+    fixed[4..8].copy_from_slice(&index.to_ne_bytes());
+    let mut message = Message::new(libc::RTM_NEWADDR, libc::NLM_F_CREATE | libc::NLM_F_REPLACE, &fixed);
+    message = message.attribute(libc::IFA_LOCAL, &value).attribute(libc::IFA_ADDRESS, &value);
+    if let IpAddr::V4(host) = host
+        && prefix < 31
+    {
+        let broadcast = u32::from(host) | u32::MAX.checked_shr(prefix.into()).unwrap_or(0);
+        message = message.attribute(libc::IFA_BROADCAST, &broadcast.to_be_bytes());
+    }
+    Ok(message)
 }
 
 fn set_route(netlink: &Netlink, route: &Route) -> Result<(), NetworkError> {
@@ -327,6 +331,11 @@ fn set_route(netlink: &Netlink, route: &Route) -> Result<(), NetworkError> {
     let index = index(name)
         .filter(|_| is_name(name))
         .ok_or_else(|| NetworkError::Invalid(name.clone(), "an interface of this pod"))?;
+    let target = route.destination.as_deref().unwrap_or("default");
+    netlink.add(route_message(route, index)?, format!("add route {target} by {name}"))
+}
+
+fn route_message(route: &Route, index: u32) -> Result<Message, NetworkError> {
     let destination = route.destination.as_deref().map(prefixed).transpose()?;
     let gateway = route.gateway.as_deref().map(address).transpose()?;
     let source = route.source.as_deref().map(address).transpose()?;
@@ -350,9 +359,45 @@ fn set_route(netlink: &Netlink, route: &Route) -> Result<(), NetworkError> {
     if let Some(metric) = route.metric {
         message = message.attribute(libc::RTA_PRIORITY, &metric.to_ne_bytes());
     }
-    message = message.attribute(libc::RTA_OIF, &index.to_ne_bytes());
-    let target = route.destination.as_deref().unwrap_or("default");
-    netlink.add(message, format!("add route {target} by {name}"))
+    Ok(message.attribute(libc::RTA_OIF, &index.to_ne_bytes()))
+}
+
+/// For fuzz targets: the renames, from and to, and the messages to the kernel for a network in a guest with these devices, by index,
+/// name and address.
+///
+/// # Errors
+/// [`NetworkError`], as [`apply`].
+#[cfg(feature = "fuzz")]
+pub fn plan(present: &[(u32, &str, &str)], network: &Network) -> Result<Plan, NetworkError> {
+    let device = |(index, name, mac): &(u32, &str, &str)| Device {
+        index: *index,
+        name: (*name).to_owned(),
+        mac: (*mac).to_owned(),
+    };
+    let mut present: Vec<Device> = present.iter().map(device).collect();
+    let adopted = adopt(&mut present, &network.interfaces);
+    let names = names(&present, &network.interfaces)?;
+    let mut messages = Vec::new();
+    for (interface, index) in network.interfaces.iter().zip(&names.indices) {
+        for text in &interface.addresses {
+            messages.push(address_message(text, *index)?.finish());
+        }
+    }
+    for route in &network.routes {
+        messages.push(route_message(route, 1)?.finish());
+    }
+    let renames = names.renames.into_iter().map(|r| (r.index, r.from, r.to)).collect();
+    Ok(Plan { indices: names.indices, adopted: adopted.len(), renames, messages })
+}
+
+/// What [`plan`] gives.
+#[cfg(feature = "fuzz")]
+#[expect(missing_docs, reason = "said there")]
+pub struct Plan {
+    pub indices: Vec<u32>,
+    pub adopted: usize,
+    pub renames: Vec<(u32, String, String)>,
+    pub messages: Vec<Vec<u8>>,
 }
 
 #[cfg(test)]

@@ -4,10 +4,15 @@
 
 use std::os::fd::{AsRawFd, OwnedFd};
 
-use coffer_protocol::{Decoder, Frame, FrameError, Kind, MAX_NOTIFICATION, Outbox, Reply, STDIN_WINDOW};
+use coffer_protocol::{
+    Decoder, Frame, FrameError, Kind, MAX_NOTIFICATION, Outbox, Reply, STDIN_WINDOW, WindowSize,
+};
 use nix::errno::Errno;
 
-use crate::stdio::{Process, read_some};
+use crate::{
+    container::set_window,
+    stdio::{Process, read_some},
+};
 
 /// A process's output is read only while less than this waits for the host.
 const OUTPUT_LIMIT: usize = 256 * 1024;
@@ -135,6 +140,29 @@ impl Session {
             }
         }
         Ok(None)
+    }
+
+    /// What a frame says to the process, but for those that [`Self::next_frame`] keeps. A signal is given back: who may send it is
+    /// decided elsewhere.
+    pub(crate) fn process_frame(&mut self, frame: &Frame) -> Option<u32> {
+        match (frame.kind, &self.process) {
+            (Kind::StdinEnd, Some(_)) => self.end_stdin(),
+            (Kind::StreamEnd, Some(_)) => self.end_stream(&frame.payload),
+            (Kind::Signal, Some(process)) => {
+                let word = <[u8; 4]>::try_from(frame.payload.as_slice()).map(u32::from_le_bytes);
+                return word.ok().filter(|_| process.ended.is_none());
+            }
+            (Kind::Resize, Some(process)) => {
+                if let (Ok(size), Some(terminal)) =
+                    (WindowSize::from_payload(&frame.payload), &process.stdio.terminal)
+                {
+                    set_window(terminal, size);
+                }
+            }
+            // Out of order: this host is not one of ours.
+            _ => self.dead = true,
+        }
+        None
     }
 
     pub(crate) fn send(&mut self, kind: Kind, payload: &[u8]) {

@@ -4,8 +4,10 @@
 pub mod seeds;
 
 use coffer_attestation::{
-    api, config::Config,
-    evidence::{Attesters, Composite, Sample, event_log},
+    api,
+    config::Config,
+    encoding::{from_base64, to_base64},
+    evidence::{Attesters, Composite, Sample, event_log, mr_config_id},
     guest::Guest,
     initdata::Initdata,
     jwe::{self, Jwe},
@@ -22,7 +24,7 @@ use coffer_fuzz::Target;
 use serde_json::{Value, json};
 
 /// The targets.
-pub const TARGETS: [Target; 13] = [
+pub const TARGETS: [Target; 16] = [
     ("initdata", initdata),
     ("http", http),
     ("dns", dns),
@@ -36,6 +38,9 @@ pub const TARGETS: [Target; 13] = [
     ("certificates", certificates),
     ("evidence", evidence),
     ("yaml", manifest),
+    ("calls", calls),
+    ("quote", quote),
+    ("keys", keys),
 ];
 
 /// A key that the seeds are made for. It protects nothing.
@@ -95,7 +100,8 @@ pub fn dns(data: &[u8]) {
 /// A client against a server that sends anything: answers are lines, `STATUS COOKIE BODY`. No answer may give a secret,
 /// since nobody here can encrypt to a key that was made a moment ago.
 pub fn session(data: &[u8]) {
-    let mut client = Client::new("sample", KeyAlgorithm::P256, None, Credential::Cookie).expect("random bytes");
+    let mut client =
+        Client::new("sample", KeyAlgorithm::P256, None, Credential::Cookie).expect("random bytes");
     client.fetch("kbs:///a/b/c".parse().expect("a resource"));
     let mut lines = data.split(|byte| *byte == b'\n');
     // Bounded by the client itself, or this is the finding.
@@ -105,10 +111,8 @@ pub fn session(data: &[u8]) {
                 Some(line) => client.received(&answer(line)),
                 None => client.failed("the end"),
             },
-            Step::Measure(_) => client.measured(Ok(Composite {
-                primary_evidence: json!({}),
-                additional_evidence: String::new(),
-            })),
+            Step::Measure(_) => client
+                .measured(Ok(Composite { primary_evidence: json!({}), additional_evidence: String::new() })),
             Step::Wait(_) => {}
             Step::Finished(result) => {
                 assert!(!matches!(result, Ok(Outcome::Resource(_))), "a secret out of nothing");
@@ -135,7 +139,10 @@ pub fn uri(data: &[u8]) {
     let Ok(text) = std::str::from_utf8(data) else { return };
     if let Ok(uri) = text.parse::<ResourceUri>() {
         let path = uri.server_path();
-        assert!(path.starts_with('/') && !path.contains("/../") && !path.contains(['\r', '\n', ' ']), "{path}");
+        assert!(
+            path.starts_with('/') && !path.contains("/../") && !path.contains(['\r', '\n', ' ']),
+            "{path}"
+        );
         assert_eq!(uri.to_string().parse::<ResourceUri>().map(|u| u.server_path()), Ok(path));
     }
     let _ = ResourceUri::from_path(text);
@@ -218,7 +225,8 @@ pub fn certificates(data: &[u8]) {
 /// Evidence in JSON, as a KBS gets it. None is accepted: nothing here is signed for this report data.
 pub fn evidence(data: &[u8]) {
     let Ok(value) = serde_json::from_slice::<Value>(data) else { return };
-    let trust = Trust::from_pem(include_str!("../../testdata/snp/genoa_ask_ark_asvk.pem")).expect("AMD's roots");
+    let trust =
+        Trust::from_pem(include_str!("../../testdata/snp/genoa_ask_ark_asvk.pem")).expect("AMD's roots");
     let expected = Expected { report_data: [0xa5; 64], host_data: None };
     assert!(verify_snp(&value, &trust, &expected).is_err());
 }
@@ -237,4 +245,93 @@ pub fn manifest(data: &[u8]) {
         }
         Err(error) => assert!(!error.to_string().contains('\n')),
     }
+}
+
+/// Bytes of a program in the pod, and what it is sent.
+struct Caller<'a> {
+    says: std::slice::Chunks<'a, u8>,
+    hears: Vec<u8>,
+}
+
+impl std::io::Read for Caller<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        let piece = self.says.next().unwrap_or_default();
+        buffer[..piece.len()].copy_from_slice(piece);
+        Ok(piece.len())
+    }
+}
+
+impl std::io::Write for Caller<'_> {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.hears.extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+const ANSWERS: &str =
+    "version = \"0.1.0\"\nalgorithm = \"sha256\"\n[data]\n\"coffer.toml\" = \"attestation_api = true\"\n";
+
+/// A call of a program in the pod, and of one elsewhere: nothing, or one whole answer.
+pub fn calls(data: &[u8]) {
+    let mut guest = Guest::new(Some(ANSWERS.as_bytes()), Attesters::of(Sample)).expect("nothing to refuse");
+    for (peer, statuses) in [("127.0.0.1:9", &[200, 400, 404, 405, 500][..]), ("10.0.0.1:9", &[400, 403])] {
+        let mut caller = Caller { says: data.chunks(data.len() / 5 % 4000 + 1), hears: Vec::new() };
+        let peer = peer.parse().expect("an address");
+        api::one(&mut caller, peer, &mut guest).expect("nothing fails");
+        let text = String::from_utf8(caller.hears).expect("no secret is here, and all else is text");
+        let Some((head, body)) = text.split_once("\r\n\r\n") else {
+            assert!(text.is_empty());
+            continue;
+        };
+        let mut lines = head.split("\r\n");
+        let status = lines.next().and_then(|line| line.split(' ').nth(1)).and_then(|word| word.parse().ok());
+        assert!(status.is_some_and(|status: u16| statuses.contains(&status)), "{head}");
+        assert!(lines.any(|line| line == format!("Content-Length: {}", body.len())), "{head}");
+    }
+}
+
+/// A TD's quote: what is bound to its launch is where the specification has it.
+pub fn quote(data: &[u8]) {
+    let body = match data {
+        [4, 0, ..] => 48,
+        [5, 0, ..] => 54,
+        _ => return assert_eq!(mr_config_id(data), None),
+    };
+    assert_eq!(
+        mr_config_id(data).map(|id| id.to_vec()),
+        data.get(body + 184..body + 232).map(<[u8]>::to_vec)
+    );
+}
+
+/// A private key in PEM, or what such a PEM would hold.
+pub fn keys(data: &[u8]) {
+    let text = match std::str::from_utf8(data) {
+        Ok(text) if text.starts_with("-----BEGIN") => text.to_owned(),
+        _ => pem(data),
+    };
+    let Ok(key) = TeeKey::from_pem(&text) else { return };
+    let again = TeeKey::from_pem(&key.to_pem().expect("a key writes itself")).expect("and is read");
+    assert_eq!(again.public(), key.public());
+    let PublicJwk::EC { x, .. } = key.public() else { return };
+    assert!(!x.is_empty());
+}
+
+fn pem(der: &[u8]) -> String {
+    let mut text = String::from("-----BEGIN PRIVATE KEY-----\n");
+    for line in to_base64(der).as_bytes().chunks(64) {
+        text += std::str::from_utf8(line).expect("Base64");
+        text.push('\n');
+    }
+    text + "-----END PRIVATE KEY-----\n"
+}
+
+/// What a PEM holds.
+#[must_use]
+pub fn der(pem: &str) -> Vec<u8> {
+    let body: String = pem.lines().filter(|line| !line.starts_with('-')).collect();
+    from_base64(&body).expect("Base64")
 }

@@ -65,7 +65,8 @@ fn sealed(payload: &Value) -> Vec<u8> {
 /// A table of one certificate, in the GHCB specification's form.
 fn table() -> Vec<u8> {
     let der = include_bytes!("../../testdata/snp/test-vcek.der");
-    let mut table = vec![0x63, 0xda, 0x75, 0x8d, 0xe6, 0x64, 0x45, 0x64, 0xad, 0xc5, 0xf4, 0xb9, 0x3b, 0xe8, 0xac, 0xcd];
+    let mut table =
+        vec![0x63, 0xda, 0x75, 0x8d, 0xe6, 0x64, 0x45, 0x64, 0xad, 0xc5, 0xf4, 0xb9, 0x3b, 0xe8, 0xac, 0xcd];
     table.extend(48u32.to_le_bytes());
     table.extend((der.len() as u32).to_le_bytes());
     table.extend([0; 24]);
@@ -73,10 +74,20 @@ fn table() -> Vec<u8> {
     table
 }
 
+/// A KBS with a certificate.
+fn tls() -> String {
+    let pem = include_str!("../../testdata/snp/genoa_ask_ark_asvk.pem");
+    format!(
+        "version = \"0.1.0\"\nalgorithm = \"sha512\"\n[data]\n\"aa.toml\" = '''\n[token_configs.kbs]\n\
+         url = \"https://kbs.example:8443/base\"\ncert = \"\"\"\n{pem}\"\"\"\n'''\n"
+    )
+}
+
 /// All of them.
 #[must_use]
 pub fn all() -> Vec<Seed> {
-    let public = TeeKey::P256(crate::key()).public();
+    let key = TeeKey::P256(crate::key());
+    let (public, pem) = (key.public(), key.to_pem().expect("a key writes itself"));
     let message = jwe::encrypt(&public, SECRET).expect("a key of ours");
     let message = serde_json::to_vec(&message).expect("plain data");
     let jwt = token(json!({ "alg": "ES256", "typ": "JWT" }), SECRET);
@@ -86,11 +97,14 @@ pub fn all() -> Vec<Seed> {
     let challenge = json!({ "nonce": to_base64(&[0; 32]), "extra-params": "" }).to_string();
     let handshake = format!("200 0123abcd {challenge}\n200 0123abcd {}\n", json!({ "token": jwt }));
     let resource = String::from_utf8(message.clone()).expect("JSON");
-    let refused = json!({ "type": "https://github.com/confidential-containers/kbs/errors/PolicyDeny", "detail": "no" });
-    let chunked = "HTTP/1.1 401 Unauthorized\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nhel\r\n2\r\nlo\r\n0\r\n\r\n";
+    let refused =
+        json!({ "type": "https://github.com/confidential-containers/kbs/errors/PolicyDeny", "detail": "no" });
+    let chunked =
+        "HTTP/1.1 401 Unauthorized\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nhel\r\n2\r\nlo\r\n0\r\n\r\n";
     let plain = "HTTP/1.1 200 OK\r\nContent-Length: 5\r\nSet-Cookie: kbs-session-id=a; Path=/\r\n\r\nhello";
     vec![
         ("initdata", "all", INITDATA.into()),
+        ("initdata", "tls", tls().into()),
         ("http", "chunked", chunked.into()),
         ("http", "plain", plain.into()),
         ("dns", "answer", answer()),
@@ -112,6 +126,19 @@ pub fn all() -> Vec<Seed> {
         ("yaml", "kubectl", include_bytes!("../../testdata/yaml/kubectl.yaml").to_vec()),
         ("yaml", "podman", include_bytes!("../../testdata/yaml/podman.yaml").to_vec()),
         ("yaml", "hand", include_bytes!("../../testdata/yaml/hand.yaml").to_vec()),
+        ("calls", "info", b"GET /info HTTP/1.1\r\nHost: localhost\r\nAccept: */*\r\n\r\n".to_vec()),
+        (
+            "calls",
+            "evidence",
+            b"GET /aa/evidence?encoding=base64&runtime_data=AAEC HTTP/1.1\r\n\r\n".to_vec(),
+        ),
+        ("calls", "token", b"GET /aa/token?token_type=kbs HTTP/1.0\r\n\r\n".to_vec()),
+        ("calls", "resource", b"GET /cdh/resource/a/b/c HTTP/1.1\r\nConnection: close\r\n\r\n".to_vec()),
+        ("calls", "post", b"POST /info HTTP/1.1\r\nContent-Length: 2\r\n\r\n{}".to_vec()),
+        ("quote", "version-4", include_bytes!("../../testdata/tdx/tdx_quote_4.dat")[..632].to_vec()),
+        ("keys", "p256", crate::der(&pem)),
+        ("keys", "pem", pem.as_bytes().to_vec()),
+        ("keys", "rsa", crate::der(include_str!("../../../rootfs/image/testdata/jwe/rsa.pem"))),
         ("evidence", "genoa", include_bytes!("../../testdata/snp/evidence.json").to_vec()),
     ]
 }

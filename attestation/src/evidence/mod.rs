@@ -13,7 +13,7 @@ mod tsm;
 pub use sample::{Sample, SampleDevice};
 pub use sev_guest::Snp;
 pub use silent::{Silent, kernel_tee};
-pub use tdx::{Tdx, event_log};
+pub use tdx::{Tdx, event_log, mr_config_id};
 
 use std::{collections::BTreeMap, path::Path};
 

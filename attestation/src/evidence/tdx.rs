@@ -64,7 +64,8 @@ impl Attester for Tdx {
 }
 
 /// MRCONFIGID of a quote of version 4 or 5; the latter has a descriptor of six bytes before the body.
-fn mr_config_id(quote: &[u8]) -> Option<[u8; 48]> {
+#[must_use]
+pub fn mr_config_id(quote: &[u8]) -> Option<[u8; 48]> {
     let body = match u16::from_le_bytes([*quote.first()?, *quote.get(1)?]) {
         4 => QUOTE_BODY,
         5 => QUOTE_BODY + 6,

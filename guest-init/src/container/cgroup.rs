@@ -22,7 +22,10 @@ const MOST_BELOW: usize = 4096;
 pub struct Cgroup(PathBuf);
 
 /// Files and their contents for these limits, in the order to write. `now` is what `cpu.max` says.
-fn settings(resources: &LinuxResources, now: &str) -> Result<Vec<(String, String)>, ContainerError> {
+pub(super) fn settings(
+    resources: &LinuxResources,
+    now: &str,
+) -> Result<Vec<(String, String)>, ContainerError> {
     let mut list: Vec<(String, String)> = Vec::new();
     let mut set = |file: &str, value: String| list.push((file.to_owned(), value));
     let limit = |value: i64| if value < 0 { "max".to_owned() } else { value.to_string() };

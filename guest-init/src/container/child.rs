@@ -43,8 +43,8 @@ pub(super) fn first(id: &str, shared: &[Shared], spec: &Spec, process: &Process,
             set_domain_name(name)?;
         }
         for (key, value) in spec.linux().iter().flat_map(|l| l.sysctl().iter().flatten()) {
-            let file = Path::new("/proc/sys").join(key.replace('.', "/"));
-            fs::write(&file, value).map_err(|e| ContainerError::guest(&format!("set sysctl {key}"), e))?;
+            fs::write(parameter(key)?, value)
+                .map_err(|e| ContainerError::guest(&format!("set sysctl {key}"), e))?;
         }
         if let Some(path) = &theirs.notify {
             let socket = notify::bind(path)?;
@@ -209,6 +209,16 @@ fn become_program(
     })
 }
 
+/// The file of a kernel's parameter, which names none elsewhere.
+pub(super) fn parameter(name: &str) -> Result<PathBuf, ContainerError> {
+    let inside = name.replace('.', "/");
+    if inside.starts_with('/') || inside.is_empty() {
+        let message = format!("config.json: linux.sysctl: {name:?} is no parameter");
+        return Err(ContainerError::new(ErrorKind::Invalid, message));
+    }
+    Ok(Path::new("/proc/sys").join(inside))
+}
+
 /// Of the NIS domain, for which nix has no call.
 fn set_domain_name(name: &str) -> Result<(), ContainerError> {
     // SAFETY: the name is as long as is said.
@@ -291,7 +301,7 @@ pub(crate) fn set_window(terminal: &impl AsRawFd, size: WindowSize) {
 
 /// The environment of a program, with HOME. Of a name that is there twice the last counts, as with runc and crun: most programs take
 /// the first that they find, and what a caller adds (`exec --env`) comes last.
-fn environment(process: &Process, home: impl FnOnce() -> String) -> Vec<String> {
+pub(super) fn environment(process: &Process, home: impl FnOnce() -> String) -> Vec<String> {
     let name = |pair: &str| pair.split('=').next().unwrap_or_default().to_owned();
     let mut seen = HashSet::new();
     let mut pairs: Vec<String> =
@@ -381,6 +391,16 @@ mod tests {
                 let ended = nix::sys::wait::waitpid(nix::unistd::Pid::from_raw(pid), None).unwrap();
                 assert!(matches!(ended, nix::sys::wait::WaitStatus::Exited(_, 0)), "{ended:?}");
             }
+        }
+    }
+
+    #[test]
+    fn a_parameter_is_a_file_of_the_kernels() {
+        assert_eq!(parameter("net.ipv4.ip_forward").unwrap(), Path::new("/proc/sys/net/ipv4/ip_forward"));
+        assert_eq!(parameter("net/../x").unwrap(), Path::new("/proc/sys/net////x"));
+        for elsewhere in [".etc.passwd", "/etc/passwd", "..", ""] {
+            let message = parameter(elsewhere).unwrap_err().message;
+            assert!(message.starts_with("config.json: linux.sysctl: "), "{message}");
         }
     }
 

@@ -22,7 +22,7 @@ pub(super) fn wanted(spec: &Spec) -> bool {
 }
 
 /// What `timens_offsets` takes, a clock in each line.
-fn offsets(spec: &Spec) -> Result<String, ContainerError> {
+pub(super) fn offsets(spec: &Spec) -> Result<String, ContainerError> {
     let mut lines = Vec::new();
     for (clock, offset) in spec.linux().iter().flat_map(|l| l.time_offsets().iter().flatten()) {
         let nanoseconds = offset.nanosecs().unwrap_or(0);

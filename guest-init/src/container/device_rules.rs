@@ -48,11 +48,11 @@ mod abi {
     /// `struct bpf_insn`: the registers are the target in the low half, the source in the high one.
     #[repr(C)]
     #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-    pub(super) struct Instruction {
-        pub(super) code: u8,
-        pub(super) registers: u8,
-        pub(super) offset: i16,
-        pub(super) immediate: i32,
+    pub(in super::super) struct Instruction {
+        pub(in super::super) code: u8,
+        pub(in super::super) registers: u8,
+        pub(in super::super) offset: i16,
+        pub(in super::super) immediate: i32,
     }
 
     /// `union bpf_attr` of BPF_PROG_LOAD, as far as it is used.
@@ -80,11 +80,11 @@ mod abi {
         assert!(size_of::<Instruction>() == 8 && size_of::<Load>() == 40 && size_of::<Attach>() == 16);
     };
 }
-use abi::Instruction;
+pub(super) use abi::Instruction;
 
 /// One rule. `None` is any.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Rule {
+pub(super) struct Rule {
     allow: bool,
     kind: Option<i32>,
     major: Option<i32>,
@@ -117,7 +117,7 @@ const ALWAYS: [Rule; 11] = {
 };
 
 /// Reads the configuration's rules; `None` when they forbid nothing.
-fn read(rules: &[LinuxDeviceCgroup]) -> Result<Option<Vec<Rule>>, ContainerError> {
+pub(super) fn read(rules: &[LinuxDeviceCgroup]) -> Result<Option<Vec<Rule>>, ContainerError> {
     let wrong = |index: usize, why: &str| {
         let message = format!("config.json: linux.resources.devices[{index}]: {why}");
         Err(ContainerError::new(ErrorKind::Invalid, message))
@@ -231,21 +231,26 @@ fn program(rules: &[Rule]) -> Vec<Instruction> {
     list
 }
 
+/// The program of a configuration's rules, with what every container may do.
+pub(super) fn with_defaults(mut rules: Vec<Rule>) -> Vec<Instruction> {
+    rules.extend(ALWAYS);
+    program(&rules)
+}
+
 /// Attaches the rules to a cgroup. Without rules, and where they allow everything, there is nothing to attach; neither is there where
 /// the directory is no cgroup of version 2, which is so only outside a guest.
 ///
 /// # Errors
 /// [`ContainerError`], naming the rule or the kernel's call.
 pub(super) fn apply(group: &Path, rules: &[LinuxDeviceCgroup]) -> Result<(), ContainerError> {
-    let Some(mut rules) = read(rules)? else { return Ok(()) };
+    let Some(rules) = read(rules)? else { return Ok(()) };
     let failed = |what: &str, e: io::Error| ContainerError::guest(&format!("device rules: {what}"), e);
     let directory = File::open(group).map_err(|e| failed("open the cgroup", e))?;
     let system = nix::sys::statfs::fstatfs(&directory).map_err(|e| failed("look at the cgroup", e.into()))?;
     if system.filesystem_type() != nix::sys::statfs::CGROUP2_SUPER_MAGIC {
         return Ok(());
     }
-    rules.extend(ALWAYS);
-    let instructions = program(&rules);
+    let instructions = with_defaults(rules);
     let load = abi::Load {
         kind: abi::PROG_TYPE_CGROUP_DEVICE,
         count: instructions.len() as u32,

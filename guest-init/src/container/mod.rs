@@ -11,6 +11,8 @@ mod child;
 mod clocks;
 mod device_rules;
 mod devices;
+#[cfg(feature = "fuzz")]
+pub mod fuzz;
 mod hooks;
 mod mounts;
 mod notify;

@@ -71,7 +71,7 @@ fn attributes(wanted: &Scheduler) -> abi::SchedAttr {
     }
 }
 
-fn io_priority(wanted: LinuxIOPriority) -> Result<i64, ContainerError> {
+pub(super) fn io_priority(wanted: LinuxIOPriority) -> Result<i64, ContainerError> {
     if !(0..=7).contains(&wanted.priority()) {
         let message = format!("config.json: process.ioPriority: {} is not 0 to 7", wanted.priority());
         return Err(ContainerError::new(ErrorKind::Invalid, message));
@@ -101,7 +101,7 @@ pub(super) fn apply(process: &Process) -> Result<(), ContainerError> {
     Ok(())
 }
 
-fn domain(wanted: &LinuxPersonality) -> Result<u64, ContainerError> {
+pub(super) fn domain(wanted: &LinuxPersonality) -> Result<u64, ContainerError> {
     if wanted.flags().as_ref().is_some_and(|f| !f.is_empty()) {
         // The specification reserves the field and names no flag.
         let message = "config.json: linux.personality.flags: the specification names none";

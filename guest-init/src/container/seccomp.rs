@@ -46,12 +46,14 @@ fn condition(arg: &LinuxSeccompArg) -> Result<SeccompCondition, ContainerError> 
     } else {
         arg.value()
     };
-    SeccompCondition::new(arg.index() as u8, SeccompCmpArgLen::Qword, operator, value)
+    // One that no call has is refused there.
+    let index = u8::try_from(arg.index()).unwrap_or(u8::MAX);
+    SeccompCondition::new(index, SeccompCmpArgLen::Qword, operator, value)
         .map_err(|e| ContainerError::guest("seccomp argument", e))
 }
 
 /// The programs, in the order to install.
-fn programs(profile: &LinuxSeccomp) -> Result<Vec<BpfProgram>, ContainerError> {
+pub(super) fn programs(profile: &LinuxSeccomp) -> Result<Vec<BpfProgram>, ContainerError> {
     let failed = |e: seccompiler::BackendError| ContainerError::guest("seccomp profile", e);
     let default = action(profile.default_action(), profile.default_errno_ret());
     let mut by_action: Vec<(SeccompAction, Rules)> = Vec::new();
@@ -79,16 +81,12 @@ fn programs(profile: &LinuxSeccomp) -> Result<Vec<BpfProgram>, ContainerError> {
     }
     // A call that some group names must pass the default's program, whatever its own group says of it.
     let mut named = Rules::new();
-    for (a, rules) in &by_action {
-        for (number, list) in rules {
-            if *a == SeccompAction::Allow {
-                match named.get_mut(number) {
-                    Some(there) if there.is_empty() => {}
-                    Some(_) if list.is_empty() => drop(named.insert(*number, Vec::new())),
-                    Some(there) => there.extend(list.iter().cloned()),
-                    None => drop(named.insert(*number, list.clone())),
-                }
-            }
+    for (number, list) in by_action.iter().flat_map(|(_, rules)| rules) {
+        match named.get_mut(number) {
+            Some(there) if there.is_empty() => {}
+            Some(_) if list.is_empty() => drop(named.insert(*number, Vec::new())),
+            Some(there) => there.extend(list.iter().cloned()),
+            None => drop(named.insert(*number, list.clone())),
         }
     }
     let build = |rules: Rules, mismatch, matched| -> Result<BpfProgram, ContainerError> {
@@ -107,7 +105,7 @@ fn programs(profile: &LinuxSeccomp) -> Result<Vec<BpfProgram>, ContainerError> {
 }
 
 /// Flags of seccomp(2). That which is for supervisors only has no meaning without one.
-fn flags(profile: &LinuxSeccomp) -> libc::c_ulong {
+pub(super) fn flags(profile: &LinuxSeccomp) -> libc::c_ulong {
     profile.flags().iter().flatten().fold(0, |bits, flag| {
         bits | match flag {
             LinuxSeccompFilterFlag::SeccompFilterFlagLog => libc::SECCOMP_FILTER_FLAG_LOG,
@@ -173,6 +171,27 @@ mod tests {
             "flags": ["SECCOMP_FILTER_FLAG_LOG", "SECCOMP_FILTER_FLAG_SPEC_ALLOW"]
         }));
         assert_eq!(flags(&profile), 0b110);
+    }
+
+    #[test]
+    fn a_call_that_is_to_be_logged_is_not_denied_by_the_default() {
+        let others: Vec<&str> =
+            syscalls::Sysno::iter().map(|call| call.name()).filter(|n| *n != "getpriority").collect();
+        let profile = profile(serde_json::json!({
+            "defaultAction": "SCMP_ACT_ERRNO", "defaultErrnoRet": 99,
+            "syscalls": [
+                { "names": others, "action": "SCMP_ACT_ALLOW" },
+                { "names": ["getpriority"], "action": "SCMP_ACT_LOG" }
+            ]
+        }));
+        let seen = std::thread::spawn(move || {
+            install(&profile).map_err(|e| e.message)?;
+            // SAFETY: the call has no effect.
+            let logged = unsafe { libc::getpriority(libc::PRIO_PROCESS, 0) };
+            Ok::<_, String>((logged, std::io::Error::last_os_error().raw_os_error().filter(|_| logged < 0)))
+        });
+        let (logged, errno) = seen.join().unwrap().unwrap();
+        assert!(errno.is_none(), "{logged}: {errno:?}");
     }
 
     #[test]

@@ -51,7 +51,7 @@ pub(super) fn limits(process: &Process) -> Result<(), ContainerError> {
     scheduling::apply(process)
 }
 
-fn set(wanted: Option<&Capabilities>) -> CapsHashSet {
+pub(super) fn set(wanted: Option<&Capabilities>) -> CapsHashSet {
     // Names that this kernel does not know are left out, as runc does.
     wanted.into_iter().flatten().filter_map(|c| format!("CAP_{c}").parse().ok()).collect()
 }
@@ -121,7 +121,7 @@ fn passwd(path: &Path) -> Vec<u8> {
     text
 }
 
-fn home_in(passwd: &str, uid: u32) -> Option<String> {
+pub(super) fn home_in(passwd: &str, uid: u32) -> Option<String> {
     let mut lines = passwd.lines().map(|l| l.split(':').collect::<Vec<_>>());
     let line = lines.find(|f| f.get(2).and_then(|u| u.parse().ok()) == Some(uid))?;
     line.get(5).filter(|home| !home.is_empty() && !home.contains('\0')).map(|home| (*home).to_owned())

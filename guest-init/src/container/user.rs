@@ -25,7 +25,7 @@ pub(super) fn wanted(spec: &Spec) -> bool {
     list.is_some_and(|list| list.iter().any(|n| n.typ() == LinuxNamespaceType::User))
 }
 
-fn mappings(spec: &Spec) -> [&[LinuxIdMapping]; 2] {
+pub(super) fn mappings(spec: &Spec) -> [&[LinuxIdMapping]; 2] {
     let linux = spec.linux().as_ref();
     let uids = linux.and_then(|l| l.uid_mappings().as_ref()).map_or(&[][..], Vec::as_slice);
     let gids = linux.and_then(|l| l.gid_mappings().as_ref()).map_or(&[][..], Vec::as_slice);
@@ -63,7 +63,7 @@ pub(super) fn check(spec: &Spec) -> Result<(), ContainerError> {
     Ok(())
 }
 
-fn lines(list: &[LinuxIdMapping]) -> String {
+pub(super) fn lines(list: &[LinuxIdMapping]) -> String {
     list.iter().fold(String::new(), |mut text, m| {
         let _ = writeln!(text, "{} {} {}", m.container_id(), m.host_id(), m.size());
         text

@@ -5,6 +5,9 @@
 
 mod user;
 
+#[cfg(feature = "fuzz")]
+pub use user::user;
+
 use std::{
     fs, io,
     os::{fd::OwnedFd, unix::fs::PermissionsExt},

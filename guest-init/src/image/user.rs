@@ -24,11 +24,17 @@ pub(super) struct User {
     pub(super) groups: Vec<u32>,
 }
 
-/// Lines of a file of the tree, in fields; none when it is not there.
-fn lines(root: &OwnedFd, path: &str) -> Result<Vec<Vec<String>>, ImageError> {
-    let Some(file) = read_in(root, path)? else { return Ok(Vec::new()) };
+/// A file's lines, in fields.
+type Lines = Vec<Vec<String>>;
+
+/// Lines of a file of the tree; none when it is not there.
+fn lines(root: &OwnedFd, path: &str) -> Result<Lines, ImageError> {
+    Ok(read_in(root, path)?.map(fields).unwrap_or_default())
+}
+
+fn fields(file: impl Read) -> Lines {
     let lines = BufReader::new(file.take(MOST)).split(b'\n').map_while(Result::ok);
-    Ok(lines.map(|line| String::from_utf8_lossy(&line).split(':').map(str::to_owned).collect()).collect())
+    lines.map(|line| String::from_utf8_lossy(&line).split(':').map(str::to_owned).collect()).collect()
 }
 
 fn number(fields: &[String], at: usize) -> Option<u32> {
@@ -37,11 +43,14 @@ fn number(fields: &[String], at: usize) -> Option<u32> {
 
 /// Finds `user[:group]`; empty is root.
 pub(super) fn resolve(root: &OwnedFd, text: &str) -> Result<User, ImageError> {
+    find(&lines(root, "etc/passwd")?, &lines(root, "etc/group")?, text)
+}
+
+fn find(passwd: &Lines, groups: &Lines, text: &str) -> Result<User, ImageError> {
     let wrong = |why| ImageError::User(text.to_owned(), why);
     let (user, group) = text.split_once(':').map_or((text, None), |(user, group)| (user, Some(group)));
     let user = if user.is_empty() { "0" } else { user };
     let uid: Option<u32> = user.parse().ok();
-    let passwd = lines(root, "etc/passwd")?;
     // A name may look like a number; the name wins, as in runc.
     let entry = passwd
         .iter()
@@ -53,7 +62,6 @@ pub(super) fn resolve(root: &OwnedFd, text: &str) -> Result<User, ImageError> {
         (None, None) => return Err(wrong("not in the image's /etc/passwd")),
     };
     let (Some(uid), Some(mut gid)) = found else { return Err(wrong("its line in /etc/passwd is broken")) };
-    let groups = lines(root, "etc/group")?;
     if let Some(group) = group.filter(|group| !group.is_empty()) {
         let entry = groups.iter().find(|fields| fields.first().is_some_and(|name| name == group));
         gid = entry
@@ -73,6 +81,15 @@ pub(super) fn resolve(root: &OwnedFd, text: &str) -> Result<User, ImageError> {
         Some(_) => Vec::new(),
     };
     Ok(User { uid, gid, groups })
+}
+
+/// For fuzz targets: user, group and further groups of `text` in an image with these files.
+///
+/// # Errors
+/// [`ImageError`], as when a container is made.
+#[cfg(feature = "fuzz")]
+pub fn user(passwd: &[u8], group: &[u8], text: &str) -> Result<(u32, u32, Vec<u32>), ImageError> {
+    find(&fields(passwd), &fields(group), text).map(|user| (user.uid, user.gid, user.groups))
 }
 
 #[cfg(test)]

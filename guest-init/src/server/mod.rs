@@ -12,7 +12,7 @@ use std::{
     os::fd::{AsRawFd, OwnedFd},
 };
 
-use coffer_protocol::{ErrorKind, Frame, Kind, Reply, Request, WindowSize};
+use coffer_protocol::{ErrorKind, Frame, Kind, Reply, Request};
 use containers::Container;
 use nix::{
     sys::{
@@ -26,7 +26,6 @@ use thiserror::Error;
 
 use crate::{
     confidential::Confidential,
-    container,
     image::Images,
     session::{Part, Session},
     stdio::unblock,
@@ -208,40 +207,27 @@ impl Server {
 
     fn frame(&mut self, key: u64, frame: &Frame) {
         let Some(session) = self.sessions.get_mut(&key) else { return };
-        let word = || <[u8; 4]>::try_from(frame.payload.as_slice()).map(u32::from_le_bytes).ok();
-        match (frame.kind, &session.process) {
-            (Kind::Request, None) if !session.finishing => match Request::from_payload(&frame.payload) {
-                Ok(request) => {
-                    let reply = self
-                        .request(key, request)
-                        .unwrap_or_else(|e| Reply::Failed { kind: e.kind, message: e.message });
-                    if let Some(session) = self.sessions.get_mut(&key) {
-                        session.reply(&reply);
-                    }
-                }
-                Err(error) => {
-                    session.reply(&Reply::Failed { kind: ErrorKind::Invalid, message: error.to_string() })
-                }
-            },
-            (Kind::StdinEnd, Some(_)) => session.end_stdin(),
-            (Kind::StreamEnd, Some(_)) => session.end_stream(&frame.payload),
-            (Kind::Signal, Some(process)) => {
-                if let Some(sent) = word()
-                    && process.ended.is_none()
-                {
-                    let (pid, id) = (process.pid, session.container.clone());
-                    self.hand_on(pid, id, sent);
+        if frame.kind != Kind::Request || session.process.is_some() || session.finishing {
+            let signalled = session.process_frame(frame);
+            let of = session.process.as_ref().map(|process| process.pid).zip(signalled);
+            if let Some((pid, sent)) = of {
+                let id = session.container.clone();
+                self.hand_on(pid, id, sent);
+            }
+            return;
+        }
+        match Request::from_payload(&frame.payload) {
+            Ok(request) => {
+                let reply = self
+                    .request(key, request)
+                    .unwrap_or_else(|e| Reply::Failed { kind: e.kind, message: e.message });
+                if let Some(session) = self.sessions.get_mut(&key) {
+                    session.reply(&reply);
                 }
             }
-            (Kind::Resize, Some(process)) => {
-                if let (Ok(size), Some(terminal)) =
-                    (WindowSize::from_payload(&frame.payload), &process.stdio.terminal)
-                {
-                    container::set_window(terminal, size);
-                }
+            Err(error) => {
+                session.reply(&Reply::Failed { kind: ErrorKind::Invalid, message: error.to_string() })
             }
-            // Out of order: this host is not one of ours.
-            _ => session.dead = true,
         }
     }
 

@@ -2,15 +2,19 @@
 
 use std::{collections::BTreeMap, sync::LazyLock, thread};
 
+use base64::{Engine, engine::general_purpose::STANDARD};
 use coffer_fuzz::Target;
 use coffer_layers::{
     config::ImageConfig,
     digest::Digest,
     manifest::{Compression, Document, layer_type},
-    openpgp::{self, Ring},
     ocicrypt::{
-        ATTESTATION_AGENT, JWE, KeyBytes, KeySource, LayerKey, PUBLIC, jwe::Jwe, keyprovider, packet::Packet,
+        ATTESTATION_AGENT, JWE, KeyBytes, KeySource, LayerKey, PUBLIC,
+        jwe::{Jwe, PrivateKey, PublicKey},
+        keyprovider,
+        packet::Packet,
     },
+    openpgp::{self, Ring},
     pipeline::{decompress, queue},
     policy::{
         Name, Origin, Policy, Signatures, Subject, Verdict,
@@ -22,7 +26,7 @@ use coffer_layers::{
 };
 
 /// The targets.
-pub const TARGETS: [Target; 9] = [
+pub const TARGETS: [Target; 10] = [
     ("documents", documents),
     ("annotations", annotations),
     ("wraps", wraps),
@@ -32,6 +36,7 @@ pub const TARGETS: [Target; 9] = [
     ("policy", policy),
     ("payload", payload),
     ("openpgp", openpgp),
+    ("keys", keys),
 ];
 
 /// Bytes that may come out of one input: what a bound of the pipeline would be.
@@ -216,5 +221,27 @@ pub fn openpgp(data: &[u8]) {
                 assert_eq!(content, SIGNED);
             }
         }
+    }
+}
+
+/// A recipient's key in PEM; or what PEMs of each name would hold.
+pub fn keys(data: &[u8]) {
+    if let Ok(text) = std::str::from_utf8(data)
+        && text.starts_with("-----BEGIN")
+    {
+        let _ = (PrivateKey::from_pem(text), PublicKey::from_pem(text));
+        return;
+    }
+    let body = STANDARD.encode(data);
+    for name in ["PRIVATE KEY", "RSA PRIVATE KEY", "EC PRIVATE KEY", "PUBLIC KEY", "RSA PUBLIC KEY"] {
+        let mut text = format!("-----BEGIN {name}-----\n");
+        for line in body.as_bytes().chunks(64) {
+            text += std::str::from_utf8(line).expect("Base64");
+            text.push('\n');
+        }
+        text += &format!("-----END {name}-----\n");
+        let private = PrivateKey::from_pem(&text).is_ok();
+        let public = PublicKey::from_pem(&text).is_ok();
+        assert!(!(private && public));
     }
 }
