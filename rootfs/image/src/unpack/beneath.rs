@@ -97,12 +97,11 @@ pub(super) fn existing(root: impl AsFd, path: &[u8]) -> Result<Option<OwnedFd>, 
     }
 }
 
-/// Opens a directory of the tree, making what is missing of it (mode 0755). `made` is told of each directory
-/// that was made: the inode of where, and the name.
+/// Opens a directory of the tree, making what is missing of it (mode 0755). `made` is told of each directory that was made.
 pub(super) fn ensured(
     root: impl AsFd,
     path: &[u8],
-    mut made: impl FnMut(&OwnedFd, &[u8]) -> Result<(), Errno>,
+    mut made: impl FnMut(&OwnedFd) -> Result<(), Errno>,
 ) -> Result<OwnedFd, Errno> {
     match open(&root, path) {
         Err(Errno::NOENT) => {}
@@ -116,8 +115,9 @@ pub(super) fn ensured(
             Err(Errno::NOENT) => {
                 // A dangling link has the name: it must not become a directory elsewhere.
                 mkdirat(&at, part, Mode::from_raw_mode(0o755))?;
-                made(&at, part)?;
-                openat(&at, part, DIRECTORY | OFlags::NOFOLLOW, Mode::empty())?
+                let fd = openat(&at, part, DIRECTORY | OFlags::NOFOLLOW, Mode::empty())?;
+                made(&fd)?;
+                fd
             }
             other => other?,
         };

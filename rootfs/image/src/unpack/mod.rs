@@ -5,15 +5,10 @@
 
 mod attributes;
 mod beneath;
+mod record;
 mod removal;
 
-use std::{
-    collections::HashSet,
-    hash::{BuildHasher, RandomState},
-    io::BufRead,
-    os::fd::OwnedFd,
-    sync::Arc,
-};
+use std::{io::BufRead, os::fd::OwnedFd, sync::Arc};
 
 use rustix::{
     fs::{
@@ -24,7 +19,10 @@ use rustix::{
 };
 use thiserror::Error;
 
-use self::beneath::Inside;
+use self::{
+    beneath::Inside,
+    record::{MOST_LINKS, Record},
+};
 use crate::tar::{Archive, Entry, Kind, Sparse, TarError};
 
 /// What an inode costs in tmpfs besides its data, in bytes; charged for every entry.
@@ -59,6 +57,9 @@ pub enum UnpackError {
     /// More entries than was allowed.
     #[error("unpack: more than {MOST_ENTRIES} entries in one layer")]
     Entries,
+    /// More hard links to lower layers than was allowed.
+    #[error("unpack: more than {MOST_LINKS} hard links to files of lower layers in one layer")]
+    Links,
 }
 
 /// What is applied of an archive.
@@ -95,9 +96,7 @@ pub struct Unpacker {
     root: OwnedFd,
     options: Options,
     left: u64,
-    /// What the current layer made: a whiteout only removes what lower layers made.
-    upper: HashSet<u64>,
-    keys: RandomState,
+    record: Record,
     parent: Option<Parent>,
     report: Report,
 }
@@ -110,8 +109,7 @@ impl Unpacker {
             root,
             options,
             left: options.budget,
-            upper: HashSet::new(),
-            keys: RandomState::new(),
+            record: Record::default(),
             parent: None,
             report: Report::default(),
         }
@@ -134,7 +132,7 @@ impl Unpacker {
     /// # Errors
     /// [`UnpackError`]; the tree is then good for nothing.
     pub fn layer<R: BufRead>(&mut self, archive: &mut Archive<R>) -> Result<(), UnpackError> {
-        self.upper.clear();
+        self.record.clear();
         let mut count = 0;
         while let Some(entry) = archive.entry()? {
             count += 1;
@@ -174,6 +172,7 @@ impl Unpacker {
                 let make = || symlinkat(target.as_slice(), &fd, name);
                 self.replacing(&fd, inode, name, make).map_err(|e| failed("symlink", &entry.path, e))?;
                 self.attributes_at(&fd, name, entry)?;
+                self.made(&fd, name, entry)?;
             }
             Kind::HardLink(target) => {
                 let to = Inside::new(target)?;
@@ -190,6 +189,10 @@ impl Unpacker {
                 }
                 let make = || linkat(&at, to.name(), &fd, name, AtFlags::empty());
                 self.replacing(&fd, inode, name, make).map_err(|e| failed("link to", target, e))?;
+                let made = stat(&fd, name).map_err(|e| failed("link to", target, e))?;
+                if !self.record.link(&made, inode, name) {
+                    return Err(UnpackError::Links);
+                }
             }
             Kind::Fifo => self.node(&fd, inode, name, entry, FileType::Fifo, (0, 0))?,
             Kind::CharDevice(major, minor) => {
@@ -199,8 +202,13 @@ impl Unpacker {
                 self.node(&fd, inode, name, entry, FileType::BlockDevice, (*major, *minor))?;
             }
         }
-        let key = self.key(inode, name);
-        self.upper.insert(key);
+        Ok(())
+    }
+
+    /// Something was made of a name that cannot be opened.
+    fn made(&mut self, parent: &OwnedFd, name: &[u8], entry: &Entry) -> Result<(), UnpackError> {
+        let stat = statat(parent, name, AtFlags::SYMLINK_NOFOLLOW);
+        self.record.add(&stat.map_err(|e| failed("stat", &entry.path, e))?);
         Ok(())
     }
 
@@ -229,6 +237,7 @@ impl Unpacker {
             Some(sparse) => self::sparse(&fd, sparse, entry, archive)?,
         }
         self.report.bytes += entry.size;
+        self.record.add(&fstat(&fd).map_err(err("stat"))?);
         self.attributes(&fd, entry)
     }
 
@@ -254,6 +263,7 @@ impl Unpacker {
         if kept {
             attributes::clear_xattrs(&fd).map_err(err("listxattr"))?;
         }
+        self.record.add(&fstat(&fd).map_err(err("stat"))?);
         self.attributes(&fd, entry)
     }
 
@@ -273,7 +283,8 @@ impl Unpacker {
         let mode = Mode::from_raw_mode(entry.mode);
         let make = || mknodat(parent, name, kind, mode, makedev(major, minor));
         self.replacing(parent, inode, name, make).map_err(|e| failed("mknod", &entry.path, e))?;
-        self.attributes_at(parent, name, entry)
+        self.attributes_at(parent, name, entry)?;
+        self.made(parent, name, entry)
     }
 
     /// Makes something of a name; what has the name already is removed first.
@@ -306,9 +317,7 @@ impl Unpacker {
         let Some(fd) = beneath::existing(&self.root, path.parent()).map_err(err)? else { return Ok(()) };
         let stat = fstat(&fd).map_err(err)?;
         if opaque {
-            for name in removal::names(&fd).map_err(err)? {
-                self.remove(&fd, stat.st_ino, &name, true).map_err(err)?;
-            }
+            self.empty(&fd, stat.st_ino, true).map_err(err)?;
         } else {
             self.remove(&fd, stat.st_ino, hidden, true).map_err(err)?;
         }
@@ -320,19 +329,15 @@ impl Unpacker {
         Ok(())
     }
 
-    fn key(&self, parent: u64, name: &[u8]) -> u64 {
-        self.keys.hash_one((parent, name))
-    }
-
     /// Opens the directory of a path, unless it is the one that is open; also gives its inode.
     fn enter_parent(&mut self, path: &Inside) -> Result<(Arc<OwnedFd>, u64), UnpackError> {
         if let Some(open) = self.parent.as_ref().filter(|open| open.path == path.parent()) {
             return Ok((open.fd.clone(), open.stat.st_ino));
         }
         self.leave_parent()?;
-        let (upper, keys) = (&mut self.upper, &self.keys);
-        let made = |at: &OwnedFd, name: &[u8]| {
-            upper.insert(keys.hash_one((fstat(at)?.st_ino, name)));
+        let record = &mut self.record;
+        let made = |fd: &OwnedFd| {
+            record.add(&fstat(fd)?);
             Ok(())
         };
         let err = |e| failed("open the directory", path.parent(), e);
@@ -371,7 +376,7 @@ pub fn read_in(root: &OwnedFd, path: &str) -> Result<Option<std::fs::File>, Unpa
 /// [`UnpackError`].
 pub fn make_in(root: &OwnedFd, path: &str) -> Result<(), UnpackError> {
     let inside = Inside::new(path.as_bytes())?;
-    let made = beneath::ensured(root, inside.whole(), |_, _| Ok(()));
+    let made = beneath::ensured(root, inside.whole(), |_| Ok(()));
     made.map(drop).map_err(|e| failed("mkdir", path.as_bytes(), e))
 }
 

@@ -3,10 +3,10 @@
 //! Owns: that nothing outside the tree is touched (no link is followed) and that a whiteout spares what its own
 //! layer made.
 
-use std::os::fd::OwnedFd;
+use std::{mem::MaybeUninit, os::fd::OwnedFd};
 
 use rustix::{
-    fs::{AtFlags, Dir, Mode, OFlags, fstat, openat, statat, unlinkat},
+    fs::{AtFlags, Mode, OFlags, RawDir, fstat, openat, statat, unlinkat},
     io::Errno,
 };
 
@@ -15,20 +15,27 @@ use super::{Unpacker, attributes::is_directory};
 /// Deepest directory that is removed: links make trees deeper than any path, and this recurses.
 const MOST_DEPTH: usize = 1024;
 
-/// The names in a directory.
-pub(super) fn names(fd: &OwnedFd) -> Result<Vec<Vec<u8>>, Errno> {
-    let mut names = Vec::new();
-    for entry in Dir::read_from(fd)? {
-        let entry = entry?;
-        let name = entry.file_name().to_bytes();
-        if name != b"." && name != b".." {
-            names.push(name.to_vec());
-        }
-    }
-    Ok(names)
-}
+/// Bytes of names that are read at once. A directory of a layer may have any number of them.
+const NAMES: usize = 4096;
 
 impl Unpacker {
+    /// Removes what is in a directory, as [`Self::remove`] does. Tells whether all of it is gone.
+    pub(super) fn empty(&mut self, fd: &OwnedFd, inode: u64, spare: bool) -> Result<bool, Errno> {
+        self.empty_at(fd, inode, spare, 0)
+    }
+
+    fn empty_at(&mut self, fd: &OwnedFd, inode: u64, spare: bool, depth: usize) -> Result<bool, Errno> {
+        let mut names = vec![MaybeUninit::uninit(); NAMES];
+        let (mut list, mut empty) = (RawDir::new(fd, &mut names), true);
+        while let Some(entry) = list.next() {
+            let name = entry?.file_name().to_bytes().to_vec();
+            if name != b"." && name != b".." {
+                empty &= self.remove_at(fd, inode, &name, spare, depth)?;
+            }
+        }
+        Ok(empty)
+    }
+
     /// Removes a name and what is below it. With `spare`, what the current layer made stays, and so do the
     /// directories that hold it. Tells whether the name is gone.
     pub(super) fn remove(
@@ -52,33 +59,29 @@ impl Unpacker {
         if depth > MOST_DEPTH {
             return Err(Errno::NAMETOOLONG);
         }
-        let key = self.key(inode, name);
-        let spared = spare && self.upper.contains(&key);
         let stat = match statat(parent, name, AtFlags::SYMLINK_NOFOLLOW) {
             Err(Errno::NOENT) => return Ok(true),
             other => other?,
         };
+        let spared = spare && self.record.has(&stat, inode, name);
         if !is_directory(&stat) {
             if spared {
                 return Ok(false);
             }
             unlinkat(parent, name, AtFlags::empty())?;
-            self.upper.remove(&key);
+            self.record.forget(inode, name);
             return Ok(true);
         }
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let fd = openat(parent, name, flags, Mode::empty())?;
         let below = fstat(&fd)?;
-        let mut empty = true;
-        for child in names(&fd)? {
-            empty &= self.remove_at(&fd, below.st_ino, &child, spare, depth + 1)?;
-        }
+        let empty = self.empty_at(&fd, below.st_ino, spare, depth + 1)?;
         if spared || !empty {
             super::attributes::set_times(&fd, &below)?;
             return Ok(false);
         }
         unlinkat(parent, name, AtFlags::REMOVEDIR)?;
-        self.upper.remove(&key);
+        self.record.forget(inode, name);
         Ok(true)
     }
 }

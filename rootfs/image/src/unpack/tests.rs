@@ -50,6 +50,36 @@ fn whiteouts_spare_their_own_layer() {
 }
 
 #[test]
+fn a_directory_that_a_layer_names_stays_and_so_do_more_names_than_are_read_at_once() {
+    let many = |tar: Tar, from: usize| {
+        (0..600).fold(tar, |tar, i| tar.file(&format!("d/a-long-name-of-a-file-{}", from + i), b"1"))
+    };
+    let lower = many(Tar::default().dir("d").dir("d/kept").dir("d/gone"), 0);
+    let upper = many(Tar::default().dir("d/kept"), 300).file("d/.wh..wh..opq", b"");
+    unpack(&[lower.clone(), upper], |root| {
+        let names = names(&root.join("d"));
+        assert_eq!(names.len(), 601);
+        assert!(
+            names.contains(&"kept".to_owned()) && names.contains(&"a-long-name-of-a-file-899".to_owned())
+        );
+    });
+    // What the first layer made is a lower layer's for the second, also where its number was a lower one's before.
+    let upper = Tar::default().file("d/.wh..wh..opq", b"");
+    unpack(&[lower, upper], |root| assert_eq!(names(&root.join("d")).len(), 0));
+}
+
+#[test]
+fn names_for_files_of_lower_layers_are_bounded() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut record = Record::default();
+    let stat = rustix::fs::stat(dir.path()).unwrap();
+    assert!((0..MOST_LINKS).all(|i| record.link(&stat, 1, &i.to_le_bytes())));
+    assert!(!record.link(&stat, 1, b"one more") && record.link(&stat, 1, &7usize.to_le_bytes()));
+    record.forget(1, &7usize.to_le_bytes());
+    assert!(!record.has(&stat, 1, &7usize.to_le_bytes()) && record.link(&stat, 1, b"one more"));
+}
+
+#[test]
 fn entries_replace_what_is_there() {
     let lower = Tar::default().dir("d").file("d/x", b"1").symlink("l", "d").file("f", b"1");
     let upper =
