@@ -135,7 +135,6 @@ pub fn all() -> Vec<Seed> {
         ("calls", "token", b"GET /aa/token?token_type=kbs HTTP/1.0\r\n\r\n".to_vec()),
         ("calls", "resource", b"GET /cdh/resource/a/b/c HTTP/1.1\r\nConnection: close\r\n\r\n".to_vec()),
         ("calls", "post", b"POST /info HTTP/1.1\r\nContent-Length: 2\r\n\r\n{}".to_vec()),
-        ("quote", "version-4", include_bytes!("../../testdata/tdx/tdx_quote_4.dat")[..632].to_vec()),
         ("keys", "p256", crate::der(&pem)),
         ("keys", "pem", pem.as_bytes().to_vec()),
         ("keys", "rsa", crate::der(include_str!("../../../rootfs/image/testdata/jwe/rsa.pem"))),

@@ -13,7 +13,7 @@ mod tsm;
 pub use sample::{Sample, SampleDevice};
 pub use sev_guest::Snp;
 pub use silent::{Silent, kernel_tee};
-pub use tdx::{Tdx, event_log, mr_config_id};
+pub use tdx::{Tdx, event_log};
 
 use std::{collections::BTreeMap, path::Path};
 

@@ -9,7 +9,7 @@ use std::{
 };
 
 /// Where the kernel has it, once configfs is mounted.
-pub(super) const ROOT: &str = "/sys/kernel/config/tsm/report";
+const ROOT: &str = "/sys/kernel/config/tsm/report";
 /// Longest blob that is read, in bytes: a quote with its certificates is some 16 KiB.
 const LONGEST: u64 = 128 * 1024;
 
@@ -22,16 +22,42 @@ pub(super) struct Blobs {
     pub(super) auxiliary: Vec<u8>,
 }
 
-/// Which kernel driver answers: `sev_guest` or `tdx_guest`.
-pub(super) fn provider(root: &Path) -> Option<String> {
-    let entry = Entry::make(root).ok()?;
-    let name = fs::read_to_string(entry.0.join("provider")).ok()?;
-    Some(name.trim_end().to_owned())
+/// The kernel's directory of reports.
+#[derive(Clone, Debug)]
+pub(super) struct Tsm {
+    root: PathBuf,
+    /// Makes an entry, in which the kernel then has files.
+    make: fn(&Path) -> io::Result<()>,
 }
 
-/// A report over 64 bytes. The generation counter tells whether somebody else used the same entry meanwhile.
-pub(super) fn report(root: &Path, data: &[u8; 64]) -> io::Result<Blobs> {
-    let entry = Entry::make(root)?;
+impl Default for Tsm {
+    fn default() -> Self {
+        Self { root: ROOT.into(), make: |path| fs::create_dir(path) }
+    }
+}
+
+impl Tsm {
+    /// One that a test's kernel serves.
+    #[cfg(test)]
+    pub(super) fn of(root: &Path, make: fn(&Path) -> io::Result<()>) -> Self {
+        Self { root: root.into(), make }
+    }
+
+    /// Which kernel driver answers: `sev_guest` or `tdx_guest`.
+    pub(super) fn provider(&self) -> Option<String> {
+        let entry = Entry::make(self).ok()?;
+        let name = fs::read_to_string(entry.0.join("provider")).ok()?;
+        Some(name.trim_end().to_owned())
+    }
+
+    /// A report over 64 bytes.
+    pub(super) fn report(&self, data: &[u8; 64]) -> io::Result<Blobs> {
+        report(&Entry::make(self)?, data)
+    }
+}
+
+/// The generation counter tells whether somebody else used the same entry meanwhile.
+fn report(entry: &Entry, data: &[u8; 64]) -> io::Result<Blobs> {
     let file = |name: &str| entry.0.join(name);
     let generation = || -> io::Result<u64> {
         fs::read_to_string(file("generation"))?.trim().parse().map_err(|_| io::ErrorKind::InvalidData.into())
@@ -59,11 +85,11 @@ fn read(path: &Path) -> io::Result<Vec<u8>> {
 struct Entry(PathBuf);
 
 impl Entry {
-    fn make(root: &Path) -> io::Result<Self> {
+    fn make(tsm: &Tsm) -> io::Result<Self> {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let name = format!("coffer-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
-        let path = root.join(name);
-        fs::create_dir(&path)?;
+        let path = tsm.root.join(name);
+        (tsm.make)(&path)?;
         Ok(Self(path))
     }
 }
@@ -72,5 +98,44 @@ impl Drop for Entry {
     fn drop(&mut self) {
         // configfs removes the files along with the directory.
         let _ = fs::remove_dir(&self.0);
+    }
+}
+
+/// A kernel that answers each entry once, with a blob that is made of what was asked for.
+#[cfg(test)]
+pub(super) mod testing {
+    use super::*;
+    use std::{ffi::CString, os::unix::ffi::OsStrExt, thread, time::Duration};
+
+    pub(in super::super) fn entry(
+        path: &Path,
+        provider: &str,
+        auxiliary: &[u8],
+        blob: fn(&[u8; 64]) -> Vec<u8>,
+    ) -> io::Result<()> {
+        fs::create_dir(path)?;
+        let name = CString::new(path.join("outblob").as_os_str().as_bytes())?;
+        // SAFETY: the name outlives the call.
+        assert_eq!(unsafe { libc::mkfifo(name.as_ptr(), 0o600) }, 0);
+        let files: [(&str, &[u8]); 3] =
+            [("provider", provider.as_bytes()), ("generation", b"0\n"), ("auxblob", auxiliary)];
+        for (name, bytes) in files {
+            fs::write(path.join(name), bytes)?;
+        }
+        let path = path.to_owned();
+        // It waits for a question as long as the test's directory is there.
+        thread::spawn(move || {
+            while path.exists() {
+                if let Ok(asked) = fs::read(path.join("inblob"))
+                    && let Ok(asked) = asked.try_into()
+                {
+                    fs::write(path.join("generation"), "1\n").unwrap();
+                    fs::write(path.join("outblob"), blob(&asked)).unwrap();
+                    return;
+                }
+                thread::sleep(Duration::from_millis(1));
+            }
+        });
+        Ok(())
     }
 }
