@@ -169,11 +169,26 @@ fn empty_slot(offset: u64, data: &mut [u8]) {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
+    use crate::devices::serial;
     use proptest::prelude::*;
+    use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
     fn board() -> Board {
         Board::new(Slots::default(), None, Trace::default(), Log::open(None, false).unwrap())
+    }
+
+    /// With a console that writes into the file.
+    fn board_with_console(file: &Path) -> Board {
+        let console = serial::open(file, EventFd::new(EFD_NONBLOCK).unwrap()).unwrap();
+        Board::new(
+            Slots::default(),
+            Some(Mutex::new(console)),
+            Trace::default(),
+            Log::open(None, false).unwrap(),
+        )
     }
 
     #[test]
@@ -211,6 +226,31 @@ mod tests {
             board.mmio_write(MMIO_BASE + address % 0xb000, &bytes[..length]);
             board.port_read(port, &mut [0; 8][..length]);
             let _ = board.port_write(port, &bytes[..length]);
+        }
+
+        #[test]
+        fn whatever_is_written_to_the_console_s_registers_text_still_comes_out(
+            accesses in prop::collection::vec((0u16..SERIAL_PORTS, any::<u64>(), 0usize..9, any::<bool>()), 0..60),
+        ) {
+            let file = tempfile::NamedTempFile::new().unwrap();
+            let board = board_with_console(file.path());
+            for (register, value, length, reads) in accesses {
+                let bytes = &mut value.to_le_bytes()[..length];
+                if reads {
+                    board.port_read(SERIAL_PORT + register, bytes);
+                } else {
+                    prop_assert_eq!(board.port_write(SERIAL_PORT + register, bytes), None);
+                }
+            }
+            // As a driver sets a port up (16550, 8.1 and 8.6.4): no divisor latch, no loop.
+            for (register, value) in [(3, 0x03), (4, 0x00)] {
+                board.port_write(SERIAL_PORT + register, &[value]);
+            }
+            for byte in b"still here" {
+                board.port_write(SERIAL_PORT, &[*byte]);
+            }
+            let text = std::fs::read(file.path()).unwrap();
+            prop_assert!(text.ends_with(b"still here"), "{text:?}");
         }
     }
 }
