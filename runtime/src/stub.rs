@@ -1,26 +1,24 @@
 //! The stub: the process that callers take for the container's.
 //!
-//! Owns: relaying stdio, signals and window sizes between the caller and the guest's process, its namespaces and root
-//! on the host, its exit code. It holds no secrets and can do nothing else.
+//! Owns: relaying stdio, signals and window sizes between the caller and the guest's process, its rights on the host, its exit
+//! code. It holds no secrets and can do nothing else. Does not own: which files tools of the host see through it (`root`).
+
+pub mod root;
 
 use std::{
     fs::File,
     io::{self, Read, Write},
     os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd},
-    path::Path,
     time::Duration,
 };
 
 use coffer_protocol::{Ended, Kind, Outbox, STDIN_WINDOW, WindowSize};
-use nix::{
-    mount::{MntFlags, MsFlags, mount, umount2},
-    sys::{
-        signal::{SigSet, Signal},
-        signalfd::{SfdFlags, SignalFd},
-    },
+use nix::sys::{
+    signal::{SigSet, Signal},
+    signalfd::{SfdFlags, SignalFd},
 };
 
-use crate::{client::Connection, descriptors::Carried, error::Error, notify::Teller, pid, plan::Bind};
+use crate::{client::Connection, descriptors::Carried, error::Error, notify::Teller, pid};
 
 /// Exit code when the VM is gone before its process ended, as if it had been killed.
 const VM_GONE: i32 = 137;
@@ -28,44 +26,6 @@ const VM_GONE: i32 = 137;
 const CHUNK: usize = 256 * 1024;
 /// How long a VMM may take from closing its connections to its end.
 pub const VMM_END_LIMIT: Duration = Duration::from_secs(10);
-const NONE: Option<&str> = None;
-
-/// Enters the container's root on the host: what `podman cp` and `podman top` see.
-///
-/// # Errors
-/// The system's.
-pub fn enter_root(binds: &[Bind], destinations: &[std::path::PathBuf]) -> io::Result<()> {
-    let Some((root, rest)) = binds.split_first() else { return Ok(()) };
-    mount(NONE, "/", NONE, MsFlags::MS_REC | MsFlags::MS_SLAVE, NONE)?;
-    mount(Some(&root.source), &root.source, NONE, MsFlags::MS_BIND | MsFlags::MS_REC, NONE)?;
-    for (bind, destination) in rest.iter().zip(destinations) {
-        let inside = destination.strip_prefix("/").unwrap_or(destination);
-        // Only where the place is there and no link leads elsewhere: this is a view for tools, the guest has the mounts.
-        let target = root.source.join(inside);
-        if target.canonicalize().is_ok_and(|real| real == target) {
-            let _ = mount(Some(&bind.source), &target, NONE, MsFlags::MS_BIND | MsFlags::MS_REC, NONE);
-            if bind.read_only {
-                let _ = mount(
-                    NONE,
-                    &target,
-                    NONE,
-                    MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY,
-                    NONE,
-                );
-            }
-        }
-    }
-    nix::unistd::chdir(&root.source)?;
-    nix::unistd::pivot_root(".", ".")?;
-    umount2(".", MntFlags::MNT_DETACH)?;
-    nix::unistd::chdir("/")?;
-    // Tools read /proc of this namespace; a root file system without the directory has none.
-    if Path::new("/proc").is_dir() {
-        let safe = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
-        let _ = mount(Some("proc"), "/proc", Some("proc"), safe, NONE);
-    }
-    Ok(())
-}
 
 /// Blocks every signal; they are read from the descriptor. Call it before the process can be found by others.
 ///

@@ -306,3 +306,32 @@ fn a_stop_signal_that_is_none_is_refused() {
     let why = refused(&bench, "c", &wants(&layout, &manifest.digest));
     assert!(why.contains("image config: StopSignal \"SIGNONE\" is no signal"), "{why}");
 }
+
+/// As `podman cp` and `podman top` look at it: through the namespaces of the container's process on the host.
+#[test]
+fn tools_of_the_host_find_an_empty_root_that_takes_nothing() {
+    let bench = Bench::new();
+    let (layout, manifest) = image_of(&bench, "#!/bin/sh\nexec sleep 1000\n", &json!({"Cmd": ["/bin/app"]}));
+    let mut config = wants(&layout, &manifest.digest);
+    fs::create_dir(bench.path("volume")).unwrap();
+    config["mounts"].as_array_mut().unwrap().push(
+        json!({ "destination": "/srv", "type": "bind", "source": bench.path("volume"), "options": ["bind"] }),
+    );
+    bench.start("c", &config);
+    let root = PathBuf::from(format!("/proc/{}/root", bench.pid("c")));
+    let names: Vec<_> = fs::read_dir(&root).unwrap().map(|e| e.unwrap().file_name()).collect();
+    assert_eq!(names, ["proc"]);
+    for place in ["in", "etc/in", "srv/in", "proc/in"] {
+        assert!(fs::write(root.join(place), "x").is_err(), "{place}");
+    }
+    assert_eq!(fs::create_dir(root.join("made")).unwrap_err().kind(), std::io::ErrorKind::ReadOnlyFilesystem);
+    for place in [bench.path("c/rootfs/in"), bench.path("c/rootfs/etc/in"), bench.path("volume/in")] {
+        assert!(!place.exists(), "{}", place.display());
+    }
+    // The process itself, as its namespace numbers it.
+    assert!(fs::read(root.join("proc/1/cmdline")).unwrap().starts_with(b"echo\0from\0the\0host\0"));
+    // The guest has its own files, and the volume.
+    assert_eq!(bench.call(&["exec", "c", "cat", "/etc/message"]).ok(), "from the image\n");
+    let _ = bench.call(&["exec", "c", "touch", "/srv/seen"]).ok();
+    assert!(bench.path("volume/seen").exists());
+}

@@ -163,7 +163,7 @@ impl Making<'_> {
                     }
                     create_container_hooks(spec, record)?;
                     let signals = stub::take_signals()?;
-                    stub::enter_root(&self.plan.binds, &destinations)?;
+                    stub::root::enter(self.plan, &destinations)?;
                     if let Some(slave) = &slave {
                         stub::take_terminal(slave);
                     }
