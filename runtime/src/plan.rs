@@ -29,6 +29,8 @@ pub(crate) const MEMORY_ANNOTATION: &str = "io.coffer.memory-mib";
 /// MiB that no guest is smaller than.
 pub(crate) const LEAST_MEMORY_MIB: u64 = 128;
 pub(crate) const MOST_VCPUS: u32 = 64;
+/// Says a VM's processors outright.
+pub(crate) const VCPUS_ANNOTATION: &str = "io.coffer.vcpus";
 /// Names the processors that a VM can have, when it boots with fewer.
 pub(crate) const MOST_VCPUS_ANNOTATION: &str = "io.coffer.vcpus-max";
 /// As many as resolv.conf(5) has.
@@ -305,10 +307,7 @@ fn memory_mib(spec: &Spec) -> Result<u64, Error> {
         return text.parse().ok().filter(|n| *n >= 32).ok_or_else(wrong);
     }
     let limit = resources(spec).and_then(|r| r.memory().as_ref()).and_then(|m| m.limit()).filter(|l| *l > 0);
-    // containerd says with the sandbox what all its containers together may have.
-    let pod =
-        annotation(spec, "io.kubernetes.cri.sandbox-memory").and_then(|t| t.parse().ok()).filter(|l| *l > 0);
-    let Some(limit) = pod.or(limit) else { return Ok(DEFAULT_MEMORY_MIB) };
+    let Some(limit) = of_the_pod(spec, "memory").or(limit) else { return Ok(DEFAULT_MEMORY_MIB) };
     Ok(vm_memory_mib(limit as u64, scratch::wanted(spec)?.map_or(0, scratch::memory_mib)))
 }
 
@@ -325,16 +324,24 @@ pub fn resources(spec: &Spec) -> Option<&oci_spec::runtime::LinuxResources> {
 }
 
 fn vcpus(spec: &Spec) -> Result<u32, Error> {
-    if let Some(text) = annotation(spec, "io.coffer.vcpus") {
+    if let Some(text) = annotation(spec, VCPUS_ANNOTATION) {
         let wrong = || {
-            Error::Bundle(format!("annotation io.coffer.vcpus={text} is not a number from 1 to {MOST_VCPUS}"))
+            Error::Bundle(format!(
+                "annotation {VCPUS_ANNOTATION}={text} is not a number from 1 to {MOST_VCPUS}"
+            ))
         };
         return text.parse().ok().filter(|n| (1..=MOST_VCPUS).contains(n)).ok_or_else(wrong);
     }
-    let Some(cpu) = resources(spec).and_then(|r| r.cpu().as_ref()) else { return Ok(1) };
-    let quota = quota_vcpus(cpu);
-    let set = cpu.cpus().as_deref().map(count_cpus);
-    Ok(quota.or(set).unwrap_or(1).clamp(1, MOST_VCPUS))
+    let pod = of_the_pod(spec, "cpu-quota").map(|quota| quota_in(quota, of_the_pod(spec, "cpu-period")));
+    let cpu = resources(spec).and_then(|r| r.cpu().as_ref());
+    let set = || Some(count_cpus(cpu?.cpus().as_deref()?));
+    Ok(pod.or_else(|| quota_vcpus(cpu?)).or_else(set).unwrap_or(1).clamp(1, MOST_VCPUS))
+}
+
+/// What containerd says with the sandbox that all its containers together may have. It writes 0 where the kubelet said nothing.
+fn of_the_pod(spec: &Spec, what: &str) -> Option<i64> {
+    let text = annotation(spec, &format!("io.kubernetes.cri.sandbox-{what}"))?;
+    text.parse().ok().filter(|number| *number > 0)
 }
 
 /// Processors that a VM can have which boots with so many.
@@ -354,9 +361,14 @@ fn most_vcpus(spec: &Spec, boot: u32) -> Result<u32, Error> {
 
 /// Processors that a quota is worth, rounded up.
 pub(crate) fn quota_vcpus(cpu: &oci_spec::runtime::LinuxCpu) -> Option<u32> {
-    let period = cpu.period().filter(|p| *p > 0).unwrap_or(100_000);
-    let quota = u64::try_from(cpu.quota()?).ok().filter(|q| *q > 0)?;
-    Some(u32::try_from(quota.div_ceil(period)).unwrap_or(u32::MAX))
+    let period = cpu.period().and_then(|period| i64::try_from(period).ok());
+    Some(quota_in(cpu.quota().filter(|quota| *quota > 0)?, period))
+}
+
+/// The same of a quota that is one. Without a period it is the kernel's usual one.
+fn quota_in(quota: i64, period: Option<i64>) -> u32 {
+    let period = period.filter(|period| *period > 0).unwrap_or(100_000);
+    u32::try_from(quota.unsigned_abs().div_ceil(period.unsigned_abs())).unwrap_or(u32::MAX)
 }
 
 /// Processors in a list such as `0-3,8`.
@@ -433,6 +445,30 @@ mod tests {
             (512, 2)
         );
         assert_eq!(sized(json!({ "cpu": { "cpus": "0-2,5" } })), (512, 4));
+    }
+
+    #[test]
+    fn the_vm_of_a_kubernetes_pod_is_sized_by_what_the_pod_has() {
+        let sized = |annotations: Value| {
+            // The sandbox's own container, which has next to nothing.
+            let own = json!({ "memory": { "limit": 1 << 20 }, "cpu": { "quota": 2000, "period": 100000 } });
+            let config = config(json!({ "annotations": annotations, "linux": { "resources": own } }));
+            let plan = plan(Path::new("/b"), "c1", &config).unwrap();
+            (plan.memory_mib, plan.vcpus)
+        };
+        let cri = |memory: &str, quota: &str, period: &str| {
+            json!({ "io.kubernetes.cri.sandbox-memory": memory, "io.kubernetes.cri.sandbox-cpu-quota": quota,
+                "io.kubernetes.cri.sandbox-cpu-period": period, "io.kubernetes.cri.sandbox-cpu-shares": "2" })
+        };
+        assert_eq!(sized(cri("1073741824", "250000", "100000")), (1024 + 64, 3));
+        assert_eq!(sized(cri("1073741824", "250000", "50000")), (1024 + 64, 5));
+        // A kubelet without limits, and what is no number.
+        assert_eq!(sized(cri("0", "0", "100000")), (128, 1));
+        assert_eq!(sized(cri("x", "-1", "")), (128, 1));
+        let mut outright = cri("1073741824", "250000", "100000");
+        outright["io.coffer.vcpus"] = json!("2");
+        outright["io.coffer.memory-mib"] = json!("256");
+        assert_eq!(sized(outright), (256, 2));
     }
 
     #[test]

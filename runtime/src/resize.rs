@@ -70,6 +70,21 @@ fn too_small(size: &VmSize, wanted_mib: u64, reason: &str) -> String {
     format!("memory: the VM booted with {boot} MiB and needs {wanted}: {reason}{remedy}")
 }
 
+/// Whether a VM that runs can have as many processors as a further container's quota is worth.
+///
+/// # Errors
+/// What the container does not get, and what helps.
+pub fn enough_for_a_member(own: u32, size: &VmSize) -> Result<(), Error> {
+    if own <= size.vcpus {
+        return Ok(());
+    }
+    let (has, most) = (size.vcpus, plan::MOST_VCPUS_ANNOTATION);
+    Err(Error::State(format!(
+        "processors: the container may use {own}, and its pod's VM was made with {has}: annotate the pod's first container with {}={own}, or without a TEE {most}={own}, so that they wait until they are needed",
+        plan::VCPUS_ANNOTATION
+    )))
+}
+
 /// A VM that runs, while nobody else changes its size.
 pub struct Vm<'a> {
     root: &'a Path,
@@ -225,10 +240,11 @@ impl<'a> Vm<'a> {
 /// When there is no VM.
 pub fn give_back(root: &Path, directory: &Directory, record: &Record) -> Result<(), Error> {
     let mut vm = Vm::of(root, directory, record)?;
-    match change(&vm.size, vm.needed_mib(0)) {
+    let memory = match change(&vm.size, vm.needed_mib(0)) {
         Change::Shrink(mib) => vm.shrink(mib).map(drop),
         Change::Stay | Change::Grow(_) => Ok(()),
-    }
+    };
+    vm.set_processors(vm.needed_processors(1)).and(memory)
 }
 
 /// Remembers what a container has from an update: a memory limit, processors.

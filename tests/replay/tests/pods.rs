@@ -88,6 +88,40 @@ fn the_vm_grows_for_a_member_that_needs_more_than_there_is() {
 }
 
 #[test]
+fn processors_that_wait_work_for_a_member_that_may_use_them() {
+    let bench = Bench::new();
+    let limited = |mut config: Value, processors: u64| {
+        config["linux"]["resources"] = json!({ "cpu": { "quota": processors * 50_000, "period": 50_000 } });
+        config
+    };
+    // What the guest was told last.
+    let online = || bench.read("state/infra/stand-in-processors");
+    let mut infra = config(&["sleep", "1000"]);
+    infra["annotations"]["io.coffer.vcpus-max"] = json!("4");
+    bench.start("infra", &infra);
+    bench.start("free", &member(&bench, &["sleep", "1000"], SHARED));
+    assert_eq!(online(), "", "nobody asked for any");
+    bench.start("two", &limited(member(&bench, &["sleep", "1000"], SHARED), 2));
+    assert_eq!(online(), "2");
+    bench.start("three", &limited(member(&bench, &["sleep", "1000"], SHARED), 3));
+    assert_eq!(online(), "3");
+    bench.start("one", &limited(member(&bench, &["sleep", "1000"], SHARED), 1));
+    assert_eq!(online(), "3", "another has three");
+    assert!(!bench.read("one.log").contains("processors"), "{}", bench.read("one.log"));
+    // More than the VM was made with: the member runs with what there is, and the log says what helps.
+    bench.start("nine", &limited(member(&bench, &["sleep", "1000"], SHARED), 9));
+    assert_eq!((bench.status("nine"), online()), ("running".into(), "4".into()));
+    let log = bench.read("nine.log");
+    assert!(log.contains("may use 9, and its pod's VM was made with 4"), "{log}");
+    assert!(log.contains("io.coffer.vcpus-max=9"), "{log}");
+    for (gone, left) in [("nine", "3"), ("three", "2"), ("two", "1")] {
+        let _ = bench.call(&["delete", "--force", gone]).ok();
+        assert_eq!(online(), left, "without {gone}");
+    }
+    assert_eq!(bench.status("free"), "running");
+}
+
+#[test]
 fn an_id_can_be_used_again_at_once_in_the_same_vm() {
     let bench = Bench::new();
     bench.start("infra", &config(&["sleep", "1000"]));

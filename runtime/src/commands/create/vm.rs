@@ -91,15 +91,24 @@ impl Making<'_> {
     }
 
     /// Has the pod's VM grow where a further container needs more than there is. One that cannot stays as it is: the container's limit is
-    /// then more than it can have.
+    /// then more than it can have, and the log says so.
     pub(super) fn make_room(&self, record: &Record) -> Result<(), Error> {
-        let limit =
-            plan::resources(&self.plan.spec).and_then(|r| r.memory().as_ref()).and_then(|m| m.limit());
-        let Some(limit) = limit.filter(|limit| *limit > 0) else { return Ok(()) };
+        let resources = plan::resources(&self.plan.spec);
+        let limit = resources.and_then(|r| r.memory().as_ref()).and_then(|m| m.limit()).filter(|l| *l > 0);
+        let processors = resources.and_then(|r| r.cpu().as_ref()).and_then(plan::quota_vcpus);
+        if limit.is_none() && processors.is_none() {
+            return Ok(());
+        }
         let mut vm = resize::Vm::of(self.root, self.directory, record)?;
-        if let Change::Grow(mib) = resize::change(&vm.size, vm.needed_mib(limit))
-            && let Err(error) = vm.grow(mib)
-        {
+        let memory = match limit.map(|limit| resize::change(&vm.size, vm.needed_mib(limit))) {
+            Some(Change::Grow(mib)) => vm.grow(mib),
+            _ => Ok(()),
+        };
+        let processors = processors.map_or(Ok(()), |own| {
+            vm.set_processors(vm.needed_processors(own))?;
+            resize::enough_for_a_member(own, &vm.size)
+        });
+        for error in [memory, processors].into_iter().filter_map(Result::err) {
             log::say(self.global, Level::Warning, &error.to_string());
         }
         Ok(())

@@ -85,20 +85,21 @@ fn main() {
         remove(account.as_deref());
         exit(0);
     });
+    let online = socket.with_file_name("stand-in-processors");
     let outer = UnixListener::bind(&socket).expect("bind --vsock");
     let booted = VmSize {
         boot_mib: get("--memory-mib").parse().expect("MiB"),
         vcpus: get("--vcpus").parse().expect("a number"),
-        boot_vcpus: get("--vcpus").parse().expect("a number"),
+        boot_vcpus: flags.get("--boot-vcpus").unwrap_or(&get("--vcpus")).parse().expect("a number"),
         most_mib: MOST_MIB,
         ..VmSize::default()
     };
     thread::spawn(move || {
         for (number, host) in outer.incoming().flatten().enumerate() {
-            let inner = inner.clone();
+            let (inner, online) = (inner.clone(), online.clone());
             OPEN.fetch_add(1, Ordering::SeqCst);
             thread::spawn(move || {
-                connection(host, &inner, number, booted);
+                connection(host, &inner, number, booted, &online);
                 OPEN.fetch_sub(1, Ordering::SeqCst);
             });
         }
@@ -218,7 +219,13 @@ fn keep_the_hosts_clock() -> Result<(), Box<dyn std::error::Error>> {
 }
 
 /// The VMM's part of a connection: the handshake, then bytes both ways.
-fn connection(mut host: UnixStream, inner: &SocketAddr, number: usize, booted: VmSize) -> Option<()> {
+fn connection(
+    mut host: UnixStream,
+    inner: &SocketAddr,
+    number: usize,
+    booted: VmSize,
+    online: &Path,
+) -> Option<()> {
     let mut line = Vec::new();
     let mut byte = [0];
     while host.read(&mut byte).ok()? == 1 && byte[0] != b'\n' {
@@ -232,11 +239,16 @@ fn connection(mut host: UnixStream, inner: &SocketAddr, number: usize, booted: V
     let mut guest = UnixStream::connect_addr(inner).ok()?;
     host.write_all(format!("OK {number}\n").as_bytes()).ok()?;
     let request = first_frame(&mut host)?;
-    let mut take = Vec::new();
-    encode(Kind::Request, &Request::TakeMemory.to_payload(), &mut take);
-    if request == take {
-        // The guest's kernel is the host's, and takes no memory from here.
-        TAKEN.store(WANTED.load(Ordering::SeqCst), Ordering::SeqCst);
+    // The guest's kernel is the host's: it takes no memory from here, and its processors are the host's.
+    let answered = match asked(&request) {
+        Some(Request::TakeMemory) => {
+            TAKEN.store(WANTED.load(Ordering::SeqCst), Ordering::SeqCst);
+            true
+        }
+        Some(Request::Processors { online: count }) => fs::write(online, count.to_string()).is_ok(),
+        _ => false,
+    };
+    if answered {
         let mut reply = Vec::new();
         encode(Kind::Reply, &Reply::Done.to_payload(), &mut reply);
         return host.write_all(&reply).ok();
@@ -250,6 +262,13 @@ fn connection(mut host: UnixStream, inner: &SocketAddr, number: usize, booted: V
     relay(&mut guest, &mut host);
     let _ = host.shutdown(Shutdown::Both);
     Some(())
+}
+
+/// The request of a whole frame.
+fn asked(frame: &[u8]) -> Option<Request> {
+    let mut decoder = Decoder::default();
+    decoder.push(frame);
+    Request::from_payload(&decoder.next_frame().ok()??.payload).ok()
 }
 
 /// What a VMM says about its size. This guest gives back at once what is not wanted any more.
