@@ -5,6 +5,7 @@ use std::{
     os::unix::process::CommandExt,
     path::Path,
     process::{Child, Command, Stdio},
+    time::{Duration, Instant},
 };
 
 use coffer_replay::{Bench, config, until};
@@ -152,4 +153,47 @@ fn a_container_whose_create_was_killed_has_stopped() {
     let _ = bench.call(&["delete", "c"]).ok();
     assert_eq!(fs::read_dir(bench.root()).unwrap().count(), 0);
     fs::write(go, "").unwrap();
+}
+
+/// Of five, since a machine that does much else may delay one: a second would be in every one of them.
+#[test]
+fn a_stop_is_under_a_second_when_the_workload_handles_it() {
+    let bench = Bench::new();
+    let script = "trap 'echo asked; exit 5' TERM; echo ready; sleep 1000 & wait";
+    let mut took = Vec::new();
+    for _ in 0..5 {
+        bench.start("c", &config(&["sh", "-c", script]));
+        until(|| bench.read("c.out") == "ready\n");
+        // As podman does it: a signal, and then whoever waits for the process sees its end.
+        let (pid, began) = (bench.pid("c"), Instant::now());
+        let stub = coffer::pid::Pid::of(pid).unwrap();
+        let _ = bench.call(&["kill", "c", "15"]).ok();
+        assert!(stub.wait(coffer_replay::PATIENCE));
+        took.push(began.elapsed());
+        assert_eq!(bench.read("c.out"), "ready\nasked\n");
+        let _ = bench.call(&["delete", "c"]).ok();
+    }
+    assert!(took.iter().any(|time| *time < Duration::from_secs(1)), "{took:?}");
+}
+
+#[test]
+fn a_stub_has_no_rights_left() {
+    let bench = Bench::new();
+    bench.start("c", &config(&["sleep", "1000"]));
+    let pid_file = bench.path("exec.pid");
+    let words = ["exec", "--detach", "--pid-file", pid_file.to_str().unwrap(), "c", "sleep", "1000"];
+    let mut exec = bench.command(&words).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    assert_eq!(coffer_replay::finish(&mut exec), 0);
+    let further: i32 = bench.read("exec.pid").parse().unwrap();
+    for pid in [bench.pid("c"), further] {
+        let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+        let field = |name: &str| {
+            let line = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(":\t"));
+            line.unwrap_or_else(|| panic!("no {name}: {status}")).to_owned()
+        };
+        for set in ["CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"] {
+            assert_eq!(field(set), "0000000000000000", "{set} of {pid}");
+        }
+        assert_eq!(field("NoNewPrivs"), "1", "{pid}");
+    }
 }
