@@ -98,8 +98,8 @@ pub struct Relay {
     pub reports: Option<File>,
     /// The VMM, to wait for what it says at its end.
     pub vmm: Option<OwnedFd>,
-    /// Where callers look for the file `oom`, for a container's first process; opened before the root changed.
-    pub bundle: Option<File>,
+    /// Directories where callers look for the file `oom`, for a container's first process; opened before the root changed.
+    pub oom: Vec<File>,
     /// Who hears what the container's processes notify.
     pub teller: Option<Teller>,
     /// Open files of the caller, the process's from 3 on.
@@ -216,15 +216,14 @@ impl Relay {
         }
     }
 
-    /// The exit code. podman 4 takes a container's end for want of memory from a file in the bundle, which conmon writes
-    /// when the host's cgroup says so; here the guest's does.
+    /// The exit code. podman takes a container's end for want of memory from a file, which conmon writes when the host's
+    /// cgroup says so; here the guest's does.
     fn ended(&self, ended: Ended) -> i32 {
-        if ended == Ended::OutOfMemory
-            && let Some(bundle) = &self.bundle
-        {
+        let places = if ended == Ended::OutOfMemory { self.oom.as_slice() } else { &[] };
+        for directory in places {
             let flags = libc::O_CREAT | libc::O_WRONLY | libc::O_CLOEXEC | libc::O_NOFOLLOW;
             // SAFETY: the name is a C string; the directory is open.
-            let fd = unsafe { libc::openat(bundle.as_raw_fd(), c"oom".as_ptr(), flags, 0o600) };
+            let fd = unsafe { libc::openat(directory.as_raw_fd(), c"oom".as_ptr(), flags, 0o600) };
             if fd >= 0 {
                 // SAFETY: openat returned a new descriptor.
                 drop(unsafe { OwnedFd::from_raw_fd(fd) });

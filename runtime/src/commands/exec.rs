@@ -136,7 +136,7 @@ pub(super) fn exec(call: &Call, root: &Path) -> Result<i32, Error> {
                 terminal: slave,
                 reports,
                 vmm,
-                bundle: None,
+                oom: Vec::new(),
                 teller: None,
                 further: carried.into_iter().map(Into::into).collect(),
             }

@@ -76,7 +76,12 @@ impl Making<'_> {
             }
         }
         let reports = File::open(self.vm_directory().file("")).ok();
-        let bundle = File::open(&self.bundle).ok();
+        // podman 4 looks in the bundle, podman 5 in a directory of conmon's.
+        let oom: Vec<File> = Some(self.bundle.clone())
+            .into_iter()
+            .chain(persist_dir())
+            .filter_map(|d| File::open(d).ok())
+            .collect();
         let vmm = record.vmm.open().ok();
         let destinations: Vec<PathBuf> = self
             .plan
@@ -139,7 +144,7 @@ impl Making<'_> {
                     let others = slave
                         .iter()
                         .map(AsRawFd::as_raw_fd)
-                        .chain(reports.iter().chain(&bundle).map(AsRawFd::as_raw_fd))
+                        .chain(reports.iter().chain(&oom).map(AsRawFd::as_raw_fd))
                         .chain(vmm.iter().map(AsRawFd::as_raw_fd))
                         .chain(teller.iter().map(Teller::fd))
                         .chain(carried.iter().filter_map(Carried::number))
@@ -179,13 +184,27 @@ impl Making<'_> {
                     terminal: slave,
                     reports,
                     vmm,
-                    bundle,
+                    oom,
                     teller,
                     further: carried.into_iter().map(Into::into).collect(),
                 })
             }
         }
     }
+}
+
+/// Where conmon keeps what podman is to know of a container when it has ended, if it is conmon that called.
+fn persist_dir() -> Option<PathBuf> {
+    let conmon = Pid::parent_named("conmon")?;
+    persist_dir_in(&std::fs::read(format!("/proc/{}/cmdline", conmon.pid)).ok()?)
+}
+
+fn persist_dir_in(command_line: &[u8]) -> Option<PathBuf> {
+    use std::os::unix::ffi::OsStrExt;
+    let mut words = command_line.split(|byte| *byte == 0);
+    let value = words.find_map(|word| word.strip_prefix(b"--persist-dir"))?;
+    let value = value.strip_prefix(b"=").or_else(|| words.next())?;
+    Some(std::ffi::OsStr::from_bytes(value).into()).filter(|path: &PathBuf| path.is_absolute())
 }
 
 /// Runs in the stub: its namespaces are the container's, its root is still the host's.
@@ -204,5 +223,21 @@ pub(in crate::commands) fn close_others(kept: &[RawFd]) {
     for fd in numbers.into_iter().filter(|fd| *fd > 2 && !kept.contains(fd)) {
         // SAFETY: this process, a fresh fork, uses none but those that are kept.
         unsafe { libc::close(fd) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn conmons_directory_is_among_its_words() {
+        let of = |line: &str| persist_dir_in(line.replace(' ', "\0").as_bytes());
+        let wanted = Some(PathBuf::from("/run/libpod/persist/c"));
+        assert_eq!(of("conmon -c c --persist-dir /run/libpod/persist/c -p /p "), wanted);
+        assert_eq!(of("conmon --persist-dir=/run/libpod/persist/c "), wanted);
+        for line in ["conmon -c c ", "conmon --persist-dir", "conmon --persist-dir relative "] {
+            assert_eq!(of(line), None, "{line}");
+        }
     }
 }
