@@ -65,12 +65,14 @@ def say(name, value):
     print(f"{name}: {value}", flush=True)
 
 
-pod = {1: {1: "pod", 2: "uid", 3: "default"}, 2: "pods-name", 3: "/run/cri-logs", 7: {1: "io.coffer.memory-mib", 2: "300"}, 8: {}}
+# LinuxPodSandboxConfig's resources: those of all containers together, as a kubelet sums them up.
+limits = {1: 100000, 2: 150000, 3: 2, 4: 236 << 20}
+pod = {1: {1: "pod", 2: "uid", 3: "default"}, 2: "pods-name", 3: "/run/cri-logs", 7: {1: "io.coffer.vcpus-max", 2: "3"}, 8: {5: limits}}
 sandbox = call("RunPodSandbox", {1: pod, 2: handler})[1].decode()
 
 
-def container(name, *command):
-    config = {1: {1: name}, 2: {1: image}, 3: list(command), 11: name + ".log", 15: {1: {4: 64 << 20}}}
+def container(name, *command, **own):
+    config = {1: {1: name}, 2: {1: image}, 3: list(command), 11: name + ".log", 15: {1: {4: 64 << 20} | own.get("limits", {})}}
     identifier = call("CreateContainer", {1: sandbox, 2: config, 3: pod})[1].decode()
     call("StartContainer", {1: identifier})
     return identifier
@@ -90,7 +92,8 @@ def exit_code(identifier):
 
 
 stays = container("stays", "sh", "-c", "trap 'exit 5' TERM; echo begun; while :; do sleep 0.1; done")
-ends = container("ends", "sh", "-c", "cat /proc/sys/kernel/random/boot_id; exit 42")
+say("processors", run(stays, "nproc")[0])
+ends = container("ends", "sh", "-c", "cat /proc/sys/kernel/random/boot_id; nproc; exit 42", limits={1: 100000, 2: 250000})
 say("exit code", exit_code(ends))
 say("exec", run(stays, "sh", "-c", "echo hi; exit 7"))
 say("boot id", run(stays, "cat", "/proc/sys/kernel/random/boot_id")[0])
