@@ -95,7 +95,7 @@ fn show(share: &Path, binds: &[Bind]) -> io::Result<()> {
 /// The IGVM file that a pod boots from.
 #[must_use]
 pub fn image(plan: &Plan, home: &Home) -> PathBuf {
-    let owner = plan.image.is_some() || plan.confidential.file.is_some() || plan.scratch.is_some();
+    let owner = plan.image.is_some() || plan.confidential.initdata.is_some() || plan.scratch.is_some();
     let usual = || home.image(plan.most_vcpus, plan.confidential.tee.as_deref(), owner);
     plan.igvm.clone().unwrap_or_else(usual)
 }
