@@ -257,7 +257,7 @@ fn questions(request: &Request) -> Vec<(Rule, Value)> {
 mod tests {
     use super::*;
     use coffer_attestation::evidence::Sample;
-    use coffer_protocol::Exec;
+    use coffer_protocol::{Exec, Interface, Network, Sandbox, VERSION};
 
     fn pod(policy: &str) -> Result<Confidential, ContainerError> {
         let text = format!(
@@ -291,6 +291,44 @@ mod tests {
         assert!(!pod.allows_stdin("c") && !pod.allows_output("c"));
         let message = pod.check_notify("c").unwrap_err().message;
         assert!(message.starts_with("policy: ReadStreamRequest denied"), "{message}");
+    }
+
+    #[test]
+    fn a_network_or_a_name_that_the_owner_did_not_mean_is_refused() {
+        let mut pod = pod("package agent_policy\nimport rego.v1\n\
+            default CreateSandboxRequest := false\nCreateSandboxRequest if input.hostname == \"web\"\n\
+            default UpdateInterfaceRequest := false\n\
+            UpdateInterfaceRequest if { every i in input.interfaces { i.name == \"eth0\" } }\n\
+            reasons contains {\"field\": \"hostname\", \"value\": input.hostname, \"allowed\": \"web\"} if input.hostname != \"web\"\n\
+            reasons contains {\"field\": \"interfaces\", \"value\": i.name, \"allowed\": \"eth0\"} if { some i in input.interfaces; i.name != \"eth0\" }\n")
+        .unwrap();
+        let network = |name: &str| {
+            let address = vec!["10.88.0.2/16".to_owned()];
+            let interface =
+                Interface { name: name.into(), mac: String::new(), mtu: 1500, addresses: address };
+            Network { interfaces: vec![interface], routes: Vec::new() }
+        };
+        let sandbox = |hostname: &str, network: Network| {
+            Request::Sandbox(Sandbox {
+                version: VERSION,
+                hostname: Some(hostname.into()),
+                unix_time_ns: 0,
+                network,
+                entropy: None,
+                initdata: None,
+                name_servers: Vec::new(),
+                scratch: false,
+            })
+        };
+        pod.check(&sandbox("web", network("eth0"))).unwrap();
+        pod.check(&Request::Network(network("eth0"))).unwrap();
+        pod.check(&Request::Network(Network::default())).unwrap();
+        let mut denied = |request: &Request| pod.check(request).unwrap_err().message;
+        let name = "policy: CreateSandboxRequest denied: hostname is \"other\", allowed: \"web\"";
+        assert_eq!(denied(&sandbox("other", network("eth0"))), name);
+        let interface = "policy: UpdateInterfaceRequest denied: interfaces is \"eth1\", allowed: \"eth0\"";
+        assert_eq!(denied(&sandbox("web", network("eth1"))), interface);
+        assert_eq!(denied(&Request::Network(network("eth1"))), interface);
     }
 
     #[test]

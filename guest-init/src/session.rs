@@ -395,6 +395,59 @@ mod tests {
     }
 
     #[test]
+    fn of_output_that_the_owner_denies_no_byte_reaches_the_host() {
+        use std::io::{Read, Write};
+        for allowed in [false, true] {
+            let (ours, mut host) = UnixStream::pair().unwrap();
+            let (stdout, mut program) = UnixStream::pair().unwrap();
+            let (stderr, mut complaints) = UnixStream::pair().unwrap();
+            let (further, mut other) = UnixStream::pair().unwrap();
+            [&ours, &stdout, &stderr, &further].iter().for_each(|fd| unblock(fd).unwrap());
+            unblock(&host).unwrap();
+            let mut session = Session::new(ours.into());
+            let further = crate::stdio::Further { fd: Some(further.into()), input: None, output: true };
+            let stdio = Stdio {
+                stdout: Some(stdout.into()),
+                stderr: Some(stderr.into()),
+                further: vec![further],
+                ..Stdio::default()
+            };
+            session.attach("c", Process::new(4711, stdio), Streams { stdin: true, output: allowed });
+            let mut received = Vec::new();
+            for round in 0..2 {
+                for stream in [&mut program, &mut complaints, &mut other] {
+                    stream.write_all(&[b"SECRET".as_slice(), &[b'x'; 70_000][..7 * round]].concat()).unwrap();
+                }
+                for part in [Part::Stdout, Part::Stderr, Part::Further(0)] {
+                    session.read_output(part);
+                }
+                session.write_host();
+                let _ = host.read_to_end(&mut received);
+            }
+            // That it ended is no secret.
+            drop((program, complaints, other));
+            for part in [Part::Stdout, Part::Stderr, Part::Further(0)] {
+                session.read_output(part);
+            }
+            session.process.as_mut().unwrap().ended = Some(Ended::Exited(0));
+            session.finish_process();
+            session.write_host();
+            let _ = host.read_to_end(&mut received);
+            let seen = received.windows(6).filter(|bytes| bytes == b"SECRET").count();
+            assert_eq!(seen, if allowed { 6 } else { 0 });
+            let mut decoder = Decoder::default();
+            decoder.push(&received);
+            let mut kinds = Vec::new();
+            while let Some(frame) = decoder.next_frame().unwrap() {
+                kinds.push(frame.kind);
+            }
+            let content = [Kind::Stdout, Kind::Stderr, Kind::Stream];
+            assert_eq!(kinds.iter().any(|kind| content.contains(kind)), allowed);
+            assert!(kinds.ends_with(&[Kind::Ended]) && kinds.contains(&Kind::StdoutEnd));
+        }
+    }
+
+    #[test]
     fn a_request_session_is_over_when_its_reply_is_written() {
         let (ours, _host) = UnixStream::pair().unwrap();
         unblock(&ours).unwrap();

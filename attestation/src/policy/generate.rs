@@ -20,14 +20,15 @@ pub struct Allowed {
     pub exec_cwd: Vec<String>,
     /// The host may write to the container's standard input.
     pub stdin: bool,
+    /// The container has a network. Which addresses, the host chooses.
+    pub network: bool,
     /// Fields that the host may choose, such as `OCI.Hostname`.
     pub free: Vec<String>,
 }
 
 /// What the host may do without an owner's loss: it could stop the machine as well.
-const HOSTS: [&str; 11] = [
+const HOSTS: [&str; 10] = [
     "CreateSandboxRequest",
-    "UpdateInterfaceRequest",
     "StartContainerRequest",
     "SignalProcessRequest",
     "ReadStreamRequest",
@@ -130,9 +131,22 @@ pub(super) fn preamble(what: &str, allowed: &Allowed) -> String {
     for rule in HOSTS {
         let _ = writeln!(text, "{rule} := true\n");
     }
+    text += if allowed.network { "UpdateInterfaceRequest := true\n\n" } else { NO_NETWORK };
     let _ = writeln!(text, "WriteStreamRequest := {}\n", allowed.stdin);
     text
 }
+
+/// A secret could leave by a network that was not meant to be.
+const NO_NETWORK: &str = r#"default UpdateInterfaceRequest := false
+
+UpdateInterfaceRequest if {
+	input.interfaces == []
+	input.routes == []
+}
+
+reasons contains {"field": "interfaces", "value": input.interfaces, "allowed": []} if input.interfaces != []
+
+"#;
 
 /// Engines give what they mount themselves in any order, another each time.
 fn ordered(name: &str, term: &str) -> String {
@@ -283,6 +297,7 @@ mod tests {
             exec_env: vec!["PATH=/engine".into()],
             exec_cwd: vec!["/".into()],
             stdin: true,
+            network: false,
             free: vec!["OCI.Hostname".into()],
         };
         let mut policy = policy(&allowed);
@@ -297,6 +312,23 @@ mod tests {
             assert!(run(args).is_err());
         }
         policy.check(Rule::WriteStream, &json!({ "container_id": "a", "stdin": true })).unwrap();
+    }
+
+    #[test]
+    fn a_container_without_a_network_gets_none() {
+        let none = json!({ "interfaces": [], "routes": [] });
+        let one = json!({ "interfaces": [{ "name": "eth0" }], "routes": [] });
+        let mut with = policy(&Allowed { network: true, ..Allowed::default() });
+        let mut without = policy(&Allowed::default());
+        for network in [&none, &one] {
+            with.check(Rule::UpdateInterface, network).unwrap();
+        }
+        without.check(Rule::UpdateInterface, &none).unwrap();
+        let denied = without.check(Rule::UpdateInterface, &one).unwrap_err().to_string();
+        assert!(denied.starts_with("policy: UpdateInterfaceRequest denied: interfaces is "), "{denied}");
+        let route = json!({ "interfaces": [], "routes": [{ "interface": "eth0" }] });
+        without.check(Rule::UpdateInterface, &route).unwrap_err();
+        without.check(Rule::CreateSandbox, &json!({ "hostname": "web" })).unwrap();
     }
 
     #[test]

@@ -45,7 +45,8 @@ coffer policy: what the host may do with an attested pod
                               io.coffer.image; --sandbox is the engine's own container, which is not admitted without
 
 The image is the one of the annotation io.coffer.image, which must be readable here. --exec allows a command line, to the
-word; --stdin allows the host to write to the container.";
+word; --stdin allows the host to write to the container. A network is allowed where there is one: not with podman's --network none, nor
+for a configuration whose network namespace is a new one.";
 
 /// What no policy says: the guest takes the user from the verified image, where names are looked up.
 const USER: [&str; 3] = ["OCI.Process.User.UID", "OCI.Process.User.GID", "OCI.Process.User.AdditionalGids"];
@@ -118,7 +119,7 @@ fn generate_policy(words: &[String]) -> Result<(), Error> {
     let mut allowed = Allowed::default();
     let (mut images, mut sandbox) = (Vec::new(), None);
     let mut words = words.iter();
-    let (config, shared_kib) = loop {
+    let Recorded { config, shared_kib, network } = loop {
         let word =
             words.next().ok_or_else(|| Error::Usage("podman run …, --config or --pod is missing".into()))?;
         let mut value = || words.next().ok_or_else(|| Error::Usage(format!("{word} wants a value")));
@@ -138,12 +139,14 @@ fn generate_policy(words: &[String]) -> Result<(), Error> {
             }
             "--config" => {
                 let path = value()?;
-                break (fs::read(path).map_err(|e| Error::File(path.into(), e))?, SHARED_KIB);
+                let config = fs::read(path).map_err(|e| Error::File(path.into(), e))?;
+                break Recorded { network: has_network(&config), config, shared_kib: SHARED_KIB };
             }
             "podman" => break record(words.as_slice())?,
             other => return Err(Error::Usage(format!("{other:?}"))),
         }
     };
+    allowed.network = network;
     let config_value: Value = serde_json::from_slice(&config).unwrap_or_default();
     let name = config_value["annotations"]["io.coffer.image"].as_str().ok_or(Error::NoImage)?;
     let reference: Reference = name.parse()?;
@@ -209,6 +212,7 @@ fn pod_policy(
         pod.containers.push(pod::sandbox(&load(layout)?)?);
     }
     allowed.exec.extend(pod.exec);
+    allowed.network = true;
     Ok(generate_pod(&pod.containers, &allowed))
 }
 
@@ -259,9 +263,25 @@ impl Drop for Scratch {
     }
 }
 
-/// The configuration that podman makes of a command line, and the container's shared memory in KiB. podman gets a runtime
-/// that keeps the configuration and starts nothing.
-fn record(words: &[String]) -> Result<(Vec<u8>, u64), Error> {
+/// What an engine would give to the runtime.
+struct Recorded {
+    config: Vec<u8>,
+    /// KiB of the container's shared memory.
+    shared_kib: u64,
+    /// The container has a network.
+    network: bool,
+}
+
+/// A network namespace that the runtime is to make has nothing in it; in one of the engine's there may be something.
+fn has_network(config: &[u8]) -> bool {
+    let config: Value = serde_json::from_slice(config).unwrap_or_default();
+    let list = config.pointer("/linux/namespaces").and_then(Value::as_array).into_iter().flatten();
+    let mut networks = list.filter(|namespace| namespace["type"] == "network");
+    !networks.any(|namespace| namespace["path"].as_str().is_none_or(str::is_empty))
+}
+
+/// What podman makes of a command line. It gets a runtime that keeps the configuration and starts nothing.
+fn record(words: &[String]) -> Result<Recorded, Error> {
     let at = words.iter().position(|word| word == "run");
     let at = at.ok_or_else(|| Error::Usage("podman: only `podman … run` is known".into()))?;
     let scratch = Scratch(std::env::temp_dir().join(format!("coffer-policy-{}", std::process::id())));
@@ -297,10 +317,12 @@ fn record(words: &[String]) -> Result<(Vec<u8>, u64), Error> {
     }
     let id = said(&made.stdout);
     let shared = podman(&["inspect", "--format", "{{.HostConfig.ShmSize}}", &id])?;
+    let mode = podman(&["inspect", "--format", "{{.HostConfig.NetworkMode}}", &id])?;
     let asked = podman(&["init", &id])?;
     podman(&["rm", "--force", &id])?;
     let config = fs::read(&kept).map_err(|_| Error::Podman(said(&asked.stderr)))?;
-    Ok((config, said(&shared.stdout).parse::<u64>().map_or(SHARED_KIB, |bytes| bytes / 1024)))
+    let shared_kib = said(&shared.stdout).parse::<u64>().map_or(SHARED_KIB, |bytes| bytes / 1024);
+    Ok(Recorded { config, shared_kib, network: said(&mode.stdout) != "none" })
 }
 
 #[cfg(test)]
@@ -329,6 +351,16 @@ mod tests {
         );
         assert_eq!(spec["mounts"][0]["options"][4], "size=64000k");
         assert_eq!((is_made_up("07bd660dcfc2"), is_made_up("web")), (true, false));
+    }
+
+    #[test]
+    fn a_namespace_that_is_to_be_made_has_no_network() {
+        let has = |namespaces: Value| {
+            has_network(json!({ "linux": { "namespaces": namespaces } }).to_string().as_bytes())
+        };
+        assert!(!has(json!([{ "type": "pid" }, { "type": "network" }])));
+        assert!(!has(json!([{ "type": "network", "path": "" }])));
+        assert!(has(json!([{ "type": "network", "path": "/run/netns/a" }])) && has(json!([])));
     }
 
     #[test]

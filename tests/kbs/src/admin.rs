@@ -40,11 +40,8 @@ impl Kbs {
                 return Ok(Answer::json(&json!(to_base64url(state.policy.0.as_bytes()))));
             }
             ("POST", ["attestation-policy"]) => {
-                let body = body()?;
-                let id = body["policy_id"].as_str().unwrap_or("default_cpu").to_owned();
-                let policy = text(&body["policy"])?;
-                Policy::parse(policy.clone()).map_err(|e| Answer::error("ParsePolicyError", e))?;
-                state.attestation_policies.insert(id, policy);
+                let detail = "attestation policies are not evaluated here: reference values say which measurements are good";
+                return Err(Answer::error("PolicyEngineError", detail));
             }
             ("POST", ["reference-value"]) => {
                 let body = body()?;
@@ -83,4 +80,59 @@ fn measurements(value: &Value) -> Result<Vec<[u8; 48]>, String> {
         bytes.try_into().map_err(|_| "measurement: not 48 bytes".to_owned())
     };
     list.iter().map(read).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::session::Config;
+    use coffer_attestation::encoding::{to_base64, to_hex};
+
+    fn call(kbs: &Kbs, method: &str, path: &str, body: &str) -> Answer {
+        let path = format!("/kbs/v0/{path}");
+        kbs.answer(&Query { method: method.into(), path, body: body.into(), ..Query::default() })
+    }
+
+    /// As kbs-client's `set-sample-reference-value` has it: the message is JSON in a text, its payload Base64 of JSON.
+    fn message(payload: &Value) -> String {
+        let payload = to_base64(payload.to_string().as_bytes());
+        let message = json!({ "version": "0.1.0", "type": "sample", "payload": payload });
+        json!({ "message": message.to_string() }).to_string()
+    }
+
+    #[test]
+    fn reference_values_say_which_measurements_are_good() {
+        let kbs = Kbs::new(Config { admin: true, ..Config::default() }).unwrap();
+        assert!(kbs.is_good(&[1; 48]), "a KBS that knows none takes any");
+        let two = json!({ "snp_launch_measurement": [to_hex(&[1; 48]), to_hex(&[2; 48])], "other": 7 });
+        assert_eq!(call(&kbs, "POST", "reference-value", &message(&two)).status, 200);
+        assert!(kbs.is_good(&[1; 48]) && kbs.is_good(&[2; 48]) && !kbs.is_good(&[3; 48]));
+        assert_eq!(call(&kbs, "GET", "reference-value/other", "").body, b"7");
+        // Without the text around the message as well.
+        let payload = to_base64(json!({ "measurement": to_hex(&[3; 48]) }).to_string().as_bytes());
+        assert_eq!(
+            call(&kbs, "POST", "reference-value", &json!({ "payload": payload }).to_string()).status,
+            200
+        );
+        assert!(kbs.is_good(&[3; 48]) && !kbs.is_good(&[1; 48]));
+        for wrong in [json!({ "measurement": "00" }), json!({ "measurement": [7] }), json!([])] {
+            assert_eq!(call(&kbs, "POST", "reference-value", &message(&wrong)).status, 401, "{wrong}");
+        }
+        assert!(kbs.is_good(&[3; 48]) && !kbs.is_good(&[0; 48]), "what is refused changes nothing");
+        let closed = Kbs::new(Config::default()).unwrap();
+        assert_eq!(call(&closed, "POST", "reference-value", &message(&two)).status, 401);
+    }
+
+    #[test]
+    fn a_policy_that_nobody_would_ask_is_not_taken() {
+        let kbs = Kbs::new(Config { admin: true, ..Config::default() }).unwrap();
+        let answer = call(
+            &kbs,
+            "POST",
+            "attestation-policy",
+            &json!({ "type": "rego", "policy_id": "default_cpu", "policy": "" }).to_string(),
+        );
+        assert_eq!(answer.status, 401);
+        assert!(String::from_utf8(answer.body).unwrap().contains("not evaluated here"));
+    }
 }

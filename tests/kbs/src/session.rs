@@ -61,7 +61,6 @@ pub(crate) struct State {
     pub(crate) policy: Policy,
     pub(crate) measurements: Vec<[u8; 48]>,
     pub(crate) values: BTreeMap<String, Value>,
-    pub(crate) attestation_policies: BTreeMap<String, String>,
 }
 
 /// The server's mind.
@@ -102,7 +101,6 @@ impl Kbs {
                 policy,
                 measurements: config.measurements,
                 values: BTreeMap::new(),
-                attestation_policies: BTreeMap::new(),
             }),
         })
     }
@@ -219,8 +217,7 @@ impl Kbs {
                 let expected = Expected { report_data: fit(&digest), host_data };
                 let report = verify_snp(&evidence.primary_evidence, trust, &expected)
                     .map_err(|e| failed(e.to_string()))?;
-                let good = &self.state().measurements;
-                if !good.is_empty() && !good.contains(&report.measurement()) {
+                if !self.is_good(&report.measurement()) {
                     let measurement = to_hex(&report.measurement());
                     return Err(failed(format!(
                         "SNP evidence: measurement {measurement} is no reference value"
@@ -249,6 +246,11 @@ impl Kbs {
         }
         claims.insert("report_data".into(), to_hex(&digest).into());
         Ok(claims)
+    }
+
+    pub(crate) fn is_good(&self, measurement: &[u8; 48]) -> bool {
+        let good = &self.state().measurements;
+        good.is_empty() || good.contains(measurement)
     }
 
     fn token(
