@@ -199,7 +199,7 @@ mod tests {
         // SAFETY: `device_report` gives pointers to these, and waits.
         let (asked, response, certificates) = unsafe {
             let asked = &*(request.request as *const abi::ExtendedReport);
-            assert!(asked.certificates_length >= 4096 && asked.certificates_length % 4096 == 0);
+            assert!(asked.certificates_length >= 4096 && asked.certificates_length.is_multiple_of(4096));
             (
                 asked,
                 std::slice::from_raw_parts_mut(request.response as *mut u8, abi::RESPONSE),
