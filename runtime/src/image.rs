@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use coffer_layers::{
     image::resolve,
     layout::Layout,
+    manifest::{Manifest, UNPACKED},
     policy::{Name, sigstore, simple},
     reference::Reference,
 };
@@ -17,7 +18,7 @@ use oci_spec::runtime::Spec;
 
 use crate::{
     error::Error,
-    plan::{Bind, annotation},
+    plan::{Bind, GUEST_OVERHEAD_MIB, MEMORY_ANNOTATION, Plan, annotation},
 };
 
 /// The layout of images that pods name as a registry does.
@@ -94,6 +95,68 @@ fn source_in(spec: &Spec, id: &str, shared: &Path) -> Result<Option<(ImageSource
     Ok(Some((source, blobs)))
 }
 
+/// MiB that a guest leaves for programs, whatever an image takes (init's `RESERVE`).
+const LEFT_MIB: u64 = 24;
+/// MiB for programs beside an image of which nobody said how much memory its pod has.
+const PROGRAMS_MIB: u64 = 256;
+
+/// Makes room for the image in a VM of its own: nobody said how large that is, or what was said is enough as far as the manifest tells.
+/// The manifest's sizes are a hint; the guest counts what really comes.
+///
+/// # Errors
+/// [`Error::Bundle`] when the image cannot fit.
+pub fn make_room(plan: &mut Plan) -> Result<(), Error> {
+    let Some(bytes) = plan.image.as_ref().and_then(|image| unpacked(image, &plan.binds)) else {
+        return Ok(());
+    };
+    let mib = bytes.div_ceil(1 << 20);
+    match plan.scratch {
+        Some(disk) if bytes > disk => Err(Error::Bundle(format!(
+            "image: unpacked it takes {mib} MiB, and its disk has {} MiB: annotation io.coffer.scratch={}M or more",
+            disk >> 20,
+            mib + mib / 8 + 16
+        ))),
+        Some(_) => Ok(()),
+        None => {
+            plan.memory_mib = memory_mib(mib, plan.memory_mib, plan.memory_is_said)?;
+            Ok(())
+        }
+    }
+}
+
+fn memory_mib(image: u64, has: u64, is_said: bool) -> Result<u64, Error> {
+    // More than any host has: the sum cannot be too large for its number.
+    let image = image.min(1 << 44);
+    let least = image + LEFT_MIB + GUEST_OVERHEAD_MIB;
+    match is_said {
+        // Part of the overhead is the guest's too, so that only what cannot be is refused.
+        true if image + LEFT_MIB > has => Err(Error::Bundle(format!(
+            "image: unpacked it takes {image} MiB, and its pod has {has} MiB of memory: raise the pod's memory or use a scratch disk: \
+             annotation {MEMORY_ANNOTATION}={least} or more, or io.coffer.scratch={}M",
+            image + image / 8 + 16
+        ))),
+        true => Ok(has),
+        false => Ok(has.max(least - LEFT_MIB + PROGRAMS_MIB).min(1 << 20).next_multiple_of(2)),
+    }
+}
+
+/// Bytes that the image takes unpacked, at least, as its manifest says.
+fn unpacked(image: &ImageSource, binds: &[Bind]) -> Option<u64> {
+    let layout = Layout::open(binds.last()?.source.parent()?).ok()?;
+    let (_, manifest) = resolve(&layout, &image.digest.parse().ok()?).ok()?;
+    Some(sum(&manifest))
+}
+
+/// A layer without the annotation takes about as much as its blob has, or more.
+fn sum(manifest: &Manifest) -> u64 {
+    let of = |annotation: &String| annotation.parse::<u64>().ok();
+    let sizes = manifest
+        .layers
+        .iter()
+        .map(|layer| layer.annotations.get(UNPACKED).and_then(of).unwrap_or(layer.size));
+    sizes.fold(0, u64::saturating_add)
+}
+
 /// Lists the signatures that lie beside the image, of its index and of the manifest for this machine. What cannot be read is left
 /// out: the guest says what it misses.
 pub fn find_signatures(image: &mut ImageSource, binds: &[Bind]) {
@@ -120,6 +183,41 @@ mod tests {
         let annotations: serde_json::Map<_, _> =
             annotations.iter().map(|(name, text)| ((*name).to_owned(), json!(text))).collect();
         serde_json::from_value(json!({"ociVersion": "1.0.2", "annotations": annotations})).unwrap()
+    }
+
+    #[test]
+    fn a_pod_is_as_large_as_its_image_wants_or_says_that_it_cannot_be() {
+        // Nobody said: what most pods have, or the image with room for programs.
+        assert_eq!(memory_mib(10, 512, false).unwrap(), 512);
+        assert_eq!(memory_mib(1001, 512, false).unwrap(), 1322);
+        assert_eq!(memory_mib(u64::MAX, 512, false).unwrap(), 1 << 20);
+        assert_eq!(memory_mib(100, 256, true).unwrap(), 256);
+        assert_eq!(memory_mib(232, 256, true).unwrap(), 256);
+        let message = memory_mib(233, 256, true).unwrap_err().to_string();
+        for words in
+            ["takes 233 MiB", "has 256 MiB", "io.coffer.memory-mib=321 or more", "io.coffer.scratch=278M"]
+        {
+            assert!(message.contains(words), "{message}");
+        }
+        memory_mib(u64::MAX, 256, true).unwrap_err();
+    }
+
+    #[test]
+    fn a_manifest_says_what_its_layers_take() {
+        let layer = |size: u64, says: Option<&str>| {
+            let annotations: serde_json::Map<String, serde_json::Value> =
+                says.into_iter().map(|text| (UNPACKED.to_owned(), text.into())).collect();
+            serde_json::json!({ "mediaType": "application/vnd.oci.image.layer.v1.tar+gzip", "size": size, "annotations": annotations,
+                "digest": format!("sha256:{}", "0".repeat(64)) })
+        };
+        let of = |layers: &[serde_json::Value]| {
+            let config = serde_json::json!({ "mediaType": "application/vnd.oci.image.config.v1+json", "size": 2,
+                "digest": format!("sha256:{}", "0".repeat(64)) });
+            let manifest = serde_json::json!({ "schemaVersion": 2, "config": config, "layers": layers });
+            sum(&serde_json::from_value(manifest).unwrap())
+        };
+        assert_eq!(of(&[layer(10, Some("4096")), layer(100, None), layer(7, Some("many"))]), 4096 + 107);
+        assert_eq!(of(&[layer(1, Some("18446744073709551615")), layer(1, None)]), u64::MAX);
     }
 
     #[test]

@@ -72,6 +72,8 @@ pub struct Plan {
     pub rootfs: PathBuf,
     /// Guest RAM.
     pub memory_mib: u64,
+    /// The configuration says how much that is.
+    pub memory_is_said: bool,
     /// Processors that it boots with.
     pub vcpus: u32,
     /// Processors that it can have; those beyond [`Self::vcpus`] wait.
@@ -149,6 +151,9 @@ pub fn plan(bundle: &Path, id: &str, config: &[u8]) -> Result<Plan, Error> {
             Some(bytes) => bytes.div_ceil(1 << 20).next_multiple_of(2).clamp(LEAST_MEMORY_MIB, 1 << 20),
             None => memory_mib(&spec)?,
         },
+        memory_is_said: hardware(&config, "memory").is_some()
+            || annotation(&spec, MEMORY_ANNOTATION).is_some()
+            || memory_limit(&spec).is_some(),
         vcpus,
         most_vcpus: most_vcpus(&spec, vcpus)?,
         terminal,
@@ -306,9 +311,14 @@ fn memory_mib(spec: &Spec) -> Result<u64, Error> {
         };
         return text.parse().ok().filter(|n| *n >= 32).ok_or_else(wrong);
     }
-    let limit = resources(spec).and_then(|r| r.memory().as_ref()).and_then(|m| m.limit()).filter(|l| *l > 0);
-    let Some(limit) = of_the_pod(spec, "memory").or(limit) else { return Ok(DEFAULT_MEMORY_MIB) };
+    let Some(limit) = memory_limit(spec) else { return Ok(DEFAULT_MEMORY_MIB) };
     Ok(vm_memory_mib(limit as u64, scratch::wanted(spec)?.map_or(0, scratch::memory_mib)))
+}
+
+/// Bytes that the pod's containers, or this one, may have.
+fn memory_limit(spec: &Spec) -> Option<i64> {
+    let limit = resources(spec).and_then(|r| r.memory().as_ref()).and_then(|m| m.limit()).filter(|l| *l > 0);
+    of_the_pod(spec, "memory").or(limit)
 }
 
 /// MiB of a VM whose containers may have so many bytes together, with a scratch disk that takes so many MiB of memory.

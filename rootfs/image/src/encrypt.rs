@@ -7,6 +7,7 @@ use std::{
     collections::BTreeMap,
     io::{self, Read, Write},
     sync::atomic::{AtomicU64, Ordering},
+    thread,
 };
 
 use base64::{Engine, engine::general_purpose::STANDARD};
@@ -17,7 +18,8 @@ use crate::{
     digest::{Digest, Hasher},
     layout::{BlobError, Blobs, Layout, document},
     manifest::{
-        Compression, Descriptor, Document, ENCRYPTED, INDEX, MANIFEST, Manifest, ManifestError, layer_type,
+        Compression, Descriptor, Document, ENCRYPTED, INDEX, MANIFEST, Manifest, ManifestError, UNPACKED,
+        layer_type,
     },
     ocicrypt::{
         ATTESTATION_AGENT, JWE, KeyError, LayerKey, PUBLIC,
@@ -25,6 +27,9 @@ use crate::{
         jwe::{Jwe, JweError, PublicKey},
         packet::{Packet, PacketError},
     },
+    pipeline::{decompress, queue},
+    tar::Archive,
+    unpack::cost,
 };
 
 /// The image cannot be encrypted.
@@ -161,6 +166,10 @@ impl Work<'_> {
         let (digest, size) = self.stream(layer, |chunk| stream.encrypt(chunk))?;
         key.hmac = stream.mac();
         let mut annotations = layer.annotations.clone();
+        // What is no archive is encrypted all the same: whoever unpacks it says what is wrong with it.
+        if let Some(cost) = self.cost(layer, compression) {
+            annotations.insert(UNPACKED.into(), cost.to_string());
+        }
         annotations.insert(PUBLIC.into(), key.public_options());
         let private = key.private_options(&layer.digest.to_string());
         let mut packets = Vec::new();
@@ -186,6 +195,27 @@ impl Work<'_> {
         };
         let media_type = format!("application/vnd.oci.image.layer.v1.tar{packed}{ENCRYPTED}");
         Ok(Descriptor { media_type, digest, size, annotations, ..layer.clone() })
+    }
+
+    /// Bytes that the layer takes unpacked.
+    fn cost(&self, layer: &Descriptor, compression: Compression) -> Option<u64> {
+        let mut source = self.from.open(&layer.digest).ok()?;
+        let ((give, take), (out, result)) = (queue(), queue());
+        thread::scope(|scope| {
+            scope.spawn(move || {
+                loop {
+                    let mut chunk = give.buffer();
+                    let n = source.read(&mut chunk).unwrap_or(0);
+                    chunk.truncate(n);
+                    if n == 0 || give.send(chunk).is_err() {
+                        break;
+                    }
+                }
+                give.finish();
+            });
+            scope.spawn(move || drop(decompress(compression, take, &out, u64::MAX)));
+            cost(&mut Archive::new(result)).ok()
+        })
     }
 
     /// Copies a blob as it is.

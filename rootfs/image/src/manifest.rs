@@ -14,6 +14,9 @@ pub const MOST_LAYERS: usize = 512;
 /// Most manifests in an index.
 pub const MOST_MANIFESTS: usize = 1024;
 
+/// A layer's annotation with the bytes that it takes unpacked, in decimal. A hint for who makes room: nobody checks it before the layer came.
+pub const UNPACKED: &str = "io.coffer.layer.unpacked";
+
 /// A manifest cannot be used.
 #[derive(Debug, Error)]
 pub enum ManifestError {

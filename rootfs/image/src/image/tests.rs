@@ -97,6 +97,12 @@ fn what_encrypt_makes_opens_again() {
     let recipients = [Recipient::Resource { kid: "kbs:///t/k/1".into(), key: KEY.0.to_vec().into() }];
     let made = encrypt(&from, &manifest, &to, "e", &recipients, &AtomicU64::new(0)).unwrap();
     assert_eq!(made.layers, 2);
+    let (_, encrypted) = resolve(&to, &made.digest).unwrap();
+    let costs = [first(), second()]
+        .map(|tar| crate::unpack::cost(&mut crate::tar::Archive::new(tar.as_slice())).unwrap());
+    for (layer, cost) in encrypted.layers.iter().zip(costs) {
+        assert_eq!(layer.annotations[crate::manifest::UNPACKED], cost.to_string());
+    }
     let place = attempt(&to, &made.digest, Trust::Pinned).unwrap();
     assert_eq!(fs::read(place.join("etc/b")).unwrap(), b"second");
     fs::remove_dir_all(place.parent().unwrap()).unwrap();

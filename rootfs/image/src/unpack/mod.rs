@@ -150,9 +150,7 @@ impl Unpacker {
             return self.whiteout(&path, hidden);
         }
         self.report.entries += 1;
-        // tmpfs keeps attributes in memory that no file system's size bounds.
-        let attributes: usize = entry.xattrs.iter().map(|(name, value)| name.len() + value.len() + 64).sum();
-        self.charge(INODE_COST + attributes as u64)?;
+        self.charge(inode_cost(entry))?;
         if path.name().is_empty() {
             return match entry.kind {
                 Kind::Directory => {
@@ -220,7 +218,7 @@ impl Unpacker {
         archive: &mut Archive<R>,
     ) -> Result<(), UnpackError> {
         let err = |what| move |e| failed(what, &entry.path, e);
-        self.charge(entry.size.div_ceil(4096).saturating_mul(4096))?;
+        self.charge(data_cost(entry))?;
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let inode = self.parent.as_ref().map_or(0, |p| p.stat.st_ino);
         let make = || openat(parent, name, flags, Mode::from_raw_mode(0o600));
@@ -356,6 +354,33 @@ impl Unpacker {
         }
         Ok(())
     }
+}
+
+/// tmpfs keeps attributes in memory that no file system's size bounds.
+fn inode_cost(entry: &Entry) -> u64 {
+    let attributes: usize = entry.xattrs.iter().map(|(name, value)| name.len() + value.len() + 64).sum();
+    INODE_COST + attributes as u64
+}
+
+fn data_cost(entry: &Entry) -> u64 {
+    entry.size.div_ceil(4096).saturating_mul(4096)
+}
+
+/// Bytes that a layer takes of a budget.
+///
+/// # Errors
+/// [`TarError`], where it is no archive.
+pub fn cost<R: BufRead>(archive: &mut Archive<R>) -> Result<u64, TarError> {
+    let mut sum = 0u64;
+    while let Some(entry) = archive.entry()? {
+        let name = entry.path.rsplit(|byte| *byte == b'/').next().unwrap_or_default();
+        if name.starts_with(b".wh.") {
+            continue;
+        }
+        let data = if matches!(entry.kind, Kind::File) { data_cost(&entry) } else { 0 };
+        sum = sum.saturating_add(inode_cost(&entry)).saturating_add(data);
+    }
+    Ok(sum)
 }
 
 /// Opens a file of a finished tree for reading, links followed inside the tree. `None` when it is not there.

@@ -121,6 +121,27 @@ fn budget_counts_inodes_and_blocks() {
 }
 
 #[test]
+fn a_layers_cost_is_what_unpacking_it_takes_of_the_budget() {
+    let attribute = ("SCHILY.xattr.user.a", &b"value"[..]);
+    let tar = Tar::default()
+        .dir("d")
+        .file("d/a", &[b'x'; 5000])
+        .pax(&[attribute])
+        .file("b", b"1")
+        .symlink("l", "b");
+    let tar = tar.hardlink("h", "b").file("d/.wh.c", b"").end();
+    let cost = cost(&mut Archive::new(tar.as_slice())).unwrap();
+    // Five inodes, three blocks, one attribute.
+    assert_eq!(cost, 5 * 1024 + 3 * 4096 + 6 + 5 + 64);
+    for (budget, fits) in [(cost, true), (cost - 1, false)] {
+        let dir = tempfile::tempdir().unwrap();
+        let root = fs::File::open(dir.path()).unwrap();
+        let mut unpacker = Unpacker::new(root.into(), Options { privileged: false, budget });
+        assert_eq!(unpacker.layer(&mut Archive::new(tar.as_slice())).is_ok(), fits);
+    }
+}
+
+#[test]
 fn attributes_are_counted_as_what_they_take() {
     let dir = tempfile::tempdir().unwrap();
     let root = fs::File::open(dir.path()).unwrap();

@@ -23,6 +23,7 @@ use crate::{
     clock,
     descriptors::{self, Carried},
     error::{Error, host},
+    image,
     notify::{self, Whom},
     pid::Pid,
     plan::{self, Plan},
@@ -50,6 +51,9 @@ pub(super) fn create(call: &Call, root: &Path) -> Result<(), Error> {
     let pod = vm.as_ref().map(|vm| &vm.record.annotations);
     plan.confidential.check(pod)?;
     scratch::check(plan.scratch, pod)?;
+    if pod.is_none() {
+        image::make_room(&mut plan)?;
+    }
     let share = vm.as_ref().map(|_| {
         // Not the name that an earlier container of this id had in this VM, which the guest may still know.
         let elapsed = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
