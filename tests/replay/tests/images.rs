@@ -87,6 +87,35 @@ fn program_user_and_environment_are_the_images() {
 }
 
 #[test]
+fn an_image_that_cannot_fit_is_refused_before_anything_boots() {
+    let bench = Bench::new();
+    let (layout, manifest) = image(&bench);
+    let blob = layout.path().join("blobs/sha256").join(manifest.digest.hex());
+    let mut text: Value = serde_json::from_slice(&fs::read(blob).unwrap()).unwrap();
+    text["layers"][0]["annotations"] = json!({ "io.coffer.layer.unpacked": (1u64 << 30).to_string() });
+    let large = layout.put(MANIFEST, text.to_string().as_bytes()).unwrap();
+    let mut wants = wants(&layout, &large.digest);
+    for (annotation, size, words) in [
+        (
+            "io.coffer.memory-mib",
+            "256",
+            "takes 1024 MiB, and its pod has 256 MiB of memory: raise the pod's memory",
+        ),
+        ("io.coffer.scratch", "512M", "takes 1024 MiB, and its disk has 512 MiB"),
+    ] {
+        wants["annotations"][annotation] = json!(size);
+        let why = refused(&bench, "c", &wants);
+        assert!(why.contains(words), "{why}");
+    }
+    // The guest counts what comes, which is far less than the manifest says: a hint that is too small or large changes nothing else.
+    wants["annotations"] = json!({ "io.coffer.image": wants["annotations"]["io.coffer.image"] });
+    bench.start("d", &wants);
+    bench.wait_stopped("d");
+    assert!(bench.read("d.out").contains("from the image"), "{}", bench.read("d.err"));
+    let _ = bench.call(&["delete", "--force", "d"]).ok();
+}
+
+#[test]
 fn a_host_that_changes_a_blob_runs_nothing() {
     let bench = Bench::new();
     let (layout, manifest) = image(&bench);
