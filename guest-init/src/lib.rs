@@ -25,6 +25,7 @@ pub mod scratch;
 pub mod secrets;
 pub mod server;
 mod session;
+mod slots;
 mod stdio;
 
 #[cfg(not(feature = "confidential"))]

@@ -8,12 +8,10 @@ use std::{fs, io, path::Path};
 use coffer_layout::slot;
 use coffer_protocol::ErrorKind;
 
-use crate::container::ContainerError;
+use crate::{container::ContainerError, slots};
 
 /// What only a guest in a TEE has. Memory that was not validated at boot is poison there.
 const TEE: [&str; 2] = ["dev/sev-guest", "dev/tdx_guest"];
-/// The driver of the slots that the command line names.
-const DRIVER: &str = "sys/bus/platform/drivers/virtio-mmio";
 /// The driver of the device behind it.
 const MEMORY_DRIVER: &str = "sys/bus/virtio/drivers/virtio_mem";
 
@@ -31,14 +29,12 @@ fn take_in(root: &Path) -> Result<(), ContainerError> {
         let words = "memory: a guest in a TEE has what was validated when it booted, and takes no more";
         return Err(ContainerError::new(ErrorKind::Invalid, words));
     }
-    let driver = root.join(DRIVER);
-    let device = format!("virtio-mmio.{}", slot::MEMORY);
-    if !driver.join(&device).exists() {
+    if !slots::is_used(root, slot::MEMORY) {
         // Movable where the rest can carry it, so that it can be given back. A kernel without these files uses what comes as it
         // was built to.
         let _ = fs::write(root.join("sys/module/memory_hotplug/parameters/online_policy"), "auto-movable");
         let _ = fs::write(root.join("sys/devices/system/memory/auto_online_blocks"), "online");
-        fs::write(driver.join("bind"), &device)
+        slots::look_again(root, slot::MEMORY)
             .map_err(|e| ContainerError::guest("memory: look for the device that was added", e))?;
     }
     // The slot's driver is content with any device.
@@ -54,6 +50,8 @@ fn take_in(root: &Path) -> Result<(), ContainerError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    const DRIVER: &str = "sys/bus/platform/drivers/virtio-mmio";
 
     /// A directory in which these files and directories are.
     fn root(files: &[&str], directories: &[&str]) -> tempfile::TempDir {

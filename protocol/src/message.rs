@@ -14,7 +14,8 @@ use crate::{FrameError, ProcessInfo, Stats};
 pub enum Request {
     /// Sets the pod up: once, before any container.
     Sandbox(Sandbox),
-    /// Applies interfaces, addresses and routes, again at each start because they may arrive late.
+    /// Applies interfaces, addresses, routes and neighbours, again at each start because they may arrive late. Devices that came since
+    /// boot are looked for.
     Network(Network),
     /// Makes a container up to, not including, its first instruction. The connection becomes its process's.
     Create(Box<CreateContainer>),
@@ -106,6 +107,9 @@ pub struct Network {
     pub interfaces: Vec<Interface>,
     /// Routes, in the order to apply.
     pub routes: Vec<Route>,
+    /// Whose addresses are known without asking the link.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub neighbours: Vec<Neighbour>,
 }
 
 /// One interface.
@@ -136,6 +140,17 @@ pub struct Route {
     pub metric: Option<u32>,
     /// True when this is a route of the IPv6 table although neither address says so.
     pub ipv6: bool,
+}
+
+/// A permanent entry of the neighbour table.
+#[derive(Clone, Debug, Serialize, Deserialize, PartialEq)]
+pub struct Neighbour {
+    /// Interface name.
+    pub interface: String,
+    /// IPv4 or IPv6.
+    pub address: String,
+    /// MAC address `xx:xx:xx:xx:xx:xx`.
+    pub mac: String,
 }
 
 /// A container to make.

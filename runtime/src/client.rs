@@ -3,8 +3,11 @@
 //! Owns: the handshake with the VMM and the first two frames. Does not own: what follows on a process's connection.
 
 use std::{
-    io::{self, Read, Write},
-    os::unix::net::UnixStream,
+    io::{self, IoSlice, Read, Write},
+    os::{
+        fd::{AsRawFd, OwnedFd, RawFd},
+        unix::net::UnixStream,
+    },
     path::Path,
     thread,
     time::{Duration, Instant},
@@ -12,8 +15,9 @@ use std::{
 
 use coffer_protocol::{
     CONTROL_PORT, Decoder, Frame, Kind, Reply, Request, encode,
-    vm::{LONGEST_ANSWER, Line, SizeAnswer, VmSize},
+    vm::{LONGEST_ANSWER, Line, NetAnswer, SizeAnswer, VmSize, parse_mac},
 };
+use nix::sys::socket::{ControlMessage, MsgFlags, UnixAddr, sendmsg};
 use serde_json::Value;
 
 use crate::error::{Error, host};
@@ -140,19 +144,47 @@ pub fn ask(socket: &Path, request: &Request) -> Result<Reply, Error> {
 /// # Errors
 /// [`Error::State`] with the VMM's reason to leave it as it is, [`Error::VmGone`] when there is no VM.
 pub fn vm_size(socket: &Path, wanted_mib: Option<u32>) -> Result<VmSize, Error> {
-    let mut stream = UnixStream::connect(socket).map_err(|_| gone())?;
-    stream.set_read_timeout(Some(ANSWER_LIMIT)).map_err(host("set a time limit"))?;
-    stream.write_all(Line::Memory(wanted_mib).to_string().as_bytes()).map_err(|_| gone())?;
-    let mut text = String::new();
-    match stream.take(LONGEST_ANSWER as u64).read_to_string(&mut text) {
-        Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Err(no_answer(ANSWER_LIMIT)),
-        Err(_) => return Err(gone()),
-        Ok(0) => return Err(gone()),
-        Ok(_) => {}
-    }
+    let text = question(socket, Line::Memory(wanted_mib), None)?;
     match SizeAnswer::parse(&text) {
         Some(SizeAnswer::Size(size)) => Ok(size),
         Some(SizeAnswer::Refused(words)) => Err(Error::State(words)),
         None => Err(Error::Vm("the VMM's answer about its size is none".into())),
+    }
+}
+
+/// Has the VMM make a network device with this address, on this tap.
+///
+/// # Errors
+/// [`Error::State`] with the VMM's reason to make none, [`Error::VmGone`] when there is no VM.
+pub fn add_net(socket: &Path, mac: &str, tap: &OwnedFd) -> Result<(), Error> {
+    let mac = parse_mac(mac).ok_or_else(|| Error::State(format!("{mac} is no MAC address")))?;
+    match NetAnswer::parse(&question(socket, Line::Net(mac), Some(tap.as_raw_fd()))?) {
+        Some(NetAnswer::Added) => Ok(()),
+        Some(NetAnswer::Refused(words)) => Err(Error::State(words)),
+        None => Err(Error::Vm("the VMM's answer about a network device is none".into())),
+    }
+}
+
+/// Asks the VMM something about the VM itself; its answer.
+fn question(socket: &Path, line: Line, descriptor: Option<RawFd>) -> Result<String, Error> {
+    let stream = UnixStream::connect(socket).map_err(|_| gone())?;
+    stream.set_read_timeout(Some(ANSWER_LIMIT)).map_err(host("set a time limit"))?;
+    let line = line.to_string();
+    let rights = descriptor.as_slice();
+    let along = if rights.is_empty() { &[][..] } else { &[ControlMessage::ScmRights(rights)] };
+    // A line is short: it goes whole.
+    sendmsg::<UnixAddr>(
+        stream.as_raw_fd(),
+        &[IoSlice::new(line.as_bytes())],
+        along,
+        MsgFlags::MSG_NOSIGNAL,
+        None,
+    )
+    .map_err(|_| gone())?;
+    let mut text = String::new();
+    match stream.take(LONGEST_ANSWER as u64).read_to_string(&mut text) {
+        Err(e) if e.kind() == io::ErrorKind::WouldBlock => Err(no_answer(ANSWER_LIMIT)),
+        Err(_) | Ok(0) => Err(gone()),
+        Ok(_) => Ok(text),
     }
 }

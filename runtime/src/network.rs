@@ -1,43 +1,52 @@
 //! The pod's network on the host's side: what its namespace has, and a tap for each interface of it.
 //!
-//! Owns: reading the namespace, taps, and sending what arrives on one to the other. Does not own: the guest's side.
+//! Owns: reading the namespace. Does not own: its taps (`tap`), the guest's side.
 //!
 //! `ip` and `tc` of iproute2 do the work: every host with podman and a bridge network has them, and their JSON is a
 //! stable interface.
 
+mod tap;
+
 use std::{
-    fs::{self, File},
-    io,
-    os::{
-        fd::{AsRawFd, OwnedFd},
-        unix::fs::MetadataExt,
-    },
+    fs,
+    io::Write,
+    os::unix::fs::MetadataExt,
     path::Path,
-    process::Command,
+    process::{Command, Stdio},
 };
 
-use coffer_protocol::{Interface, Network, Route};
+use coffer_protocol::{Interface, Neighbour, Network, Route};
 use serde_json::Value;
 
+pub(crate) use self::tap::open_tap;
+pub use self::tap::{Tap, tie, untie};
 use crate::error::{Error, host};
 
-/// A tap device for one interface of the guest.
+/// A network namespace that was looked at.
 #[derive(Debug)]
-pub struct Tap {
-    /// To read and write packets.
-    pub fd: OwnedFd,
-    /// The guest's address.
-    pub mac: String,
+pub struct Seen {
+    /// Interfaces, routes and neighbours, as the guest is to have them.
+    pub network: Network,
+    /// The number that the kernel knows each interface by.
+    indices: Vec<u32>,
+    /// Names of taps.
+    taps: Vec<String>,
 }
 
 const DIRECTORIES: [&str; 4] = ["/usr/sbin", "/sbin", "/usr/bin", "/bin"];
 
 /// Runs a program of iproute2 in this process's network namespace. The environment may be empty.
-fn run(program: &str, arguments: &[&str]) -> Result<Vec<u8>, Error> {
+fn run(program: &str, arguments: &[&str], input: &str) -> Result<Vec<u8>, Error> {
     let path = DIRECTORIES.iter().map(|d| Path::new(d).join(program)).find(|p| p.exists());
     let path =
         path.ok_or_else(|| Error::State(format!("{program} is not installed: apt-get install iproute2")))?;
-    let output = Command::new(path).args(arguments).output().map_err(host(format!("run {program}")))?;
+    let failed = || host(format!("run {program}"));
+    let mut command = Command::new(path);
+    command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().map_err(failed())?;
+    // Some words, which fit a pipe; one that does not read them says why.
+    let _ = child.stdin.take().map(|mut stdin| stdin.write_all(input.as_bytes()));
+    let output = child.wait_with_output().map_err(failed())?;
     if output.status.success() {
         return Ok(output.stdout);
     }
@@ -45,58 +54,87 @@ fn run(program: &str, arguments: &[&str]) -> Result<Vec<u8>, Error> {
     Err(Error::State(format!("{program} {}: {}", arguments.join(" "), words.trim().replace('\n', "; "))))
 }
 
-fn list(arguments: &[&str]) -> Result<Vec<Value>, Error> {
-    let bytes = run("ip", arguments)?;
-    if bytes.trim_ascii().is_empty() {
-        return Ok(Vec::new());
+/// What `ip` lists: the entries of all its arrays.
+fn list(arguments: &[&str], input: &str) -> Result<Vec<Value>, Error> {
+    let bytes = run("ip", arguments, input)?;
+    let mut entries = Vec::new();
+    for array in serde_json::Deserializer::from_slice(&bytes).into_iter::<Vec<Value>>() {
+        entries.extend(array.map_err(|e| Error::State(format!("ip {}: {e}", arguments.join(" "))))?);
     }
-    serde_json::from_slice(&bytes).map_err(|e| Error::State(format!("ip {}: {e}", arguments.join(" "))))
+    Ok(entries)
 }
 
 fn text(value: &Value) -> Option<String> {
     value.as_str().map(str::to_owned)
 }
 
-/// Interfaces and routes of this process's network namespace, as the guest is to have them.
+/// What this process's network namespace has, as the guest is to have it.
 ///
 /// # Errors
 /// When `ip` fails.
-pub fn look() -> Result<Network, Error> {
-    let interfaces = interfaces(&list(&["-j", "addr", "show"])?);
-    let mut routes = routes(&list(&["-j", "-4", "route", "show"])?, false, &interfaces);
-    routes.extend(self::routes(&list(&["-j", "-6", "route", "show"])?, true, &interfaces));
+pub fn look() -> Result<Seen, Error> {
+    // One process for what needs no family of its own; each entry says by its fields what it is.
+    let entries = list(&["-j", "-b", "-"], "addr show\nroute show\nneigh show nud permanent\n")?;
+    Ok(seen(&entries, &list(&["-j", "-6", "route", "show"], "")?))
+}
+
+fn seen(entries: &[Value], routes_v6: &[Value]) -> Seen {
+    let (links, others): (Vec<&Value>, Vec<&Value>) = entries.iter().partition(|e| e["ifname"].is_string());
+    let (neighbours, routes_v4): (Vec<&Value>, Vec<&Value>) =
+        others.into_iter().partition(|e| e["lladdr"].is_string());
+    let (interfaces, indices): (Vec<Interface>, Vec<u32>) =
+        links.iter().filter_map(|entry| interface(entry)).unzip();
+    let mut routes = routes(routes_v4, false, &interfaces);
+    routes.extend(self::routes(routes_v6.iter().collect(), true, &interfaces));
     // What is on the link first: a gateway must be reachable before it is named.
     routes.sort_by_key(|r| r.gateway.is_some());
-    Ok(Network { interfaces, routes })
+    let neighbours = neighbours.into_iter().filter_map(|entry| neighbour(entry, &interfaces)).collect();
+    let taps = links.iter().filter_map(|entry| text(&entry["ifname"])).filter(|name| is_ours(name)).collect();
+    Seen { network: Network { interfaces, routes, neighbours }, indices, taps }
 }
 
-fn interfaces(entries: &[Value]) -> Vec<Interface> {
-    let wanted =
-        entries.iter().filter(|e| e["link_type"] == "ether" && !e["ifname"].as_str().is_none_or(is_ours));
-    wanted
-        .filter_map(|e| {
-            let addresses = e["addr_info"].as_array().into_iter().flatten();
-            let addresses = addresses.filter(|a| a["scope"] != "link");
-            Some(Interface {
-                name: text(&e["ifname"])?,
-                mac: text(&e["address"])?,
-                mtu: e["mtu"].as_u64().and_then(|m| u32::try_from(m).ok())?,
-                addresses: addresses
-                    .filter_map(|a| Some(format!("{}/{}", a["local"].as_str()?, a["prefixlen"])))
-                    .collect(),
-            })
-        })
-        .collect()
+/// An interface that the guest is to have, and its number.
+fn interface(entry: &Value) -> Option<(Interface, u32)> {
+    if entry["link_type"] != "ether" || entry["ifname"].as_str().is_none_or(is_ours) {
+        return None;
+    }
+    let number = |value: &Value| value.as_u64().and_then(|number| u32::try_from(number).ok());
+    let addresses = entry["addr_info"].as_array().into_iter().flatten().filter(|a| a["scope"] != "link");
+    let interface = Interface {
+        name: text(&entry["ifname"])?,
+        mac: text(&entry["address"])?,
+        mtu: number(&entry["mtu"])?,
+        addresses: addresses
+            .filter_map(|a| Some(format!("{}/{}", a["local"].as_str()?, a["prefixlen"])))
+            .collect(),
+    };
+    Some((interface, number(&entry["ifindex"])?))
 }
 
-/// Taps that an earlier start made.
+/// An entry that stays: what the kernel learns itself, the guest's does too.
+fn neighbour(entry: &Value, interfaces: &[Interface]) -> Option<Neighbour> {
+    let interface = text(&entry["dev"]).filter(|name| interfaces.iter().any(|i| i.name == *name))?;
+    Some(Neighbour { interface, address: text(&entry["dst"])?, mac: text(&entry["lladdr"])? })
+}
+
+/// Whether a list of a namespace's devices, as `/proc/PID/net/dev` has it, has interfaces for which there may be no tap; with `all` also
+/// whether there are any.
+#[must_use]
+pub fn may_have_more(table: &str, all: bool) -> bool {
+    let names = table.lines().filter_map(|line| Some(line.split_once(':')?.0.trim()));
+    let (taps, others): (Vec<&str>, Vec<&str>) =
+        names.filter(|name| *name != "lo").partition(|name| is_ours(name));
+    if all { !others.is_empty() } else { others.len() > taps.len() }
+}
+
+/// Taps, this one's or those of another VM.
 fn is_ours(name: &str) -> bool {
     name.starts_with("coffer")
 }
 
-fn routes(entries: &[Value], ipv6: bool, interfaces: &[Interface]) -> Vec<Route> {
+fn routes(entries: Vec<&Value>, ipv6: bool, interfaces: &[Interface]) -> Vec<Route> {
     entries
-        .iter()
+        .into_iter()
         .filter(|e| interfaces.iter().any(|i| e["dev"] == i.name.as_str()))
         .filter(|e| {
             !ipv6 || !e["dst"].as_str().is_some_and(|d| d.starts_with("fe80:") || d.starts_with("ff"))
@@ -121,44 +159,6 @@ fn routes(entries: &[Value], ipv6: bool, interfaces: &[Interface]) -> Vec<Route>
             })
         })
         .collect()
-}
-
-/// Makes a tap for each interface in this process's namespace, and ties the two together.
-///
-/// # Errors
-/// The system's, or `tc`'s words.
-pub fn taps(network: &Network) -> Result<Vec<Tap>, Error> {
-    network.interfaces.iter().enumerate().map(|(index, interface)| tap(index, interface)).collect()
-}
-
-fn tap(index: usize, interface: &Interface) -> Result<Tap, Error> {
-    let name = format!("coffer{index}");
-    let fd = open_tap(&name).map_err(host(format!("make tap {name}")))?;
-    run("ip", &["link", "set", &name, "mtu", &interface.mtu.to_string(), "up"])?;
-    for (from, to) in [(interface.name.as_str(), name.as_str()), (name.as_str(), interface.name.as_str())] {
-        run("tc", &["qdisc", "add", "dev", from, "ingress"])?;
-        // Everything, whatever its protocol, before the host's own stack sees it.
-        let redirect = ["match", "u8", "0", "0", "action", "mirred", "egress", "redirect", "dev", to];
-        let filter = ["filter", "add", "dev", from, "parent", "ffff:", "protocol", "all", "u32"];
-        run("tc", &[&filter[..], &redirect[..]].concat())?;
-    }
-    Ok(Tap { fd, mac: interface.mac.clone() })
-}
-
-/// A tap with a virtio header before each packet; it goes when the last descriptor of it is closed.
-pub(crate) fn open_tap(name: &str) -> io::Result<OwnedFd> {
-    let file = File::options().read(true).write(true).open("/dev/net/tun")?;
-    // SAFETY: ifreq is plain data for which zero is valid.
-    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
-    for (target, byte) in request.ifr_name.iter_mut().zip(name.bytes().take(libc::IFNAMSIZ - 1)) {
-        *target = byte as libc::c_char;
-    }
-    request.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as libc::c_short;
-    // SAFETY: the request outlives the call.
-    if unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, &raw const request) } < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    Ok(file.into())
 }
 
 /// Whether a network namespace is the one that this process, and so the host's or its caller's network, is in.
@@ -191,26 +191,53 @@ mod tests {
     #[test]
     fn what_ip_shows_becomes_the_guests_network() {
         let entries = [
-            json!({ "ifname": "lo", "link_type": "loopback", "address": "00:00:00:00:00:00", "mtu": 65536, "addr_info": [] }),
-            json!({ "ifname": "coffer0", "link_type": "ether", "address": "aa:bb:cc:00:00:01", "mtu": 1500, "addr_info": [] }),
-            json!({ "ifname": "eth0", "link_type": "ether", "address": "aa:bb:cc:dd:ee:ff", "mtu": 1450, "addr_info": [
+            json!({ "ifindex": 1, "ifname": "lo", "link_type": "loopback", "address": "00:00:00:00:00:00", "mtu": 65536, "addr_info": [] }),
+            json!({ "ifindex": 9, "ifname": "coffer2", "link_type": "ether", "address": "aa:bb:cc:00:00:01", "mtu": 1500, "addr_info": [] }),
+            json!({ "ifindex": 2, "ifname": "eth0", "link_type": "ether", "address": "aa:bb:cc:dd:ee:ff", "mtu": 1450, "addr_info": [
                 { "local": "10.88.0.2", "prefixlen": 16, "scope": "global" },
                 { "local": "fe80::1", "prefixlen": 64, "scope": "link" }
             ] }),
-        ];
-        let found = interfaces(&entries);
-        assert_eq!(found.len(), 1);
-        assert_eq!(
-            (found[0].name.as_str(), found[0].mtu, &found[0].addresses),
-            ("eth0", 1450, &vec!["10.88.0.2/16".to_owned()])
-        );
-        let table = [
+            json!({ "ifindex": 26, "ifname": "late", "link_type": "ether", "address": "aa:bb:cc:dd:ee:01", "mtu": 1500, "addr_info": [] }),
             json!({ "dst": "default", "gateway": "10.88.0.1", "dev": "eth0", "flags": [] }),
             json!({ "dst": "10.88.0.0/16", "dev": "eth0", "protocol": "kernel", "prefsrc": "10.88.0.2" }),
             json!({ "dst": "1.2.3.4", "dev": "other0" }),
+            json!({ "dst": "10.88.0.1", "dev": "eth0", "lladdr": "aa:bb:cc:00:00:02", "state": ["PERMANENT"] }),
+            json!({ "dst": "10.88.0.1", "dev": "other0", "lladdr": "aa:bb:cc:00:00:02", "state": ["PERMANENT"] }),
         ];
-        let routes = routes(&table, false, &found);
-        assert_eq!(routes.len(), 1);
-        assert_eq!((&routes[0].destination, routes[0].gateway.as_deref()), (&None, Some("10.88.0.1")));
+        let seen = seen(&entries, &[json!({ "dst": "fd00::/8", "dev": "late" })]);
+        let Network { interfaces, routes, neighbours } = &seen.network;
+        assert_eq!(interfaces.len(), 2);
+        assert_eq!(
+            (interfaces[0].name.as_str(), interfaces[0].mtu, &interfaces[0].addresses),
+            ("eth0", 1450, &vec!["10.88.0.2/16".to_owned()])
+        );
+        let routes: Vec<_> =
+            routes.iter().map(|r| (r.destination.as_deref(), r.gateway.as_deref())).collect();
+        assert_eq!(routes, [(Some("fd00::/8"), None), (None, Some("10.88.0.1"))]);
+        let mac = "aa:bb:cc:00:00:02".into();
+        let wanted = Neighbour { interface: "eth0".into(), address: "10.88.0.1".into(), mac };
+        assert_eq!(neighbours, &[wanted]);
+        let untied: Vec<_> =
+            seen.untied().map(|(interface, number)| (interface.name.as_str(), number)).collect();
+        assert_eq!(untied, [("late", 26)]);
+    }
+
+    #[test]
+    fn a_namespaces_devices_tell_whether_to_look() {
+        let table = |names: &[&str]| {
+            let lines = names.iter().map(|name| format!("{name:>6}:     0 0 0\n"));
+            format!("Inter-| Receive | Transmit\n face |bytes packets|bytes\n{}", lines.collect::<String>())
+        };
+        for (names, any, more) in [
+            (&["lo"][..], false, false),
+            (&["lo", "eth0"], true, true),
+            (&["lo", "eth0", "coffer2"], true, false),
+            (&["lo", "eth0", "coffer2", "eth1"], true, true),
+        ] {
+            assert_eq!(
+                (may_have_more(&table(names), true), may_have_more(&table(names), false)),
+                (any, more)
+            );
+        }
     }
 }

@@ -388,14 +388,7 @@ fn hex_bytes<const N: usize>(text: &str) -> Option<[u8; N]> {
 
 fn net(text: &str) -> Option<NetArgs> {
     let (fd, mac) = text.strip_prefix("fd=")?.split_once(",mac=")?;
-    let mut bytes = [0; 6];
-    let mut parts = mac.split(':');
-    for byte in &mut bytes {
-        let part = parts.next().filter(|p| p.len() == 2)?;
-        *byte = u8::from_str_radix(part, 16).ok()?;
-    }
-    parts.next().is_none().then_some(())?;
-    Some(NetArgs { fd: descriptor(fd)?, mac: bytes })
+    Some(NetArgs { fd: descriptor(fd)?, mac: coffer_protocol::vm::parse_mac(mac)? })
 }
 
 #[cfg(test)]

@@ -3,6 +3,7 @@
 //! Owns: the order of making things. No VM is made before the whole image was checked, or a template in its place (`saved`).
 //! What no pod decides may have been made ahead (`prepared`).
 
+mod arrival;
 mod growth;
 mod prepared;
 mod saved;
@@ -23,6 +24,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 pub use self::prepared::Prepared;
 use self::{
+    arrival::Arrivals,
     growth::Growth,
     prepared::{EmptyVm, Host, ImageFile},
 };
@@ -39,7 +41,7 @@ use crate::{
             mmio::{QUEUE_NOTIFY, Window},
             net::{Net, NetError},
             rng::Rng,
-            vsock::{Vsock, VsockError},
+            vsock::{Ask, Vsock, VsockError},
         },
     },
     end::End,
@@ -451,7 +453,12 @@ fn make_devices(args: &Args, vm: &Arc<VmFd>, memory: &Arc<Ram>, base: &CpuId) ->
     }
     if let Some(path) = &args.vsock {
         let growth = Growth::new(args, vm, memory, base, &slots[slot::MEMORY]);
-        let device = Vsock::new(path, GUEST_CID)?.with_control(Arc::new(move |wanted| growth.answer(wanted)));
+        let arrivals = Arrivals::new(args, vm, memory, &slots);
+        let control = move |ask| match ask {
+            Ask::Memory(wanted) => growth.answer(wanted).to_line(),
+            Ask::Net(mac, tap) => arrivals.answer(mac, tap).to_line(),
+        };
+        let device = Vsock::new(path, GUEST_CID)?.with_control(Arc::new(control));
         devices.push((slot::VSOCK, Box::new(device)));
     }
     if let Some(dir) = &args.fs {
@@ -461,8 +468,9 @@ fn make_devices(args: &Args, vm: &Arc<VmFd>, memory: &Arc<Ram>, base: &CpuId) ->
         // SAFETY: the caller inherited this descriptor for this purpose and nobody else here uses it.
         let tap = unsafe { OwnedFd::from_raw_fd(net.fd) };
         let mut device = Net::new(tap, net.mac)?;
-        if args.template.is_some() || args.make_template.is_some() {
-            device = device.without_mtu();
+        // What a saved driver learned would bound the MTU of every pod that starts from it.
+        if args.template.is_none() && args.make_template.is_none() {
+            device = device.with_mtu_of_tap();
         }
         devices.push((slot::NET + index, Box::new(device)));
     }

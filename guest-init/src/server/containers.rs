@@ -182,6 +182,7 @@ impl Server {
             return Err(wrong("stopped"));
         }
         let sync = container.sync.take().ok_or_else(|| wrong("been started"))?;
+        self.had_start = true;
         boot::tell(mark::CONTAINER_STARTED);
         sync.go()
     }

@@ -69,6 +69,8 @@ pub struct Server {
     images: Images,
     /// A container was there once: without one now the pod is over.
     had_container: bool,
+    /// A container's process was let go: what is in the machine may be its doing.
+    had_start: bool,
     over: bool,
 }
 
@@ -93,6 +95,7 @@ impl Server {
             confidential: None,
             images: Images::default(),
             had_container: false,
+            had_start: false,
             over: false,
         })
     }

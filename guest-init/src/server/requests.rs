@@ -30,7 +30,9 @@ impl Server {
                 self.confidential()?.serve_workload()?;
             }
             Request::Network(wanted) => {
-                network::apply(&wanted).map_err(|e| ContainerError::new(ErrorKind::Guest, e.to_string()))?
+                // What a container has added to the network is its own.
+                let applied = if self.had_start { network::apply(&wanted) } else { network::renew(&wanted) };
+                applied.map_err(|e| ContainerError::new(ErrorKind::Guest, e.to_string()))?;
             }
             Request::Create(create) => self.create(key, *create)?,
             Request::Start { id } => self.start(&id)?,

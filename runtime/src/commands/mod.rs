@@ -11,6 +11,7 @@ mod foreground;
 mod hooks;
 pub mod image;
 mod listing;
+mod network;
 mod pod;
 pub mod policy;
 mod process;
@@ -35,7 +36,7 @@ use crate::{
     cli::Call,
     client,
     error::{self, Error},
-    network, notify, plan, resize,
+    notify, plan, resize,
     state::{self, DEFAULT_ROOT, Directory, Record, Status},
 };
 
@@ -156,14 +157,7 @@ fn start(root: &Path, id: &str, waits: Ready) -> Result<(), Error> {
         Status::Running => return Err(Error::State("cannot start an already running container".into())),
     }
     let (_, spec) = plan::read(&config(&directory)?)?;
-    // What came into the network namespace since create.
-    if let Some(stub) = record.stub
-        && directory.file("networked").exists()
-    {
-        let namespace = PathBuf::from(format!("/proc/{}/ns/net", stub.pid));
-        let network = network::inside(&namespace, network::look)?;
-        client::ask(&directory.socket(), &Request::Network(network))?;
-    }
+    network::renew(&directory, &record)?;
     client::ask(&directory.socket(), &Request::Start { id: id.to_owned() })?;
     directory.mark("started", true)?;
     let poststart = spec.hooks().as_ref().and_then(|h| h.poststart().as_ref());

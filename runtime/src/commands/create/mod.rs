@@ -219,9 +219,6 @@ impl Making<'_> {
             self.make_room(&record)?;
             pod::show(running, &self.plan.binds)?;
         }
-        if !vm.network.interfaces.is_empty() {
-            self.directory.mark("networked", true)?;
-        }
         let pty = if self.plan.terminal && console.is_some() { Some(terminal::open()?) } else { None };
         let own = if self.plan.terminal && pty.is_none() { foreground::terminal()? } else { None };
         if let Some((_, slave)) = &pty {

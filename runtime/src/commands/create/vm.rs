@@ -122,9 +122,9 @@ impl Making<'_> {
             Some(Some(path)) if network::is_own(&path) => Err(hosts_network()),
             Some(None) => Ok((Network::default(), Vec::new())),
             Some(Some(path)) => network::inside(&path, || {
-                let network = network::look()?;
-                let taps = network::taps(&network)?;
-                Ok((network, taps))
+                let seen = network::look()?;
+                let taps = seen.taps()?;
+                Ok((seen.network, taps))
             }),
         }
     }

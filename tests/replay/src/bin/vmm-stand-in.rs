@@ -23,12 +23,15 @@ use std::{
 use coffer_init::{boot, network, server::Server};
 use coffer_protocol::{
     CONTROL_PORT, Decoder, Kind, Reply, Request, SHARE_DIR, encode,
-    vm::{Line, SizeAnswer, VmSize},
+    vm::{Line, NetAnswer, SizeAnswer, VmSize, parse_mac},
 };
 use nix::{
     mount::{MsFlags, mount},
-    sched::{CloneFlags, unshare},
-    sys::wait::{WaitStatus, waitpid},
+    sched::{CloneFlags, setns, unshare},
+    sys::{
+        socket::{ControlMessageOwned, MsgFlags, recvmsg},
+        wait::{WaitStatus, waitpid},
+    },
     unistd::{ForkResult, fork},
 };
 use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, TargetArch};
@@ -38,6 +41,9 @@ static OPEN: AtomicUsize = AtomicUsize::new(0);
 /// MiB that the host wants this to have beside those of `--memory-mib`, and MiB that the guest took of them: as many, when it was told to.
 static WANTED: AtomicU64 = AtomicU64::new(0);
 static TAKEN: AtomicU64 = AtomicU64::new(0);
+/// Network devices of the guest, and how many it can have.
+static NICS: AtomicUsize = AtomicUsize::new(0);
+const MOST_NICS: usize = 3;
 /// MiB that can be wanted.
 const MOST_MIB: u64 = 4096;
 
@@ -86,6 +92,14 @@ fn main() {
         exit(0);
     });
     let online = socket.with_file_name("stand-in-processors");
+    for net in words.chunks(2).filter(|pair| pair[0] == "--net") {
+        let parts = net[1].strip_prefix("fd=").and_then(|rest| rest.split_once(",mac="));
+        let (fd, mac) = parts.expect("fd=N,mac=MAC");
+        // SAFETY: the caller left this descriptor open for us alone.
+        let tap = unsafe { File::from_raw_fd(fd.parse().expect("a descriptor")) };
+        nic(tap, parse_mac(mac).expect("an address"), guest.as_raw()).expect("a network device");
+    }
+    // A VM takes requests when its guest is ready.
     let outer = UnixListener::bind(&socket).expect("bind --vsock");
     let booted = VmSize {
         boot_mib: get("--memory-mib").parse().expect("MiB"),
@@ -99,7 +113,7 @@ fn main() {
             let (inner, online) = (inner.clone(), online.clone());
             OPEN.fetch_add(1, Ordering::SeqCst);
             thread::spawn(move || {
-                connection(host, &inner, number, booted, &online);
+                connection(host, &inner, number, booted, &online, guest.as_raw());
                 OPEN.fetch_sub(1, Ordering::SeqCst);
             });
         }
@@ -225,15 +239,13 @@ fn connection(
     number: usize,
     booted: VmSize,
     online: &Path,
+    guest: i32,
 ) -> Option<()> {
-    let mut line = Vec::new();
-    let mut byte = [0];
-    while host.read(&mut byte).ok()? == 1 && byte[0] != b'\n' {
-        line.push(byte[0]);
-    }
+    let (line, tap) = first_line(&host)?;
     match Line::parse(&line)? {
         Line::Connect(CONTROL_PORT) => {}
         Line::Connect(_) => return None,
+        Line::Net(mac) => return host.write_all(plug(mac, tap, guest).to_line().as_bytes()).ok(),
         Line::Memory(wanted) => return host.write_all(resize(booted, wanted).to_line().as_bytes()).ok(),
     }
     let mut guest = UnixStream::connect_addr(inner).ok()?;
@@ -269,6 +281,93 @@ fn asked(frame: &[u8]) -> Option<Request> {
     let mut decoder = Decoder::default();
     decoder.push(frame);
     Request::from_payload(&decoder.next_frame().ok()??.payload).ok()
+}
+
+/// The host's first line, and the descriptor that came with it.
+fn first_line(host: &UnixStream) -> Option<(Vec<u8>, Option<File>)> {
+    let (mut line, mut descriptor) = (Vec::new(), None);
+    loop {
+        let mut byte = [0];
+        let mut parts = [io::IoSliceMut::new(&mut byte)];
+        let mut room = nix::cmsg_space!([i32; 1]);
+        let got =
+            recvmsg::<()>(host.as_raw_fd(), &mut parts, Some(&mut room), MsgFlags::MSG_CMSG_CLOEXEC).ok()?;
+        for message in got.cmsgs().ok()? {
+            if let ControlMessageOwned::ScmRights(numbers) = message {
+                // SAFETY: the kernel has just made this descriptor for this process, and nobody else has it.
+                descriptor = numbers.first().map(|number| unsafe { File::from_raw_fd(*number) });
+            }
+        }
+        if got.bytes == 0 {
+            return None;
+        }
+        if byte[0] == b'\n' {
+            return Some((line, descriptor));
+        }
+        line.push(byte[0]);
+    }
+}
+
+/// What a VMM says to a host that wants a network device.
+fn plug(mac: [u8; 6], tap: Option<File>, guest: i32) -> NetAnswer {
+    if NICS.load(Ordering::SeqCst) >= MOST_NICS {
+        return NetAnswer::Refused("a VM has 3 network devices at most, and these are there".into());
+    }
+    let made = tap.ok_or_else(|| io::ErrorKind::InvalidInput.into()).and_then(|tap| nic(tap, mac, guest));
+    made.map_or_else(|error| NetAnswer::Refused(error.to_string()), |()| NetAnswer::Added)
+}
+
+/// A network device of the guest: a tap in its namespace, and two threads that carry packets between it and the host's.
+fn nic(tap: File, mac: [u8; 6], guest: i32) -> io::Result<()> {
+    NICS.fetch_add(1, Ordering::SeqCst);
+    let inside = thread::spawn(move || {
+        let own = fs::read_link("/proc/self/ns/net")?;
+        let path = format!("/proc/{guest}/ns/net");
+        // It has not made its namespaces yet.
+        while fs::read_link(&path)? == own {
+            thread::sleep(std::time::Duration::from_millis(1));
+        }
+        // Of this thread alone.
+        setns(File::open(&path)?, CloneFlags::CLONE_NEWNET)?;
+        tap_with_address(mac)
+    });
+    let inside = inside.join().map_err(|_| io::Error::other("the thread in the guest's network"))??;
+    for (from, to) in [(tap.try_clone()?, inside.try_clone()?), (inside, tap)] {
+        thread::spawn(move || {
+            let mut packet = vec![0; 70_000];
+            // A device that is down gives and takes nothing; it may come up again.
+            loop {
+                match (&from).read(&mut packet) {
+                    Ok(count) => drop((&to).write(&packet[..count])),
+                    Err(_) => thread::sleep(std::time::Duration::from_millis(5)),
+                }
+            }
+        });
+    }
+    Ok(())
+}
+
+fn tap_with_address(mac: [u8; 6]) -> io::Result<File> {
+    let tap = File::options().read(true).write(true).open("/dev/net/tun")?;
+    // SAFETY: ifreq is plain data for which zero is valid.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    request.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as libc::c_short;
+    // SAFETY: the request outlives the call, which fills in a name.
+    if unsafe { libc::ioctl(tap.as_raw_fd(), libc::TUNSETIFF, &raw mut request) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: all of sockaddr is plain data.
+    let mut address: libc::sockaddr = unsafe { std::mem::zeroed() };
+    address.sa_family = libc::ARPHRD_ETHER;
+    for (to, from) in address.sa_data.iter_mut().zip(mac) {
+        *to = from as libc::c_char;
+    }
+    request.ifr_ifru.ifru_hwaddr = address;
+    // SAFETY: as above; a tap takes this of its own descriptor.
+    if unsafe { libc::ioctl(tap.as_raw_fd(), libc::SIOCSIFHWADDR, &raw const request) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(tap)
 }
 
 /// What a VMM says about its size. This guest gives back at once what is not wanted any more.

@@ -68,20 +68,20 @@ pub struct Net {
 }
 
 impl Net {
-    /// An interface with the address `mac` on `tap`. The guest gets the tap's MTU if the tap is of this network namespace.
+    /// An interface with the address `mac` on `tap`.
     ///
     /// # Errors
     /// [`NetError`] if `tap` is no tap with virtio headers.
     pub fn new(tap: OwnedFd, mac: [u8; 6]) -> Result<Self, NetError> {
         tap::prepare(tap.as_fd()).map_err(NetError)?;
-        let mtu = tap::mtu(tap.as_fd()).filter(|mtu| *mtu >= SMALLEST_MTU);
-        Ok(Self { link: Link::Tap(tap), mac, mtu, thread: None })
+        Ok(Self { link: Link::Tap(tap), mac, mtu: None, thread: None })
     }
 
-    /// Without an MTU of its own: what a saved driver learned would bound the MTU of every pod that starts from it.
+    /// Announces the tap's MTU to the guest, if the tap is of this network namespace. That takes a socket, which a VMM that runs may not
+    /// make.
     #[must_use]
-    pub fn without_mtu(mut self) -> Self {
-        self.mtu = None;
+    pub fn with_mtu_of_tap(mut self) -> Self {
+        self.mtu = tap::mtu(self.link.descriptor().as_fd()).filter(|mtu| *mtu >= SMALLEST_MTU);
         self
     }
 

@@ -254,7 +254,7 @@ fn frames_pass_both_ways_over_a_tap_with_offloads() {
         "this test needs the right to make a network namespace: {}",
         io::Error::last_os_error()
     );
-    let mut net = Net::new(open_tap("guest0").unwrap(), MAC).unwrap();
+    let mut net = Net::new(open_tap("guest0").unwrap(), MAC).unwrap().with_mtu_of_tap();
     let mut mtu = [0; 2];
     net.read_config(10, &mut mtu);
     assert_eq!(u16::from_le_bytes(mtu), 1500);

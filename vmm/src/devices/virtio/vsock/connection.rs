@@ -6,10 +6,14 @@
 use std::{
     io::{self, Read, Write},
     net::Shutdown,
-    os::{fd::AsRawFd, unix::net::UnixStream},
+    os::{
+        fd::{AsRawFd, FromRawFd, OwnedFd},
+        unix::net::UnixStream,
+    },
 };
 
 use coffer_protocol::vm::{LONGEST_LINE, Line};
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use super::packet::{SHUTDOWN_RECEIVE, SHUTDOWN_SEND};
 
@@ -33,6 +37,8 @@ pub(super) struct Connection {
     stream: UnixStream,
     pub(super) state: State,
     line: Vec<u8>,
+    /// What came with the line.
+    descriptor: Option<OwnedFd>,
     /// For the host, not yet written.
     waiting: Vec<u8>,
     /// Bytes of the guest that the host took, modulo 2^32, and what the guest was last told of it.
@@ -66,6 +72,7 @@ impl Connection {
             stream,
             state: State::Line,
             line: Vec::new(),
+            descriptor: None,
             waiting: Vec::new(),
             taken: 0,
             told: 0,
@@ -97,18 +104,37 @@ impl Connection {
 
     /// Reads the host's first line. `Some` once it is whole; `Err` when it is no such line.
     pub(super) fn read_line(&mut self) -> io::Result<Option<Line>> {
-        let mut byte = [0];
         loop {
-            match self.stream.read(&mut byte) {
-                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-                Ok(_) if byte[0] == b'\n' => break,
-                Ok(_) if self.line.len() < LONGEST_LINE => self.line.push(byte[0]),
-                Ok(_) => return Err(io::ErrorKind::InvalidData.into()),
+            match self.read_byte() {
+                Ok(None) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(Some(b'\n')) => break,
+                Ok(Some(byte)) if self.line.len() < LONGEST_LINE => self.line.push(byte),
+                Ok(Some(_)) => return Err(io::ErrorKind::InvalidData.into()),
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(None),
                 Err(e) => return Err(e),
             }
         }
         Line::parse(&self.line).map(Some).ok_or_else(|| io::ErrorKind::InvalidData.into())
+    }
+
+    /// One byte of the line, `None` at the end. A descriptor that comes with it is kept: the first one.
+    fn read_byte(&mut self) -> io::Result<Option<u8>> {
+        let (mut byte, mut numbers) = ([0], [0]);
+        let mut parts = [libc::iovec { iov_base: byte.as_mut_ptr().cast(), iov_len: byte.len() }];
+        // SAFETY: the one buffer is writable, as long as said, and outlives the call.
+        let (count, came) = unsafe { self.stream.recv_with_fds(&mut parts, &mut numbers) }
+            .map_err(|e| io::Error::from_raw_os_error(e.errno()))?;
+        for number in &numbers[..came] {
+            // SAFETY: the kernel has just made this descriptor for this process, and nobody else has it.
+            let descriptor = unsafe { OwnedFd::from_raw_fd(*number) };
+            self.descriptor.get_or_insert(descriptor);
+        }
+        Ok((count > 0).then_some(byte[0]))
+    }
+
+    /// The descriptor that came with the line, if one did.
+    pub(super) fn take_descriptor(&mut self) -> Option<OwnedFd> {
+        self.descriptor.take()
     }
 
     /// Bytes that the guest can still take. A guest that claims to have taken more than was sent gets nothing.

@@ -14,7 +14,7 @@ use std::{
     fs, io,
     io::{Read, Write},
     os::{
-        fd::AsRawFd,
+        fd::{AsRawFd, OwnedFd},
         unix::{fs::PermissionsExt, net::UnixListener},
     },
     path::Path,
@@ -22,7 +22,6 @@ use std::{
     thread::JoinHandle,
 };
 
-use coffer_protocol::vm::SizeAnswer;
 use muxer::Muxer;
 use packet::{HEADER, Header};
 use thiserror::Error;
@@ -44,8 +43,17 @@ pub struct VsockError {
     source: io::Error,
 }
 
-/// Answers a host that wants the VM to have this many MiB more than it booted with, or asks how many it has.
-pub type Control = Arc<dyn Fn(Option<u32>) -> SizeAnswer + Send + Sync>;
+/// What a host asks of the VM itself.
+#[derive(Debug)]
+pub enum Ask {
+    /// As [`coffer_protocol::vm::Line::Memory`].
+    Memory(Option<u32>),
+    /// As [`coffer_protocol::vm::Line::Net`], with the descriptor that came along.
+    Net([u8; 6], Option<OwnedFd>),
+}
+
+/// Answers that, in one line.
+pub type Control = Arc<dyn Fn(Ask) -> String + Send + Sync>;
 
 /// The device.
 pub struct Vsock {

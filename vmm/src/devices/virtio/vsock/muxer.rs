@@ -9,10 +9,10 @@ use std::{
     os::unix::net::UnixStream,
 };
 
-use coffer_protocol::vm::{Line, SizeAnswer};
+use coffer_protocol::vm::{Line, NetAnswer, SizeAnswer};
 
 use super::{
-    Control,
+    Ask, Control,
     connection::{Connection, Input, State, WINDOW},
     packet::{HOST_CID, Header, Op, SHUTDOWN_RECEIVE, SHUTDOWN_SEND, TYPE_STREAM},
 };
@@ -21,6 +21,8 @@ use super::{
 pub(super) const MOST: usize = 1023;
 /// Most answers that wait for room in the guest. A guest that gives none loses the rest.
 const MOST_ANSWERS: usize = 4096;
+/// Why nothing of a VM without [`Control`] changes.
+const NOBODY: &str = "this VM has nobody who could change it";
 /// First of the host's ports.
 const FIRST_PORT: u32 = 1 << 20;
 
@@ -139,13 +141,13 @@ impl Muxer {
                     self.tell(key, Op::Request, 0);
                 }
                 Ok(Some(Line::Memory(wanted))) => {
-                    let answer = match &self.control {
-                        Some(control) => control(wanted),
-                        None => SizeAnswer::Refused("this VM has nobody who could change it".into()),
-                    };
-                    // A host that has left does not hear it.
-                    let _ = connection.say(&answer.to_line());
-                    self.connections.remove(&key);
+                    let refused = SizeAnswer::Refused(NOBODY.into());
+                    self.ask(key, Ask::Memory(wanted), || refused.to_line());
+                }
+                Ok(Some(Line::Net(mac))) => {
+                    let refused = NetAnswer::Refused(NOBODY.into());
+                    let ask = Ask::Net(mac, connection.take_descriptor());
+                    self.ask(key, ask, || refused.to_line());
                 }
                 Err(_) => {
                     self.connections.remove(&key);
@@ -164,6 +166,15 @@ impl Muxer {
             self.tell(key, Op::CreditUpdate, 0);
         } else if events & (libc::POLLHUP | libc::POLLERR) != 0 && events & libc::POLLIN == 0 {
             self.close(key);
+        }
+    }
+
+    /// Answers a host about the VM itself, and ends its connection. `nobody` is the answer of a VM that nobody can change.
+    fn ask(&mut self, key: Key, ask: Ask, nobody: impl FnOnce() -> String) {
+        let answer = self.control.as_ref().map_or_else(nobody, |control| control(ask));
+        if let Some((_, mut connection)) = self.connections.remove(&key) {
+            // A host that has left does not hear it.
+            let _ = connection.say(&answer);
         }
     }
 

@@ -1,11 +1,17 @@
 use std::{
-    io::{Read, Write},
-    os::unix::net::UnixStream,
+    fs::{self, File},
+    io::{Read, Seek, SeekFrom, Write},
+    os::{fd::AsRawFd, unix::net::UnixStream},
+    path::Path,
+    sync::{Arc, Mutex},
 };
 
+use coffer_protocol::vm::NetAnswer;
 use proptest::prelude::*;
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use super::{
+    Ask,
     connection::WINDOW,
     muxer::Muxer,
     packet::{HOST_CID, Header, Op, SHUTDOWN_RECEIVE, SHUTDOWN_SEND, TYPE_STREAM},
@@ -141,6 +147,66 @@ fn a_host_without_a_proper_line_is_dropped() {
         guest.serve();
         assert_eq!(guest.muxer.count(), 1, "{line:?}");
     }
+}
+
+/// Sends a line with these descriptors at its first byte.
+fn send_line(host: &UnixStream, line: &str, descriptors: &[i32]) {
+    assert_eq!(host.send_with_fds(&[line.as_bytes()], descriptors).unwrap(), line.len());
+}
+
+#[test]
+fn a_hosts_questions_about_the_vm_are_answered_with_the_descriptor_that_came_along() {
+    let (mut guest, _host) = Guest::connected();
+    let heard = Arc::new(Mutex::new(Vec::new()));
+    let hears = Arc::clone(&heard);
+    let control = move |ask| {
+        hears.lock().unwrap().push(ask);
+        "answer\n".to_owned()
+    };
+    guest.muxer = guest.muxer.with_control(Some(Arc::new(control)));
+    let mut file = tempfile::tempfile().unwrap();
+    file.write_all(b"a tap").unwrap();
+    let mut ask = |line: &str, descriptors: &[i32]| {
+        let (mut other, ours) = UnixStream::pair().unwrap();
+        guest.muxer.accept(ours);
+        send_line(&other, line, descriptors);
+        guest.serve();
+        assert_eq!(guest.muxer.count(), 1, "{line:?}");
+        let mut answer = String::new();
+        other.read_to_string(&mut answer).unwrap();
+        (answer, heard.lock().unwrap().pop())
+    };
+    let (answer, asked) = ask("NET 02:00:00:00:00:0A\n", &[file.as_raw_fd()]);
+    assert_eq!(answer, "answer\n");
+    let Some(Ask::Net([2, 0, 0, 0, 0, 10], Some(descriptor))) = asked else { panic!("{asked:?}") };
+    // The same open file.
+    let mut same = File::from(descriptor);
+    same.seek(SeekFrom::Start(0)).unwrap();
+    let mut text = String::new();
+    same.read_to_string(&mut text).unwrap();
+    assert_eq!(text, "a tap");
+    assert!(matches!(ask("NET 02:00:00:00:00:0a\n", &[]).1, Some(Ask::Net(_, None))));
+    assert!(matches!(ask("MEMORY 7\n", &[]).1, Some(Ask::Memory(Some(7)))));
+    // No line, and nothing of it stays open here.
+    assert!(ask("NET 02:00:00:00:00\n", &[file.as_raw_fd()]).1.is_none());
+    drop(same);
+    let link = |path: &Path| fs::read_link(path).ok();
+    let own = link(Path::new(&format!("/proc/self/fd/{}", file.as_raw_fd())));
+    let open = fs::read_dir("/proc/self/fd").unwrap().flatten();
+    assert_eq!(open.filter(|entry| link(&entry.path()) == own).count(), 1);
+}
+
+#[test]
+fn a_vm_that_nobody_can_change_says_so() {
+    let (mut guest, _host) = Guest::connected();
+    let (mut other, ours) = UnixStream::pair().unwrap();
+    guest.muxer.accept(ours);
+    send_line(&other, "NET 02:00:00:00:00:0a\n", &[]);
+    guest.serve();
+    let mut answer = String::new();
+    other.read_to_string(&mut answer).unwrap();
+    let Some(NetAnswer::Refused(words)) = NetAnswer::parse(&answer) else { panic!("{answer}") };
+    assert!(words.contains("nobody"), "{words}");
 }
 
 #[test]
