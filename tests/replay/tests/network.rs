@@ -125,10 +125,15 @@ fn in_hooks() {
     let (bench, outside) = (Bench::new(), Outside::new());
     let hook = bench.path("hook");
     let text = format!(
-        "#!/bin/sh\npid=$(sed 's/.*\"pid\":\\([0-9]*\\).*/\\1/')\n\
-         in() {{ nsenter -t \"$1\" -n ip $2 || exit 1; }}\n\
-         in {0} \"link add far type veth peer name eth0 netns $pid\"\nin {0} 'addr add 10.77.0.1/24 dev far'\n\
-         in {0} 'link set far up'\nin $pid 'addr add 10.77.0.2/24 dev eth0'\nin $pid 'link set eth0 up'\n",
+        r#"#!/bin/sh -e
+pid=$(sed 's/.*"pid":\([0-9]*\).*/\1/')
+at() {{ nsenter -t "$1" -n ip $2; }}
+at {0} "link add far type veth peer name eth0 netns $pid"
+at {0} 'addr add 10.77.0.1/24 dev far'
+at {0} 'link set far up'
+at $pid 'addr add 10.77.0.2/24 dev eth0'
+at $pid 'link set eth0 up'
+"#,
         outside.pid()
     );
     fs::write(&hook, text).unwrap();
