@@ -286,7 +286,7 @@ mod tests {
     proptest! {
         #[test]
         fn only_interfaces_that_were_announced_get_routes_and_neighbours(
-            interface in "eth[0-3]|lo", destination in "10\\.[0-9]{1,2}\\.0\\.0/16", gateway in prop::option::of("10\\.0\\.0\\.[0-9]{1,2}"),
+            interface in "eth[0-3]|lo", destination in "10\\.[1-9][0-9]?\\.0\\.0/16", gateway in prop::option::of("10\\.0\\.0\\.[1-9]"),
             mac: [u8; 6], metric: Option<u32>,
         ) {
             let indices = [("eth1".to_owned(), 7), ("eth2".to_owned(), 8)];

@@ -3,17 +3,19 @@
 //! Whoever has the VM has its socket: these tests speak on it themselves, beside `coffer`.
 
 use std::{
-    fs,
-    io::{Read, Write},
+    fs::{self, File},
+    io::{IoSlice, Read, Write},
     net::Shutdown,
-    os::unix::net::UnixStream,
+    os::{fd::AsRawFd, unix::net::UnixStream},
 };
 
 use coffer_protocol::{
-    CONTROL_PORT, CreateContainer, Decoder, Exec, Frame, ImageSource, Kind, MAX_PAYLOAD, Network, Reply,
-    Request, SHARE_DIR, Sandbox, SignalTarget, VERSION, encode, vm::Line,
+    CONTROL_PORT, CreateContainer, Decoder, Exec, Frame, ImageSource, Interface, Kind, MAX_PAYLOAD,
+    Neighbour, Network, Reply, Request, SHARE_DIR, Sandbox, SignalTarget, VERSION, encode,
+    vm::{Line, NetAnswer},
 };
 use coffer_replay::{Bench, PATIENCE, config, until};
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use serde_json::{Value, json};
 
 /// What the owner lets the host do: run one container and end it. Of signals USR2 is the only one beside KILL.
@@ -21,7 +23,8 @@ const POLICY: &str = r#"
 package agent_policy
 import rego.v1
 CreateSandboxRequest := true
-UpdateInterfaceRequest := true
+default UpdateInterfaceRequest := false
+UpdateInterfaceRequest if count(input.interfaces) == 0
 default CreateContainerRequest := false
 CreateContainerRequest if input.container_id == "c"
 StartContainerRequest := true
@@ -139,6 +142,59 @@ fn signal(id: &str, number: u32) -> Request {
     Request::Signal { target: SignalTarget::Init(id.into()), signal: number }
 }
 
+/// An interface that arrives late, and a neighbour by another.
+fn late(name: &str, mac: &str, other: &str) -> Request {
+    let interface = Interface { name: name.into(), mac: mac.into(), mtu: 1500, addresses: Vec::new() };
+    let neighbour = Neighbour { interface: other.into(), address: "10.0.0.1".into(), mac: mac.into() };
+    Request::Network(Network { interfaces: vec![interface], routes: Vec::new(), neighbours: vec![neighbour] })
+}
+
+#[test]
+fn a_late_network_that_is_not_there_or_names_what_is_not_the_pods_is_refused() {
+    let bench = Bench::new();
+    bench.start("c", &config(&["sh", "-c", SCRIPT]));
+    let mac = [2, 0, 0, 0, 0, 1];
+    let there = "02:00:00:00:00:01";
+    let tap = tap("coffer-hostile");
+    let mut stream = UnixStream::connect(bench.root().join("c/vsock")).unwrap();
+    let line = Line::Net(mac).to_string();
+    let rights = [tap.as_raw_fd()];
+    let along = [ControlMessage::ScmRights(&rights)];
+    sendmsg::<()>(stream.as_raw_fd(), &[IoSlice::new(line.as_bytes())], &along, MsgFlags::empty(), None)
+        .unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    assert_eq!(NetAnswer::parse(&answer), Some(NetAnswer::Added));
+    for (request, words) in [
+        (late("eth0", "02:00:00:00:00:02", "eth0"), "no device with address 02:00:00:00:00:02"),
+        (late("eth0", "", "eth0"), "no device with address"),
+        (late("lo", there, "lo"), "lo is not an interface's name"),
+        (late("../../x", there, "../../x"), "is not an interface's name"),
+        (late("eth0", there, "lo"), "lo is not an interface of this pod"),
+    ] {
+        match asked(&bench, &request) {
+            Reply::Failed { message, .. } => assert!(message.contains(words), "{request:?}: {message}"),
+            other => panic!("{request:?}: {other:?}"),
+        }
+        goes_on(&bench);
+    }
+    assert_eq!(asked(&bench, &late("eth0", there, "eth0")), Reply::Done);
+}
+
+/// A tap of the test's own.
+fn tap(name: &str) -> File {
+    let file = File::options().read(true).write(true).open("/dev/net/tun").unwrap();
+    // SAFETY: ifreq is plain data for which zero is valid.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
+        *to = from as libc::c_char;
+    }
+    request.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as libc::c_short;
+    // SAFETY: the request outlives the call.
+    assert_eq!(unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, &raw const request) }, 0);
+    file
+}
+
 #[test]
 fn requests_that_come_again_or_out_of_order_are_refused_and_change_nothing() {
     let bench = pod();
@@ -155,6 +211,7 @@ fn requests_that_come_again_or_out_of_order_are_refused_and_change_nothing() {
         (Request::Start { id: id() }, "cannot start a container that has been started"),
         (Request::Start { id: "d".into() }, "does not exist"),
         (Request::Delete { id: id() }, "is running"),
+        (late("eth0", "02:00:00:00:00:01", "eth0"), "policy: UpdateInterfaceRequest denied"),
         (exec(root()), "policy: ExecProcessRequest denied"),
         (signal("c", 10), "policy: SignalProcessRequest denied"),
         (Request::Freeze { id: id(), frozen: true }, "policy: PauseContainerRequest denied"),
