@@ -306,7 +306,7 @@ mod tests {
             let address = vec!["10.88.0.2/16".to_owned()];
             let interface =
                 Interface { name: name.into(), mac: String::new(), mtu: 1500, addresses: address };
-            Network { interfaces: vec![interface], routes: Vec::new() }
+            Network { interfaces: vec![interface], ..Network::default() }
         };
         let sandbox = |hostname: &str, network: Network| {
             Request::Sandbox(Sandbox {

@@ -63,6 +63,7 @@ fn pods_network() -> Network {
             interface("eth0", "52:54:00:00:00:01", "10.89.0.2/16"),
         ],
         routes: vec![route, on_link],
+        ..Network::default()
     }
 }
 
