@@ -140,6 +140,9 @@ pub struct Route {
     pub metric: Option<u32>,
     /// True when this is a route of the IPv6 table although neither address says so.
     pub ipv6: bool,
+    /// The gateway is on the link although no route leads to it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub on_link: bool,
 }
 
 /// A permanent entry of the neighbour table.

@@ -16,10 +16,11 @@ use std::{
 };
 
 use coffer_protocol::{Interface, Neighbour, Network, Route};
+use nix::fcntl::{Flock, FlockArg};
 use serde_json::Value;
 
 pub(crate) use self::tap::open_tap;
-pub use self::tap::{Tap, tie, untie};
+pub use self::tap::{Tap, glance, tie, untie};
 use crate::error::{Error, host};
 
 /// A network namespace that was looked at.
@@ -117,16 +118,6 @@ fn neighbour(entry: &Value, interfaces: &[Interface]) -> Option<Neighbour> {
     Some(Neighbour { interface, address: text(&entry["dst"])?, mac: text(&entry["lladdr"])? })
 }
 
-/// Whether a list of a namespace's devices, as `/proc/PID/net/dev` has it, has interfaces for which there may be no tap; with `all` also
-/// whether there are any.
-#[must_use]
-pub fn may_have_more(table: &str, all: bool) -> bool {
-    let names = table.lines().filter_map(|line| Some(line.split_once(':')?.0.trim()));
-    let (taps, others): (Vec<&str>, Vec<&str>) =
-        names.filter(|name| *name != "lo").partition(|name| is_ours(name));
-    if all { !others.is_empty() } else { others.len() > taps.len() }
-}
-
 /// Taps, this one's or those of another VM.
 fn is_ours(name: &str) -> bool {
     name.starts_with("coffer")
@@ -156,6 +147,7 @@ fn routes(entries: Vec<&Value>, ipv6: bool, interfaces: &[Interface]) -> Vec<Rou
                 source: text(&e["prefsrc"]),
                 metric: e["metric"].as_u64().and_then(|m| u32::try_from(m).ok()),
                 ipv6,
+                on_link: e["flags"].as_array().is_some_and(|flags| flags.iter().any(|f| f == "onlink")),
             })
         })
         .collect()
@@ -165,6 +157,18 @@ fn routes(entries: Vec<&Value>, ipv6: bool, interfaces: &[Interface]) -> Vec<Rou
 pub fn is_own(namespace: &Path) -> bool {
     let number = |path: &Path| fs::metadata(path).ok().map(|meta| (meta.dev(), meta.ino()));
     number(namespace).is_some_and(|given| number(Path::new("/proc/self/ns/net")) == Some(given))
+}
+
+/// Waits until nobody else ties interfaces of a namespace or tells its VM of them; others wait until this is dropped. Of two containers of one pod
+/// that start at one moment the second finds what the first has done.
+///
+/// # Errors
+/// The system's.
+pub fn turn(namespace: &Path) -> Result<Flock<fs::File>, Error> {
+    let file = fs::File::open(namespace);
+    let file = file.map_err(host(format!("open network namespace {}", namespace.display())))?;
+    let wait = "wait for others that change the network";
+    Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, e)| host(wait)(e))
 }
 
 /// Runs something in another network namespace; afterwards this process, which has one thread, is back in its own.
@@ -200,6 +204,7 @@ mod tests {
             json!({ "ifindex": 26, "ifname": "late", "link_type": "ether", "address": "aa:bb:cc:dd:ee:01", "mtu": 1500, "addr_info": [] }),
             json!({ "dst": "default", "gateway": "10.88.0.1", "dev": "eth0", "flags": [] }),
             json!({ "dst": "10.88.0.0/16", "dev": "eth0", "protocol": "kernel", "prefsrc": "10.88.0.2" }),
+            json!({ "dst": "10.99.0.0/16", "gateway": "10.77.7.7", "dev": "eth0", "flags": ["onlink"] }),
             json!({ "dst": "1.2.3.4", "dev": "other0" }),
             json!({ "dst": "10.88.0.1", "dev": "eth0", "lladdr": "aa:bb:cc:00:00:02", "state": ["PERMANENT"] }),
             json!({ "dst": "10.88.0.1", "dev": "other0", "lladdr": "aa:bb:cc:00:00:02", "state": ["PERMANENT"] }),
@@ -212,32 +217,14 @@ mod tests {
             ("eth0", 1450, &vec!["10.88.0.2/16".to_owned()])
         );
         let routes: Vec<_> =
-            routes.iter().map(|r| (r.destination.as_deref(), r.gateway.as_deref())).collect();
-        assert_eq!(routes, [(Some("fd00::/8"), None), (None, Some("10.88.0.1"))]);
+            routes.iter().map(|r| (r.destination.as_deref(), r.gateway.as_deref(), r.on_link)).collect();
+        let by_gateway = [(None, Some("10.88.0.1"), false), (Some("10.99.0.0/16"), Some("10.77.7.7"), true)];
+        assert_eq!((routes[0], &routes[1..]), ((Some("fd00::/8"), None, false), &by_gateway[..]));
         let mac = "aa:bb:cc:00:00:02".into();
         let wanted = Neighbour { interface: "eth0".into(), address: "10.88.0.1".into(), mac };
         assert_eq!(neighbours, &[wanted]);
         let untied: Vec<_> =
             seen.untied().map(|(interface, number)| (interface.name.as_str(), number)).collect();
         assert_eq!(untied, [("late", 26)]);
-    }
-
-    #[test]
-    fn a_namespaces_devices_tell_whether_to_look() {
-        let table = |names: &[&str]| {
-            let lines = names.iter().map(|name| format!("{name:>6}:     0 0 0\n"));
-            format!("Inter-| Receive | Transmit\n face |bytes packets|bytes\n{}", lines.collect::<String>())
-        };
-        for (names, any, more) in [
-            (&["lo"][..], false, false),
-            (&["lo", "eth0"], true, true),
-            (&["lo", "eth0", "coffer2"], true, false),
-            (&["lo", "eth0", "coffer2", "eth1"], true, true),
-        ] {
-            assert_eq!(
-                (may_have_more(&table(names), true), may_have_more(&table(names), false)),
-                (any, more)
-            );
-        }
     }
 }

@@ -49,6 +49,7 @@ fn pods_network() -> Network {
         source: None,
         metric: Some(100),
         ipv6: false,
+        on_link: false,
     };
     let on_link = Route {
         destination: Some("10.89.0.0/16".into()),

@@ -88,6 +88,23 @@ pub(super) fn adopt(present: &mut [Device], wanted: &[Interface]) -> Vec<(u32, [
     adopted
 }
 
+/// An interface that has another address than when its device came: the device that bears its name gets that. What is given is as in
+/// [`adopt`].
+pub(super) fn readdress(present: &mut [Device], wanted: &[Interface]) -> Vec<(u32, [u8; 6])> {
+    let mut given = Vec::new();
+    for interface in wanted.iter().filter(|i| parse_mac(&i.mac).is_some()) {
+        if present.iter().any(|d| d.is_of(interface)) {
+            continue;
+        }
+        let named = |d: &&mut Device| d.name == interface.name && !wanted.iter().any(|w| d.is_of(w));
+        if let (Some(device), Some(mac)) = (present.iter_mut().find(named), parse_mac(&interface.mac)) {
+            device.mac = mac;
+            given.push((device.index, mac));
+        }
+    }
+    given
+}
+
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Rename {
     pub(super) index: u32,
@@ -209,6 +226,19 @@ mod tests {
         // Said again, and in a machine that booted: nothing is to be done.
         assert!(adopt(&mut present, &wanted).is_empty());
         assert!(adopt(&mut [device(12, "eth0"), device(13, "eth1")], &wanted).is_empty());
+    }
+
+    #[test]
+    fn an_interface_whose_address_changed_keeps_its_device() {
+        let mut present = [device(2, "eth0"), device(3, "eth1")];
+        // The second's device is there; the first's has another address by now, and no other device is touched.
+        let wanted = [interface("eth0", 12), interface("eth1", 3)];
+        assert_eq!(readdress(&mut present, &wanted), [(2, parse_mac(&wanted[0].mac).unwrap())]);
+        assert_eq!(names(&present, &wanted).unwrap().indices, [2, 3]);
+        // One that bears the name is somebody else's by its address; and nothing is taken from an interface that nobody knows.
+        let mut present = [device(2, "eth0"), device(3, "eth1")];
+        assert!(readdress(&mut present, &[interface("eth0", 12), interface("net", 2)]).is_empty());
+        assert!(readdress(&mut present, &[interface("eth2", 12)]).is_empty());
     }
 
     #[test]

@@ -13,7 +13,7 @@ use coffer_protocol::{Interface, Neighbour, Network, Route, vm::parse_mac};
 use thiserror::Error;
 
 use self::{
-    devices::{Rename, adopt, are_all_there, look_for_more, names},
+    devices::{Rename, adopt, are_all_there, look_for_more, names, readdress},
     netlink::{Message, Netlink},
 };
 
@@ -41,6 +41,8 @@ const LOOPBACK: &str = "lo";
 const NEIGHBOUR_ADDRESS: u16 = 1;
 const NEIGHBOUR_MAC: u16 = 2;
 const PERMANENT: u16 = 0x80;
+/// `RTNH_F_ONLINK` (linux/rtnetlink.h).
+const ON_LINK: u32 = 4;
 
 /// Which device each of the pod's interfaces is: `(name, index)`.
 type Indices = [(String, u32)];
@@ -97,17 +99,13 @@ fn set(network: &Network, again: bool) -> Result<(), NetworkError> {
     }
     let netlink = Netlink::open()?;
     let mut present = devices::list(&netlink)?;
-    for (index, mac) in adopt(&mut present, &network.interfaces) {
-        netlink.link(
-            index,
-            false,
-            &[(libc::IFLA_ADDRESS, &mac)],
-            format!("give device {index} its address"),
-        )?;
-    }
+    give(&netlink, &adopt(&mut present, &network.interfaces))?;
     if !are_all_there(&present, &network.interfaces) {
         look_for_more(Path::new("/"));
         present = devices::list(&netlink)?;
+    }
+    if again {
+        give(&netlink, &readdress(&mut present, &network.interfaces))?;
     }
     let plan = names(&present, &network.interfaces)?;
     for Rename { index, from, to } in plan.renames {
@@ -133,6 +131,13 @@ fn set(network: &Network, again: bool) -> Result<(), NetworkError> {
         netlink.add(neighbour_message(neighbour, &indices)?, words)?;
     }
     Ok(())
+}
+
+/// Gives devices, by index, these addresses.
+fn give(netlink: &Netlink, addresses: &[(u32, [u8; 6])]) -> Result<(), NetworkError> {
+    addresses.iter().try_for_each(|(index, mac)| {
+        netlink.link(*index, false, &[(libc::IFLA_ADDRESS, mac)], format!("give device {index} its address"))
+    })
 }
 
 /// The device of an interface that the host names: one of those that it has announced.
@@ -193,6 +198,9 @@ fn route_message(kind: u16, route: &Route, indices: &Indices) -> Result<Message,
     fixed[5] = libc::RTPROT_BOOT;
     fixed[6] = if gateway.is_some() || is_v6 { libc::RT_SCOPE_UNIVERSE } else { libc::RT_SCOPE_LINK };
     fixed[7] = libc::RTN_UNICAST;
+    if route.on_link {
+        fixed[8..12].copy_from_slice(&ON_LINK.to_ne_bytes());
+    }
     let mut message = Message::new(kind, libc::NLM_F_CREATE | libc::NLM_F_REPLACE, &fixed);
     for (kind, value) in
         [(libc::RTA_DST, destination.map(|d| d.0)), (libc::RTA_GATEWAY, gateway), (libc::RTA_PREFSRC, source)]
@@ -280,6 +288,7 @@ mod tests {
             source: text,
             metric: Some(1),
             ipv6: false,
+            on_link: false,
         }
     }
 
@@ -294,7 +303,8 @@ mod tests {
             let text = coffer_protocol::vm::Line::Net(mac).to_string();
             let neighbour =
                 Neighbour { interface: interface.clone(), address: "10.0.0.1".into(), mac: text[4..].trim_end().into() };
-            let route = Route { interface, destination: Some(destination), gateway, source: None, metric, ipv6: false };
+            let route =
+                Route { interface, destination: Some(destination), gateway, source: None, metric, ipv6: false, on_link: false };
             let said = [route_message(libc::RTM_NEWROUTE, &route, &indices), neighbour_message(&neighbour, &indices)];
             for message in said {
                 let Some(index) = index else {

@@ -117,6 +117,7 @@ fn routes(netlink: &Netlink, indices: &Indices) -> Result<Vec<(Key, Route)>, Net
             source: None,
             metric: Some(metric),
             ipv6: is_v6,
+            on_link: false,
         };
         Some((Key { is_v6, index, destination, gateway, metric }, route))
     };

@@ -16,7 +16,7 @@ use nix::{
 };
 use serde_json::json;
 
-use super::{create, find, foreground, process::process, terminal};
+use super::{create, find, foreground, network, process::process, terminal};
 use crate::{
     cgroup,
     cli::Call,
@@ -51,6 +51,7 @@ pub(super) fn exec(call: &Call, root: &Path) -> Result<i32, Error> {
         Status::Stopped => return Err(Error::State("cannot exec in a stopped container".into())),
     }
     let owner = record.stub.ok_or(Error::NotRunning)?;
+    network::look_again(&directory, &record);
     let process = process(call, &directory)?;
     let wants_terminal = process["terminal"].as_bool().unwrap_or(false) || call.has("tty");
     let console = call.value("console-socket").map(PathBuf::from);

@@ -1,38 +1,59 @@
-//! The network that came into a container's namespace since `create`, or changed there: put in by hooks, or by the caller before `start`.
+//! The network that came into a container's namespace since `create`, or changed there: put in by hooks, or by the caller before `start`, or
+//! while the container runs.
 //!
 //! Owns: when it is looked at, and what is new in it becoming the VM's. Does not own: reading the namespace and taps (`network`).
 
-use std::{fs, path::PathBuf};
+use std::path::{Path, PathBuf};
 
 use coffer_protocol::{Interface, Request};
 
 use crate::{
     client,
-    error::{Error, host},
-    network::{inside, look, may_have_more, tie, untie},
+    error::Error,
+    log,
+    network::{glance, inside, look, tie, turn, untie},
     state::{Directory, Record},
 };
 
-/// Gives the VM a device for each interface that has none yet, and tells its guest what the network is now.
+/// Before `start`: gives the VM a device for each interface that has none yet, and tells its guest what the network is now.
 ///
 /// For a VM's first container all of it is said again. Further ones find the network as their pod has it, where containers may have changed
 /// what is theirs: nothing is said unless an interface is new.
 pub(super) fn renew(directory: &Directory, record: &Record) -> Result<(), Error> {
-    let Some(stub) = record.stub else { return Ok(()) };
-    let process = PathBuf::from(format!("/proc/{}", stub.pid));
-    let table =
-        fs::read_to_string(process.join("net/dev")).map_err(host("look at the container's network"))?;
-    if !may_have_more(&table, record.share.is_none()) {
-        return Ok(());
+    let Some(namespace) = namespace(record) else { return Ok(()) };
+    bring(directory, &namespace, record.share.is_none())
+}
+
+/// The same for a container that runs. Engines call nobody when they give it another network (`network connect`): it comes with the next call
+/// that comes by here. What cannot be had is a warning, for nobody has asked this call for it.
+pub(super) fn look_again(directory: &Directory, record: &Record) {
+    let Some(namespace) = namespace(record) else { return };
+    let looked = inside(&namespace, glance).and_then(|glance| match glance.untied {
+        true => bring(directory, &namespace, false),
+        false => Ok(()),
+    });
+    if let Err(error) = looked {
+        log::warn(&error.to_string());
     }
-    let network = inside(&process.join("ns/net"), || {
+}
+
+fn namespace(record: &Record) -> Option<PathBuf> {
+    record.stub.map(|stub| PathBuf::from(format!("/proc/{}/ns/net", stub.pid)))
+}
+
+fn bring(directory: &Directory, namespace: &Path, all: bool) -> Result<(), Error> {
+    // To the guest's answer: who comes next may rely on what is there.
+    let _turn = turn(namespace)?;
+    let network = inside(namespace, || {
+        let glance = glance()?;
+        if !(if all { glance.any } else { glance.untied }) {
+            return Ok(None);
+        }
         let seen = look()?;
         seen.untied().try_for_each(|(interface, index)| plug(directory, interface, index))?;
-        Ok(seen.network)
+        Ok(Some(seen.network))
     })?;
-    if network.interfaces.is_empty() {
-        return Ok(());
-    }
+    let Some(network) = network.filter(|network| !network.interfaces.is_empty()) else { return Ok(()) };
     client::ask(&directory.socket(), &Request::Network(network)).map(drop)
 }
 

@@ -8,7 +8,7 @@ use coffer_protocol::Request;
 use oci_spec::runtime::LinuxResources;
 use serde_json::{Value, json};
 
-use super::find;
+use super::{find, network};
 use crate::{
     cgroup,
     cli::Call,
@@ -51,6 +51,7 @@ pub(super) fn update(call: &Call, root: &Path) -> Result<(), Error> {
     if directory.status(&record) == Status::Stopped {
         return Err(Error::NotRunning);
     }
+    network::look_again(&directory, &record);
     let parsed: LinuxResources =
         serde_json::from_value(resources.clone()).map_err(|e| Error::Usage(format!("update: {e}")))?;
     let guest = Request::Update { id: record.id.clone(), resources: resources.clone() };

@@ -1,19 +1,21 @@
 //! Taps: one for each interface of the pod's namespace, tied to it.
 //!
-//! Owns: making them, sending what arrives on one to the other. Does not own: which interfaces there are, who uses the tap.
+//! Owns: making them, sending what arrives on one to the other, whether there is something to tie. Does not own: what else interfaces have,
+//! who uses the tap.
 //!
 //! A tap bears the number of its interface in its name, so that the namespace itself says which have one. It goes when nobody has it open any more;
 //! what tied it then drops everything until it is tied anew.
 
 use std::{
-    fs::File,
+    fs::{self, File},
     io,
     os::fd::{AsRawFd, OwnedFd},
 };
 
 use coffer_protocol::Interface;
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 
-use super::{Seen, run};
+use super::{Seen, is_ours, run};
 use crate::error::{Error, host};
 
 /// A tap device for one interface of the guest.
@@ -52,6 +54,63 @@ impl Seen {
         }
         untied.into_iter().map(|(interface, index)| tie(interface, index)).collect()
     }
+}
+
+/// What there is of Ethernet interfaces in this process's namespace, without the programs and their milliseconds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Glance {
+    /// One at least.
+    pub any: bool,
+    /// One without a tap.
+    pub untied: bool,
+}
+
+/// Looks whether a namespace has something for a guest.
+///
+/// # Errors
+/// The system's.
+pub fn glance() -> Result<Glance, Error> {
+    let failed = || "look at the container's network";
+    let table = fs::read_to_string("/proc/self/net/dev").map_err(host(failed()))?;
+    let names = table.lines().filter_map(|line| Some(line.split_once(':')?.0.trim()));
+    let (taps, others): (Vec<&str>, Vec<&str>) = names.partition(|name| is_ours(name));
+    let socket = socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None);
+    let socket = socket.map_err(host(failed()))?;
+    let mut glance = Glance::default();
+    for name in others {
+        // One that has gone meanwhile is none.
+        let Some(index) = ethernet(&socket, name) else { continue };
+        glance.any = true;
+        glance.untied |= !taps.contains(&self::name(index).as_str());
+    }
+    Ok(glance)
+}
+
+/// The number of an Ethernet interface.
+fn ethernet(socket: &OwnedFd, name: &str) -> Option<u32> {
+    let ask = |kind: libc::c_ulong| {
+        let mut request = request(name);
+        // SAFETY: the request outlives the call.
+        let done = unsafe { libc::ioctl(socket.as_raw_fd(), kind, &raw mut request) };
+        (done >= 0).then_some(request)
+    };
+    let address = ask(libc::SIOCGIFHWADDR)?;
+    // SAFETY: the call filled this part.
+    let kind = unsafe { address.ifr_ifru.ifru_hwaddr.sa_family };
+    let index = ask(libc::SIOCGIFINDEX)?;
+    // SAFETY: as above.
+    let index = unsafe { index.ifr_ifru.ifru_ifindex };
+    (kind == libc::ARPHRD_ETHER).then(|| u32::try_from(index).ok())?
+}
+
+/// A request about a device.
+fn request(name: &str) -> libc::ifreq {
+    // SAFETY: ifreq is plain data for which zero is valid.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (target, byte) in request.ifr_name.iter_mut().zip(name.bytes().take(libc::IFNAMSIZ - 1)) {
+        *target = byte as libc::c_char;
+    }
+    request
 }
 
 /// Makes a tap for an interface without one, by its number, and ties the two together.
@@ -100,11 +159,7 @@ pub fn untie(interface: &Interface) {
 /// A tap with a virtio header before each packet; it goes when the last descriptor of it is closed.
 pub(crate) fn open_tap(name: &str) -> io::Result<OwnedFd> {
     let file = File::options().read(true).write(true).open("/dev/net/tun")?;
-    // SAFETY: ifreq is plain data for which zero is valid.
-    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
-    for (target, byte) in request.ifr_name.iter_mut().zip(name.bytes().take(libc::IFNAMSIZ - 1)) {
-        *target = byte as libc::c_char;
-    }
+    let mut request = request(name);
     request.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as libc::c_short;
     // SAFETY: the request outlives the call.
     if unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, &raw const request) } < 0 {

@@ -100,6 +100,8 @@ fn between_create_and_start_with_all_that_an_interface_has() {
         "route add 10.99.0.0/16 via 10.77.0.1 metric 7",
         "-6 route add fd99::/16 via fd77::1",
         "neigh add 10.77.0.9 lladdr 02:00:00:00:00:09 dev eth0 nud permanent",
+        // To a gateway that no other route leads to.
+        "route add 10.98.0.0/16 via 192.168.9.9 dev eth0 onlink",
     ] {
         ip(pid, words);
     }
@@ -112,6 +114,7 @@ fn between_create_and_start_with_all_that_an_interface_has() {
         "fd77::2/64",
         "default via 10.77.0.1 dev eth0",
         "10.99.0.0/16 via 10.77.0.1 dev eth0  metric 7",
+        "10.98.0.0/16 via 192.168.9.9 dev eth0",
         "fd99::/16 via fd77::1 dev eth0",
         "10.77.0.9 dev eth0 lladdr 02:00:00:00:00:09",
         "reached",
@@ -180,6 +183,48 @@ fn what_is_not_there_any_more_at_start_goes_and_what_a_container_added_stays() {
 }
 
 #[test]
+fn an_address_that_changes_between_create_and_start_is_the_guests_too() {
+    let (bench, outside, inside) = (Bench::new(), Outside::new(), Outside::new());
+    outside.plug(inside.pid(), "eth0", "10.77.0");
+    let bundle = bench.bundle("a", &in_namespace(shell(SHOW), inside.pid()));
+    let _ = bench.create("a", &bundle).ok();
+    ip(inside.pid(), "link set eth0 address 02:00:00:00:77:02");
+    let _ = bench.call(&["start", "a"]).ok();
+    bench.wait_stopped("a");
+    let said = bench.read("a.out");
+    assert!(
+        said.contains("02:00:00:00:77:02") && said.ends_with("reached\n"),
+        "{said}{}",
+        bench.read("a.err")
+    );
+}
+
+#[test]
+fn containers_of_one_pod_that_start_at_one_moment_share_what_came() {
+    let (bench, outside, inside) = (Bench::new(), Outside::new(), Outside::new());
+    outside.plug(inside.pid(), "eth0", "10.76.0");
+    bench.start("a", &in_namespace(shell("sleep 1000"), inside.pid()));
+    let members = ["b", "c", "d", "e"];
+    for id in members {
+        let _ = bench.create(id, &bench.bundle(id, &in_namespace(shell(SHOW), inside.pid()))).ok();
+    }
+    outside.plug(inside.pid(), "eth1", "10.77.0");
+    let start = |id| {
+        let mut command = bench.command(&["start", id]);
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap()
+    };
+    for started in members.map(start) {
+        let gave = started.wait_with_output().unwrap();
+        assert!(gave.status.success(), "{}", String::from_utf8_lossy(&gave.stderr));
+    }
+    for id in members {
+        bench.wait_stopped(id);
+        let said = bench.read(&format!("{id}.out"));
+        assert!(said.ends_with("reached\n"), "{id}: {said}{}", bench.read(&format!("{id}.err")));
+    }
+}
+
+#[test]
 fn an_interface_too_many_fails_start_in_one_line_and_what_it_tied_is_free_again() {
     let (bench, outside) = (Bench::new(), Outside::new());
     let bundle = bench.bundle("a", &shell(SHOW));
@@ -198,6 +243,30 @@ fn an_interface_too_many_fails_start_in_one_line_and_what_it_tied_is_free_again(
     // The fourth is gone; the one of the address that is asked for is net3's.
     let said = bench.read("a.out");
     assert!(said.contains("net2") && !said.contains("net3"), "{said}");
+}
+
+#[test]
+fn an_interface_that_comes_to_what_runs_is_there_at_the_next_exec() {
+    let (bench, outside) = (Bench::new(), Outside::new());
+    bench.start("a", &shell("sleep 1000"));
+    let pid = bench.pid("a");
+    for (name, net) in [("first", "10.75.0"), ("second", "10.76.0"), ("third", "10.77.0")] {
+        outside.plug(pid, name, net);
+        let show = format!("busybox ip addr show {name} && busybox ping -c 1 -W 10 {net}.1");
+        let said = bench.call(&["exec", "--cap", "CAP_NET_RAW", "a", "sh", "-c", &show]).ok();
+        assert!(said.contains(&format!("{net}.2/24")) && said.contains("1 packets received"), "{said}");
+        // The engine takes one away again: the next one is new all the same.
+        if name == "first" {
+            ip(pid, "link del first");
+        }
+    }
+    // A VM has three places; who asks for no network is not refused for one.
+    outside.plug(pid, "fourth", "10.78.0");
+    let log = bench.path("log");
+    let log = log.to_str().unwrap();
+    let _ = bench.call(&["--log", log, "exec", "a", "true"]).ok();
+    let said = bench.read("log");
+    assert!(said.contains("interface fourth: a VM has 3 network devices at most"), "{said}");
 }
 
 #[test]

@@ -121,11 +121,14 @@ impl Making<'_> {
             None => Err(hosts_network()),
             Some(Some(path)) if network::is_own(&path) => Err(hosts_network()),
             Some(None) => Ok((Network::default(), Vec::new())),
-            Some(Some(path)) => network::inside(&path, || {
-                let seen = network::look()?;
-                let taps = seen.taps()?;
-                Ok((seen.network, taps))
-            }),
+            Some(Some(path)) => {
+                let _turn = network::turn(&path)?;
+                network::inside(&path, || {
+                    let seen = network::look()?;
+                    let taps = seen.taps()?;
+                    Ok((seen.network, taps))
+                })
+            }
         }
     }
 
