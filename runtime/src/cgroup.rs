@@ -15,10 +15,16 @@ use oci_spec::runtime::{LinuxResources, Spec};
 
 use crate::error::{Error, host};
 
+/// The weight by io.cost, and that by BFQ, which has the configuration's own scale and goes first where it is, as under runc.
+const WEIGHT: &str = "io.weight";
+const BFQ_WEIGHT: &str = "io.bfq.weight";
 /// Where the hierarchy is.
 pub const ROOT: &str = "/sys/fs/cgroup";
 /// What a VM needs of the host beside the container's own limit: guest kernel, page cache of shared files, the VMM.
 const OVERHEAD: i64 = 192 << 20;
+/// Tasks that a VM needs of the host beside those that the container's own limit counts in the guest: processors (at most 64), the VMM's and
+/// the kernel's other threads, stubs of processes that the guest refuses in the end.
+const TASKS: i64 = 256;
 
 /// The cgroup that the configuration names. `None` when it names none, or the host has no version 2.
 ///
@@ -73,11 +79,21 @@ fn delegate(path: &Path) {
 /// # Errors
 /// The system's, naming file and value.
 pub fn apply(path: &Path, resources: &LinuxResources) -> Result<(), Error> {
+    let bfq = weight(resources).filter(|_| path.join(BFQ_WEIGHT).exists());
     for (file, value) in settings(resources, &bandwidth(path)) {
+        let (file, value) = match bfq {
+            Some(weight) if file == WEIGHT => (BFQ_WEIGHT, weight.to_string()),
+            _ => (file, value),
+        };
         fs::write(path.join(file), &value)
             .map_err(host(format!("set {file} to {value} in {}", path.display())))?;
     }
     Ok(())
+}
+
+/// The share of the devices' time.
+fn weight(resources: &LinuxResources) -> Option<u16> {
+    resources.block_io().as_ref().and_then(|io| io.weight()).filter(|weight| *weight != 0)
 }
 
 /// The cgroup of a process, where the host has version 2 alone.
@@ -130,6 +146,14 @@ pub fn settings(resources: &LinuxResources, now: &str) -> Vec<(&'static str, Str
     if let Some(reservation) = resources.memory().as_ref().and_then(|m| m.reservation()).filter(|r| *r != 0) {
         let kept = if reservation < 0 { "max".to_owned() } else { reservation.to_string() };
         list.push(("memory.low", kept));
+    }
+    // The guest holds the container to its limit. This one holds a VMM to what its container can be worth.
+    if let Some(limit) = resources.pids().as_ref().map(|pids| pids.limit()).filter(|limit| *limit != 0) {
+        let whole = if limit < 0 { "max".to_owned() } else { limit.saturating_add(TASKS).to_string() };
+        list.push(("pids.max", whole));
+    }
+    if let Some(weight) = weight(resources) {
+        list.push((WEIGHT, limits::block_weight(weight).to_string()));
     }
     let Some(cpu) = resources.cpu() else { return list };
     if let Some(idle) = cpu.idle() {
@@ -198,6 +222,8 @@ mod tests {
             })),
             [
                 ("memory.max", (67_108_864 + OVERHEAD).to_string()),
+                // More than the container's own, or the VMM could not start.
+                ("pids.max", (3 + TASKS).to_string()),
                 // Between this VM and others; between its containers the guest weighs.
                 ("cpu.weight", "1".to_owned()),
                 ("cpu.max", "50000 100000".to_owned()),
@@ -208,5 +234,21 @@ mod tests {
         // Files of the share are read and written by the VMM, on the host's devices.
         let io = serde_json::json!({ "throttleWriteBpsDevice": [{ "major": 8, "minor": 16, "rate": 1024 }] });
         assert_eq!(of(serde_json::json!({ "blockIO": io })), [("io.max", "8:16 wbps=1024".to_owned())]);
+        let weight = serde_json::json!({ "blockIO": { "weight": 505 }, "pids": { "limit": -1 } });
+        assert_eq!(of(weight), [("pids.max", "max".to_owned()), ("io.weight", "5000".to_owned())]);
+        assert_eq!(of(serde_json::json!({ "blockIO": { "weight": 0 }, "pids": { "limit": 0 } })), []);
+    }
+
+    #[test]
+    fn a_weight_is_bfqs_where_there_is_one() {
+        let group = tempfile::tempdir().unwrap();
+        let read = |file: &str| fs::read_to_string(group.path().join(file)).ok();
+        let resources = serde_json::from_value(serde_json::json!({ "blockIO": { "weight": 505 } })).unwrap();
+        apply(group.path(), &resources).unwrap();
+        assert_eq!((read(WEIGHT).as_deref(), read(BFQ_WEIGHT)), (Some("5000"), None));
+        fs::write(group.path().join(BFQ_WEIGHT), "default 100").unwrap();
+        fs::remove_file(group.path().join(WEIGHT)).unwrap();
+        apply(group.path(), &resources).unwrap();
+        assert_eq!((read(WEIGHT), read(BFQ_WEIGHT).as_deref()), (None, Some("505")));
     }
 }

@@ -57,9 +57,7 @@ pub(super) fn settings(
         let value = pids.limit();
         set("pids.max", if value <= 0 { "max".to_owned() } else { value.to_string() });
     }
-    if let Some(weight) = resources.block_io().as_ref().and_then(|b| b.weight()).filter(|w| *w != 0) {
-        set("io.weight", limits::block_weight(weight).to_string());
-    }
+    // blockIO.weight is of the host's devices, which the VMM reads and writes: its cgroup has it.
     for page in resources.hugepage_limits().iter().flatten() {
         let size = page.page_size();
         if size.is_empty() || !size.chars().all(|c| c.is_ascii_alphanumeric()) {
@@ -284,7 +282,6 @@ mod tests {
                 ("cpu.weight", "39"),
                 ("cpu.max", "150000 100000"),
                 ("pids.max", "100"),
-                ("io.weight", "5000"),
                 ("hugetlb.2MB.max", "4194304")
             ]
         );

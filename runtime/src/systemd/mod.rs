@@ -190,6 +190,8 @@ fn limits(resources: &LinuxResources, now: &str) -> Vec<(&'static str, Value)> {
         match file {
             "memory.max" => list.push(("MemoryMax", Value::Number(value.parse().unwrap_or(u64::MAX)))),
             "memory.low" => list.push(("MemoryLow", Value::Number(value.parse().unwrap_or(u64::MAX)))),
+            "pids.max" => list.push(("TasksMax", Value::Number(value.parse().unwrap_or(u64::MAX)))),
+            "io.weight" => list.push(("IOWeight", Value::Number(value.parse().unwrap_or(100)))),
             "cpu.weight" => list.push(("CPUWeight", Value::Number(value.parse().unwrap_or(100)))),
             "cpu.max" => {
                 let mut words = value.split(' ').map(|word| word.parse::<u64>().ok());
@@ -385,11 +387,14 @@ mod tests {
     #[test]
     fn limits_are_systemds_too() {
         let limits = |value| limits(&serde_json::from_value(value).unwrap(), "");
-        let with = serde_json::json!({ "memory": { "limit": -1 }, "cpu": { "shares": 1024, "quota": 50_000, "period": 200_000 } });
+        let with = serde_json::json!({ "memory": { "limit": -1 }, "cpu": { "shares": 1024, "quota": 50_000, "period": 200_000 },
+            "pids": { "limit": -1 }, "blockIO": { "weight": 1000 } });
         assert_eq!(
             limits(with),
             [
                 ("MemoryMax", Value::Number(u64::MAX)),
+                ("TasksMax", Value::Number(u64::MAX)),
+                ("IOWeight", Value::Number(10_000)),
                 ("CPUWeight", Value::Number(39)),
                 ("CPUQuotaPerSecUSec", Value::Number(250_000)),
                 ("CPUQuotaPeriodUSec", Value::Number(200_000)),
