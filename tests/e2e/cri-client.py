@@ -1,5 +1,5 @@
 #!/usr/bin/python3
-"""cri-client.py SOCKET HANDLER IMAGE: what a kubelet does with a pod of two containers, over the CRI (runtime.v1).
+"""cri-client.py SOCKET HANDLER IMAGE [CGROUP]: what a kubelet does with a pod of two containers, over the CRI (runtime.v1).
 
 Prints one `name: value` for each thing that it was told. Debian has no crictl, and the interface's definition only with its Go sources: the
 numbers below are those of its messages' fields."""
@@ -8,7 +8,7 @@ import time
 
 import grpc
 
-socket, handler, image = sys.argv[1:]
+socket, handler, image = sys.argv[1:4]
 channel = grpc.insecure_channel("unix://" + socket)
 
 
@@ -68,6 +68,8 @@ def say(name, value):
 # LinuxPodSandboxConfig's resources: those of all containers together, as a kubelet sums them up.
 limits = {1: 100000, 2: 150000, 3: 2, 4: 236 << 20}
 pod = {1: {1: "pod", 2: "uid", 3: "default"}, 2: "pods-name", 3: "/run/cri-logs", 7: {1: "io.coffer.vcpus-max", 2: "3"}, 8: {5: limits}}
+if sys.argv[4:]:
+    pod[8][1] = sys.argv[4]
 sandbox = call("RunPodSandbox", {1: pod, 2: handler})[1].decode()
 
 
@@ -102,6 +104,8 @@ say("name", run(stays, "hostname")[0])
 say("MiB", run(stays, "sh", "-c", "awk '/MemTotal/ { print int($2 / 1024) }' /proc/meminfo")[0])
 call("StopContainer", {1: stays, 2: 30})
 say("stopped", exit_code(stays))
+if sys.argv[4:]:
+    say("scope", f"cri-containerd-{sandbox}.scope")
 for identifier in stays, ends:
     call("RemoveContainer", {1: identifier})
 call("StopPodSandbox", {1: sandbox})
