@@ -16,8 +16,8 @@ use crate::{
     config::{ConfigError, ImageConfig},
     digest::Digest,
     layout::{BlobError, Blobs, document},
-    manifest::{Descriptor, Document, Manifest, ManifestError, layer_type},
-    ocicrypt::{KeyError, KeySource, LayerKey, marks},
+    manifest::{Document, Manifest, ManifestError, layer_type},
+    ocicrypt::{KeySource, marks},
     pipeline::{Layer, LayerError, run},
     policy::{PolicyError, Verdict, sigstore::SignatureError},
     unpack::{Options, Report, Unpacker},
@@ -35,9 +35,6 @@ pub enum ImageError {
     /// The configuration.
     #[error(transparent)]
     Config(#[from] ConfigError),
-    /// A layer's key.
-    #[error("layer {0}: {1}")]
-    Key(Digest, KeyError),
     /// A layer.
     #[error(transparent)]
     Layer(#[from] LayerError),
@@ -172,9 +169,8 @@ impl Image {
         let mut unpacker = Unpacker::new(root, options);
         for (layer, diff_id) in self.manifest.layers.iter().zip(&self.config.rootfs.diff_ids) {
             let (compression, encrypted) = layer_type(layer)?;
-            let key = encrypted.then(|| unwrap(layer, keys)).transpose()?;
-            let layer = Layer { descriptor: layer, compression, key, diff_id };
-            run(blobs, &layer, &mut unpacker, progress)?;
+            let layer = Layer { descriptor: layer, compression, encrypted, diff_id };
+            run(blobs, &layer, keys, &mut unpacker, progress)?;
         }
         renameat_with(CWD, &tree, CWD, place, RenameFlags::NOREPLACE).map_err(|e| failed(e.into()))?;
         Ok(unpacker.report())
@@ -197,10 +193,6 @@ pub fn resolve(blobs: &dyn Blobs, digest: &Digest) -> Result<(Vec<Digest>, Box<M
         Document::Manifest(manifest) => Ok((vec![digest.clone(), chosen.digest.clone()], manifest)),
         Document::Index(_) => Err(ImageError::Nested(digest.clone())),
     }
-}
-
-fn unwrap(layer: &Descriptor, keys: &dyn KeySource) -> Result<LayerKey, ImageError> {
-    LayerKey::unwrap(&layer.annotations, keys).map_err(|e| ImageError::Key(layer.digest.clone(), e))
 }
 
 /// Removed with all that is in it, however unpacking ends.

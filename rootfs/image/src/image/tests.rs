@@ -6,6 +6,7 @@ use super::*;
 use crate::{
     encrypt::{Recipient, encrypt},
     layout::Layout,
+    manifest::Descriptor,
     testing::{Fixed, Tar, assemble, encrypted, gzip, image, zstd},
 };
 

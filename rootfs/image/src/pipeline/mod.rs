@@ -1,14 +1,19 @@
 //! One layer from blob to tree, read once: digest of what came, decrypt, HMAC, decompress, unpack, diff_id.
 //!
 //! Owns: the three threads (fetch and decrypt; decompress; unpack), the bounded queues between them, and which
-//! error is told. The tree is worth something only after [`run`] returned `Ok` for every layer.
+//! error is told. The first chunks of an encrypted layer come while its key is asked for, which may take an attestation.
+//! The tree is worth something only after [`run`] returned `Ok` for every layer.
 
 mod decompress;
 mod queue;
 
 use std::{
+    collections::VecDeque,
     io::{self, BufRead, Read},
-    sync::atomic::{AtomicU64, Ordering},
+    sync::{
+        atomic::{AtomicU64, Ordering},
+        mpsc,
+    },
     thread,
 };
 
@@ -23,16 +28,22 @@ use crate::{
     layout::Blobs,
     manifest::{Compression, Descriptor},
     ocicrypt::{
-        LayerKey,
+        KeyError, KeySource, LayerKey,
         cipher::{HmacError, Stream},
     },
     tar::Archive,
     unpack::{UnpackError, Unpacker},
 };
 
+/// Most chunks of a layer that are kept until its key is there: 2 MiB.
+const MOST_EARLY: usize = 16;
+
 /// A layer was refused. Each message begins with the stage.
 #[derive(Debug, Error)]
 pub enum LayerError {
+    /// Its key.
+    #[error("layer {0}: {1}")]
+    Key(Digest, KeyError),
     /// The blob did not come.
     #[error("fetch {0}: {1}")]
     Fetch(Digest, io::Error),
@@ -87,32 +98,40 @@ pub struct Layer<'a> {
     pub descriptor: &'a Descriptor,
     /// From its media type.
     pub compression: Compression,
-    /// For an encrypted layer.
-    pub key: Option<LayerKey>,
+    /// From its media type, too.
+    pub encrypted: bool,
     /// From the verified configuration.
     pub diff_id: &'a Digest,
 }
 
-/// Applies a layer. `progress` counts bytes of the blob as they come.
+/// Applies a layer; `keys` are asked by this thread. `progress` counts bytes of the blob as they come.
 ///
 /// # Errors
 /// [`LayerError`]: the earliest stage's, because a changed blob breaks whatever follows.
 pub fn run(
     blobs: &dyn Blobs,
     layer: &Layer<'_>,
+    keys: &dyn KeySource,
     unpacker: &mut Unpacker,
     progress: &AtomicU64,
 ) -> Result<(), LayerError> {
     let digest = &layer.descriptor.digest;
     let most = unpacker.left().saturating_mul(2).saturating_add(16 << 20);
-    let (plain_in, plain_out) = queue();
-    let (tar_in, tar_out) = queue();
     let thread = |name: &str| thread::Builder::new().name(name.into());
     let no_thread = |e| LayerError::Thread(digest.clone(), e);
     thread::scope(|scope| {
+        let (plain_in, plain_out) = queue();
+        let (tar_in, tar_out) = queue();
+        let (found, key) = mpsc::channel();
+        let key = layer.encrypted.then_some(key);
         let fetcher = thread("layer-fetch")
-            .spawn_scoped(scope, move || fetch(blobs, layer, plain_in, progress))
+            .spawn_scoped(scope, move || fetch(blobs, layer, key, plain_in, progress))
             .map_err(no_thread)?;
+        if layer.encrypted {
+            let key = LayerKey::unwrap(&layer.descriptor.annotations, keys);
+            // A fetcher that has ended says why below; one that gets no key ends.
+            let _ = found.send(key.map_err(|e| LayerError::Key(digest.clone(), e))?);
+        }
         // A layer that is not compressed needs no thread between.
         let (source, decompressor) = match layer.compression {
             Compression::None => (plain_out, None),
@@ -138,46 +157,98 @@ pub fn run(
     })
 }
 
-/// Reads the blob to its end whatever happens behind, so that a wrong blob is always told from a broken layer.
-fn fetch(blobs: &dyn Blobs, layer: &Layer<'_>, to: Sender, progress: &AtomicU64) -> Result<(), LayerError> {
-    let Descriptor { digest, size, .. } = layer.descriptor;
-    let failed = |e| LayerError::Fetch(digest.clone(), e);
-    let mut source = blobs.open(digest).map_err(failed)?;
-    let mut hasher = Hasher::like(digest);
-    let mut cipher = layer.key.as_ref().map(Stream::new);
-    let mut to = Some(to);
-    let mut got = 0u64;
-    loop {
-        let mut chunk = to.as_ref().map_or_else(|| vec![0; CHUNK], Sender::buffer);
+/// A blob on its way: counted and hashed as it comes.
+struct Incoming<'a> {
+    descriptor: &'a Descriptor,
+    source: Box<dyn Read + Send>,
+    hasher: Hasher,
+    got: u64,
+    ended: bool,
+    progress: &'a AtomicU64,
+}
+
+impl<'a> Incoming<'a> {
+    fn open(
+        blobs: &dyn Blobs,
+        descriptor: &'a Descriptor,
+        progress: &'a AtomicU64,
+    ) -> Result<Self, LayerError> {
+        let digest = &descriptor.digest;
+        let source = blobs.open(digest).map_err(|e| LayerError::Fetch(digest.clone(), e))?;
+        Ok(Self { descriptor, source, hasher: Hasher::like(digest), got: 0, ended: false, progress })
+    }
+
+    /// The next bytes, in this chunk; `None` at the end.
+    fn next(&mut self, mut chunk: Vec<u8>) -> Result<Option<Vec<u8>>, LayerError> {
+        if self.ended {
+            return Ok(None);
+        }
+        let Descriptor { digest, size, .. } = self.descriptor;
         // One byte more than the manifest says is enough to know.
-        let most = usize::try_from(size - got + 1).unwrap_or(usize::MAX).min(chunk.len());
-        let n = fill(&mut source, &mut chunk[..most]).map_err(failed)?;
-        got += n as u64;
-        if got > *size || (n < most && got < *size) {
-            return Err(LayerError::Size { digest: digest.clone(), want: *size, got });
+        let most = usize::try_from(size - self.got + 1).unwrap_or(usize::MAX).min(chunk.len());
+        let n =
+            fill(&mut self.source, &mut chunk[..most]).map_err(|e| LayerError::Fetch(digest.clone(), e))?;
+        self.got += n as u64;
+        if self.got > *size || (n < most && self.got < *size) {
+            return Err(LayerError::Size { digest: digest.clone(), want: *size, got: self.got });
         }
+        self.ended = n < most;
         if n == 0 {
-            break;
+            return Ok(None);
         }
-        hasher.update(&chunk[..n]);
-        if let Some(cipher) = &mut cipher {
-            cipher.decrypt(&mut chunk[..n]);
-        }
-        progress.fetch_add(n as u64, Ordering::Relaxed);
         chunk.truncate(n);
+        self.hasher.update(&chunk);
+        self.progress.fetch_add(n as u64, Ordering::Relaxed);
+        Ok(Some(chunk))
+    }
+
+    /// Whether it was the blob that was wanted.
+    fn finish(self) -> Result<(), LayerError> {
+        let (want, got) = (self.descriptor.digest.clone(), self.hasher.end());
+        if got == want { Ok(()) } else { Err(LayerError::Digest { want, got }) }
+    }
+}
+
+/// Reads the blob to its end whatever happens behind, so that a wrong blob is always told from a broken layer. Where `key` is to
+/// come, the first chunks are read while it does; without it nothing goes on.
+fn fetch(
+    blobs: &dyn Blobs,
+    layer: &Layer<'_>,
+    key: Option<mpsc::Receiver<LayerKey>>,
+    to: Sender,
+    progress: &AtomicU64,
+) -> Result<(), LayerError> {
+    let mut incoming = Incoming::open(blobs, layer.descriptor, progress)?;
+    let mut early = VecDeque::new();
+    let mut cipher = None;
+    if let Some(key) = key {
+        let mut found = key.try_recv();
+        while matches!(found, Err(mpsc::TryRecvError::Empty)) && early.len() < MOST_EARLY {
+            let Some(chunk) = incoming.next(vec![0; CHUNK])? else { break };
+            early.push_back(chunk);
+            found = key.try_recv();
+        }
+        // Whoever asks for the key says why there is none.
+        let Some(found) = found.ok().or_else(|| key.recv().ok()) else { return Ok(()) };
+        cipher = Some(Stream::new(&found));
+    }
+    let mut to = Some(to);
+    loop {
+        let chunk = match early.pop_front() {
+            Some(chunk) => Some(chunk),
+            None => incoming.next(to.as_ref().map_or_else(|| vec![0; CHUNK], Sender::buffer))?,
+        };
+        let Some(mut chunk) = chunk else { break };
+        if let Some(cipher) = &mut cipher {
+            cipher.decrypt(&mut chunk);
+        }
         if to.as_ref().is_some_and(|to| to.send(chunk).is_err()) {
             to = None;
         }
-        if n < most {
-            break;
-        }
     }
-    let is = hasher.end();
-    if is != *digest {
-        return Err(LayerError::Digest { want: digest.clone(), got: is });
-    }
+    incoming.finish()?;
     if let Some(cipher) = cipher {
-        cipher.finish().map_err(|e| LayerError::Decrypt(digest.clone(), e))?;
+        cipher.finish().map_err(|e| LayerError::Decrypt(layer.descriptor.digest.clone(), e))?;
     }
     // Only now does the reader behind see the end: until then it waits with the last entries.
     if let Some(to) = to {
@@ -265,5 +336,7 @@ fn unpack(layer: &Layer<'_>, source: Receiver, unpacker: &mut Unpacker, most: u6
     Ok(())
 }
 
+#[cfg(test)]
+mod early_tests;
 #[cfg(test)]
 mod tests;
