@@ -89,6 +89,10 @@ fn run() -> Result<()> {
                         .with_context(|| format!("unknown CPU `{name}`: name one of milan, genoa, turin"))?,
                 );
             }
+            "--help" | "-h" => {
+                println!("{USAGE}");
+                return Ok(());
+            }
             _ if word.starts_with('-') => bail!("unknown flag `{word}`: see coffer-image --help"),
             _ => flags.files.push(word.into()),
         }

@@ -81,8 +81,13 @@ fn elf(entry: u64, segments: &[Segment]) -> Vec<u8> {
 
 /// Two segments: code with an embedded configuration and `fill`, then data with bss.
 pub(crate) fn kernel(fill: u8) -> Vec<u8> {
+    kernel_without("", fill)
+}
+
+/// The same without one of the options.
+pub(crate) fn kernel_without(missing: &str, fill: u8) -> Vec<u8> {
     let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
-    for option in OPTIONS {
+    for option in OPTIONS.into_iter().filter(|&option| option != missing) {
         writeln!(gzip, "CONFIG_{option}=y").unwrap();
     }
     let mut code = vec![0xf4];
