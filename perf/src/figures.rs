@@ -28,7 +28,7 @@ pub fn signal(pid: u32, number: i32) {
 #[must_use]
 pub fn of_vm(pid: u32, memory_mib: u64) -> Figures {
     let mut figures = Figures::new();
-    // The kernel may split guest RAM where it is mapped differently; half of it is still longer than anything else.
+    // Guest RAM may be in two parts; half of it is still longer than anything else.
     let smaps = fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap_or_default();
     if !smaps.is_empty() {
         let resident = memory::split(&smaps, memory_mib.max(2) * 512);
