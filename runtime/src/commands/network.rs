@@ -28,10 +28,8 @@ pub(super) fn renew(directory: &Directory, record: &Record) -> Result<(), Error>
 /// that comes by here. What cannot be had is a warning, for nobody has asked this call for it.
 pub(super) fn look_again(directory: &Directory, record: &Record) {
     let Some(namespace) = namespace(record) else { return };
-    let looked = inside(&namespace, glance).and_then(|glance| match glance.untied {
-        true => bring(directory, &namespace, false),
-        false => Ok(()),
-    });
+    let looked = inside(&namespace, glance)
+        .and_then(|glance| if glance.untied { bring(directory, &namespace, false) } else { Ok(()) });
     if let Err(error) = looked {
         log::warn(&error.to_string());
     }

@@ -70,12 +70,11 @@ pub struct Glance {
 /// # Errors
 /// The system's.
 pub fn glance() -> Result<Glance, Error> {
-    let failed = || "look at the container's network";
-    let table = fs::read_to_string("/proc/self/net/dev").map_err(host(failed()))?;
+    let table = fs::read_to_string("/proc/self/net/dev").map_err(host("look at the container's network"))?;
     let names = table.lines().filter_map(|line| Some(line.split_once(':')?.0.trim()));
     let (taps, others): (Vec<&str>, Vec<&str>) = names.partition(|name| is_ours(name));
     let socket = socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None);
-    let socket = socket.map_err(host(failed()))?;
+    let socket = socket.map_err(host("look at the container's network"))?;
     let mut glance = Glance::default();
     for name in others {
         // One that has gone meanwhile is none.
