@@ -1,4 +1,4 @@
-//! A network that comes at each of its three moments: before create, in hooks, between create and start.
+//! A network that comes at each of its three moments: before create, in hooks, between create and start; and to what runs.
 //!
 //! The other end of each interface is in a namespace of the test's own, that of a process which sleeps. Guest and host's namespace are tied as in a
 //! VM: only the device between the two taps is the stand-in's.
@@ -74,16 +74,30 @@ fn in_namespace(mut config: Value, pid: i32) -> Value {
     config
 }
 
-#[test]
-fn before_create() {
-    let (bench, outside, inside) = (Bench::new(), Outside::new(), Outside::new());
+/// A container that shows its network, which is there, with an interface, before `create`.
+fn created(bench: &Bench, outside: &Outside, inside: &Outside) {
     outside.plug(inside.pid(), "eth0", "10.77.0");
     let bundle = bench.bundle("a", &in_namespace(shell(SHOW), inside.pid()));
     let _ = bench.create("a", &bundle).ok();
+}
+
+/// Waits until a container has shown its network, which has this and reaches the other end.
+fn shows(bench: &Bench, id: &str, wanted: &str) {
+    bench.wait_stopped(id);
+    let said = bench.read(&format!("{id}.out"));
+    assert!(
+        said.contains(wanted) && said.ends_with("reached\n"),
+        "{id}: {said}{}",
+        bench.read(&format!("{id}.err"))
+    );
+}
+
+#[test]
+fn before_create() {
+    let (bench, outside, inside) = (Bench::new(), Outside::new(), Outside::new());
+    created(&bench, &outside, &inside);
     let _ = bench.call(&["start", "a"]).ok();
-    bench.wait_stopped("a");
-    let said = bench.read("a.out");
-    assert!(said.contains("10.77.0.2/24") && said.ends_with("reached\n"), "{said}{}", bench.read("a.err"));
+    shows(&bench, "a", "10.77.0.2/24");
 }
 
 #[test]
@@ -145,9 +159,7 @@ at $pid 'link set eth0 up'
     config["hooks"] =
         json!({ "prestart": [{ "path": hook, "env": ["PATH=/usr/sbin:/usr/bin:/sbin:/bin"] }] });
     bench.start("a", &config);
-    bench.wait_stopped("a");
-    let said = bench.read("a.out");
-    assert!(said.contains("10.77.0.2/24") && said.ends_with("reached\n"), "{said}{}", bench.read("a.err"));
+    shows(&bench, "a", "10.77.0.2/24");
 }
 
 #[test]
@@ -177,26 +189,16 @@ fn what_is_not_there_any_more_at_start_goes_and_what_a_container_added_stays() {
     // A further container of the pod, with an interface that came meanwhile.
     outside.plug(inside.pid(), "eth1", "10.77.0");
     bench.start("b", &in_namespace(shell(SHOW), inside.pid()));
-    bench.wait_stopped("b");
-    let said = bench.read("b.out");
-    assert!(said.contains("10.70.0.1/24") && said.ends_with("reached\n"), "{said}{}", bench.read("b.err"));
+    shows(&bench, "b", "10.70.0.1/24");
 }
 
 #[test]
 fn an_address_that_changes_between_create_and_start_is_the_guests_too() {
     let (bench, outside, inside) = (Bench::new(), Outside::new(), Outside::new());
-    outside.plug(inside.pid(), "eth0", "10.77.0");
-    let bundle = bench.bundle("a", &in_namespace(shell(SHOW), inside.pid()));
-    let _ = bench.create("a", &bundle).ok();
+    created(&bench, &outside, &inside);
     ip(inside.pid(), "link set eth0 address 02:00:00:00:77:02");
     let _ = bench.call(&["start", "a"]).ok();
-    bench.wait_stopped("a");
-    let said = bench.read("a.out");
-    assert!(
-        said.contains("02:00:00:00:77:02") && said.ends_with("reached\n"),
-        "{said}{}",
-        bench.read("a.err")
-    );
+    shows(&bench, "a", "02:00:00:00:77:02");
 }
 
 #[test]
@@ -218,9 +220,7 @@ fn containers_of_one_pod_that_start_at_one_moment_share_what_came() {
         assert!(gave.status.success(), "{}", String::from_utf8_lossy(&gave.stderr));
     }
     for id in members {
-        bench.wait_stopped(id);
-        let said = bench.read(&format!("{id}.out"));
-        assert!(said.ends_with("reached\n"), "{id}: {said}{}", bench.read(&format!("{id}.err")));
+        shows(&bench, id, "10.77.0.2/24");
     }
 }
 
