@@ -161,10 +161,9 @@ impl Bench {
         for directory in ["bin", "etc", "proc", "dev", "sys", "tmp", "root", "srv"] {
             fs::create_dir_all(rootfs.join(directory)).expect("a directory");
         }
-        let busybox = ["/bin/busybox", "/usr/bin/busybox"].map(Path::new).into_iter().find(|p| p.exists());
         // A new file each time: a process of a container that just ended may still have the old one open.
         let fresh = rootfs.join("bin/busybox.new");
-        fs::copy(busybox.expect("busybox: apt-get install busybox-static"), &fresh).expect("copy busybox");
+        copy_busybox(&fresh);
         fs::rename(&fresh, rootfs.join("bin/busybox")).expect("rename busybox");
         for applet in [
             "sh", "cat", "echo", "env", "false", "grep", "head", "hostname", "id", "kill", "ls", "mount",
@@ -311,6 +310,18 @@ impl Drop for Bench {
                 .output();
         }
     }
+}
+
+/// A copy of busybox under this name, to be run at once. Another program makes it: what this one has open for writing, a child
+/// that another thread starts has too, until it runs its own program, and so long the file counts as busy.
+///
+/// # Panics
+/// Without busybox.
+pub fn copy_busybox(to: &Path) {
+    let busybox = ["/bin/busybox", "/usr/bin/busybox"].map(Path::new).into_iter().find(|p| p.exists());
+    let copied =
+        Command::new("cp").arg(busybox.expect("busybox: apt-get install busybox-static")).arg(to).status();
+    assert!(copied.expect("cp").success(), "copy busybox to {}", to.display());
 }
 
 /// Waits for something.

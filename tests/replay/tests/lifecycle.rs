@@ -8,7 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use coffer_replay::{Bench, config, until};
+use coffer_replay::{Bench, config, copy_busybox, until};
 use serde_json::json;
 
 #[test]
@@ -52,8 +52,7 @@ fn a_created_container_can_be_deleted_and_a_running_one_cannot() {
 fn conmon(bench: &Bench, id: &str, bundle: &Path) -> Child {
     let program = bench.path("conmon");
     if !program.exists() {
-        let busybox = ["/bin/busybox", "/usr/bin/busybox"].map(Path::new).into_iter().find(|p| p.exists());
-        fs::copy(busybox.expect("busybox: apt-get install busybox-static"), &program).unwrap();
+        copy_busybox(&program);
     }
     let create = bench.command(&["create", "--bundle", bundle.to_str().unwrap(), "--pid-file"]);
     let words: Vec<&str> =
