@@ -21,6 +21,14 @@ tests/install gcc libc6-dev linux-source-6.12 make flex bison bc libelf-dev xz-u
 mkdir -p target
 [ -n "${COFFER_MAKE_LOCKED:-}" ] || COFFER_MAKE_LOCKED=1 exec flock -o target/make.lock "$PWD/make" "$@"
 
+# Kernels beside the programs: linking those keeps one processor busy for minutes. In a process group of its own, so that all of it ends with this.
+set -m
+(for p in "${profiles[@]}"; do guest-kernel-config/build "$p"; done) </dev/null &
+kernels=$!
+set +m
+trap 'kill -- -$kernels 2>/dev/null || true' EXIT
+trap 'exit 130' INT TERM
+
 # Static programs: init has no library in the guest, and coffer and coffer-vmm start in mount namespaces that show others.
 triple=x86_64-unknown-linux-gnu
 export CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUSTFLAGS="-C target-feature=+crt-static"
@@ -42,8 +50,9 @@ for program in coffer coffer-vmm coffer-image; do
         mv $home/bin/$program.new $home/bin/$program
     fi
 done
+wait $kernels
+trap - EXIT
 for p in "${profiles[@]}"; do
-    guest-kernel-config/build "$p"
     kernel=target/kernel/$p/vmlinux image=$home/images/$p.igvm init=$built/coffer-init fresh=
     case $p in up*) init=$target/plain/$triple/release/coffer-init ;; esac
     for input in "$kernel" "$shim" "$init" "$built/coffer-image"; do
