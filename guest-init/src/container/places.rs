@@ -7,7 +7,7 @@ use std::{
     fs::File,
     io,
     os::fd::OwnedFd,
-    path::{Component, Path},
+    path::{Component, Path, PathBuf},
 };
 
 use coffer_protocol::{ErrorKind, SHARE_DIR};
@@ -16,11 +16,12 @@ use serde_json::Value;
 
 use super::ContainerError;
 
-/// A path below the share, as far as words can tell.
+/// A path below the share, as far as words can tell, in its one form: who reads it as text and who reads its parts see the same place.
 fn inside(path: &Path) -> Option<&Path> {
     let inside = path.strip_prefix(SHARE_DIR).ok()?;
     let is_plain = inside.components().all(|part| matches!(part, Component::Normal(_)));
-    (is_plain && inside.components().next().is_some()).then_some(inside)
+    let has_one_form = path.components().collect::<PathBuf>().as_os_str() == path.as_os_str();
+    (is_plain && has_one_form && inside.components().next().is_some()).then_some(inside)
 }
 
 /// Checks a configuration as the host sent it: what it binds, and its root, are of the share.
@@ -80,6 +81,9 @@ mod tests {
             "/run/coffer/share",
             "/run/coffer/share/../secrets",
             "/run/coffer/shares/x",
+            "/run/coffer//share/x",
+            "/run/coffer/share/./x",
+            "/run/coffer/share/x/",
             "run/coffer/share/x",
             "",
         ] {
