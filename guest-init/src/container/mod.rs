@@ -28,6 +28,8 @@ mod user;
 
 pub use cgroup::Cgroup;
 pub(crate) use child::set_window;
+#[cfg(feature = "confidential")]
+pub(crate) use places::is_in_share;
 pub use process::{Files, Launched, Shared, Sync, SyncError, exec, launch};
 
 use coffer_protocol::ErrorKind;

@@ -1,4 +1,4 @@
-//! Where the host may have what it mounts into a container: in its share, and nowhere else in this guest.
+//! Where the host may have what it mounts into a container, and an image's blobs: in its share, and nowhere else in this guest.
 //!
 //! Owns: refusing other sources, opening those of the share. The host answers every question about the share, so that a link in it
 //! would lead wherever the host likes: to another container's secrets, to this guest's own files.
@@ -16,12 +16,12 @@ use serde_json::Value;
 
 use super::ContainerError;
 
-/// A path below the share, as far as words can tell, in its one form: who reads it as text and who reads its parts see the same place.
-fn inside(path: &Path) -> Option<&Path> {
-    let inside = path.strip_prefix(SHARE_DIR).ok()?;
+/// Whether a path is below the share, as far as words can tell, in its one form: who reads it as text and who reads its parts see the same place.
+pub(crate) fn is_in_share(path: &Path) -> bool {
+    let Ok(inside) = path.strip_prefix(SHARE_DIR) else { return false };
     let is_plain = inside.components().all(|part| matches!(part, Component::Normal(_)));
     let has_one_form = path.components().collect::<PathBuf>().as_os_str() == path.as_os_str();
-    (is_plain && has_one_form && inside.components().next().is_some()).then_some(inside)
+    is_plain && has_one_form && inside.components().next().is_some()
 }
 
 /// Checks a configuration as the host sent it: what it binds, and its root, are of the share.
@@ -34,13 +34,13 @@ pub(super) fn check(spec: &Value) -> Result<(), ContainerError> {
         let mut words = mount["options"].as_array().into_iter().flatten().filter_map(Value::as_str);
         let bind = mount["type"] == "bind" || words.any(|word| matches!(word, "bind" | "rbind"));
         if let Some(source) =
-            mount["source"].as_str().filter(|source| bind && inside(Path::new(source)).is_none())
+            mount["source"].as_str().filter(|source| bind && !is_in_share(Path::new(source)))
         {
             return elsewhere(format!("mounts[{index}].source"), source);
         }
     }
     match spec["root"]["path"].as_str() {
-        Some(root) if inside(Path::new(root)).is_none() => elsewhere("root.path".into(), root),
+        Some(root) if !is_in_share(Path::new(root)) => elsewhere("root.path".into(), root),
         _ => Ok(()),
     }
 }

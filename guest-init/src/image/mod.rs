@@ -28,12 +28,15 @@ use coffer_layers::{
     },
     unpack::{Options, UnpackError, make_in},
 };
-use coffer_protocol::{ImageSource, SHARE_DIR, signal};
+use coffer_protocol::{ImageSource, signal};
 use nix::mount::{MsFlags, mount};
 use serde_json::{Value, json};
 use thiserror::Error;
 
-use crate::scratch::{self, ScratchError};
+use crate::{
+    container::is_in_share,
+    scratch::{self, ScratchError},
+};
 
 /// Where trees lie.
 const PLACE: &str = "/run/coffer/images";
@@ -160,8 +163,7 @@ impl Images {
     pub fn unpack(&mut self, id: &str, source: &ImageSource) -> Result<Unpacked, ImageError> {
         let digest: Digest = source.digest.parse()?;
         let blobs = Path::new(&source.blobs);
-        let clean = blobs.components().all(|part| !matches!(part, std::path::Component::ParentDir));
-        if !blobs.starts_with(SHARE_DIR) || !clean {
+        if !is_in_share(blobs) {
             return Err(ImageError::Place(source.blobs.clone()));
         }
         let blobs = Folder(blobs.to_owned());
@@ -326,7 +328,7 @@ mod tests {
     #[test]
     fn only_allowed_images_of_the_share() {
         let mut images = Images::default();
-        for blobs in ["/etc", "/run/coffer/share/../../etc", "relative"] {
+        for blobs in ["/etc", "/run/coffer/share/../../etc", "/run/coffer//share/a/image", "relative"] {
             assert!(matches!(images.unpack("a", &source(blobs)), Err(ImageError::Place(_))), "{blobs}");
         }
         let allowed = Some(vec![Digest::sha256(b"y")]);
