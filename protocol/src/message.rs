@@ -132,7 +132,7 @@ pub struct Route {
     pub interface: String,
     /// `address/prefix`, or `None` for the default route.
     pub destination: Option<String>,
-    /// Gateway address, or `None` for what is on the link.
+    /// Gateway address, which may be of the other family, or `None` for what is on the link.
     pub gateway: Option<String>,
     /// Preferred source address.
     pub source: Option<String>,

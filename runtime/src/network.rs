@@ -126,13 +126,15 @@ fn is_ours(name: &str) -> bool {
 fn routes(entries: Vec<&Value>, ipv6: bool, interfaces: &[Interface]) -> Vec<Route> {
     entries
         .into_iter()
-        .filter(|e| interfaces.iter().any(|i| e["dev"] == i.name.as_str()))
-        .filter(|e| {
+        // Of several next hops the first: the others share the load, and lead to the same place.
+        .map(|e| (e, e["nexthops"].get(0).unwrap_or(e)))
+        .filter(|(_, hop)| interfaces.iter().any(|i| hop["dev"] == i.name.as_str()))
+        .filter(|(e, _)| {
             !ipv6 || !e["dst"].as_str().is_some_and(|d| d.starts_with("fe80:") || d.starts_with("ff"))
         })
         // The kernel of the guest makes these itself from the addresses.
-        .filter(|e| e["protocol"] != "kernel")
-        .filter_map(|e| {
+        .filter(|(e, _)| e["protocol"] != "kernel")
+        .filter_map(|(e, hop)| {
             let destination = text(&e["dst"])?;
             let length = if ipv6 { 128 } else { 32 };
             let destination = match destination.as_str() {
@@ -141,13 +143,14 @@ fn routes(entries: Vec<&Value>, ipv6: bool, interfaces: &[Interface]) -> Vec<Rou
                 single => Some(format!("{single}/{length}")),
             };
             Some(Route {
-                interface: text(&e["dev"])?,
+                interface: text(&hop["dev"])?,
                 destination,
-                gateway: text(&e["gateway"]),
+                // `via`: of the other family.
+                gateway: text(&hop["gateway"]).or_else(|| text(&hop["via"]["host"])),
                 source: text(&e["prefsrc"]),
                 metric: e["metric"].as_u64().and_then(|m| u32::try_from(m).ok()),
                 ipv6,
-                on_link: e["flags"].as_array().is_some_and(|flags| flags.iter().any(|f| f == "onlink")),
+                on_link: hop["flags"].as_array().is_some_and(|flags| flags.iter().any(|f| f == "onlink")),
             })
         })
         .collect()
@@ -205,6 +208,11 @@ mod tests {
             json!({ "dst": "default", "gateway": "10.88.0.1", "dev": "eth0", "flags": [] }),
             json!({ "dst": "10.88.0.0/16", "dev": "eth0", "protocol": "kernel", "prefsrc": "10.88.0.2" }),
             json!({ "dst": "10.99.0.0/16", "gateway": "10.77.7.7", "dev": "eth0", "flags": ["onlink"] }),
+            json!({ "dst": "10.97.0.0/16", "via": { "family": "inet6", "host": "fd77::1" }, "dev": "eth0", "metric": 7, "flags": [] }),
+            json!({ "dst": "10.96.0.0/16", "flags": [], "nexthops": [
+                { "gateway": "10.88.0.3", "dev": "eth0", "weight": 2, "flags": ["onlink"] },
+                { "gateway": "10.88.0.4", "dev": "eth0", "weight": 1, "flags": [] }
+            ] }),
             json!({ "dst": "1.2.3.4", "dev": "other0" }),
             json!({ "dst": "10.88.0.1", "dev": "eth0", "lladdr": "aa:bb:cc:00:00:02", "state": ["PERMANENT"] }),
             json!({ "dst": "10.88.0.1", "dev": "other0", "lladdr": "aa:bb:cc:00:00:02", "state": ["PERMANENT"] }),
@@ -218,7 +226,12 @@ mod tests {
         );
         let routes: Vec<_> =
             routes.iter().map(|r| (r.destination.as_deref(), r.gateway.as_deref(), r.on_link)).collect();
-        let by_gateway = [(None, Some("10.88.0.1"), false), (Some("10.99.0.0/16"), Some("10.77.7.7"), true)];
+        let by_gateway = [
+            (None, Some("10.88.0.1"), false),
+            (Some("10.99.0.0/16"), Some("10.77.7.7"), true),
+            (Some("10.97.0.0/16"), Some("fd77::1"), false),
+            (Some("10.96.0.0/16"), Some("10.88.0.3"), true),
+        ];
         assert_eq!((routes[0], &routes[1..]), ((Some("fd00::/8"), None, false), &by_gateway[..]));
         let mac = "aa:bb:cc:00:00:02".into();
         let wanted = Neighbour { interface: "eth0".into(), address: "10.88.0.1".into(), mac };

@@ -41,6 +41,8 @@ const LOOPBACK: &str = "lo";
 const NEIGHBOUR_ADDRESS: u16 = 1;
 const NEIGHBOUR_MAC: u16 = 2;
 const PERMANENT: u16 = 0x80;
+/// `RTA_VIA`: a gateway of the other family, `struct rtvia` (linux/rtnetlink.h).
+const VIA: u16 = 18;
 /// `RTNH_F_ONLINK` (linux/rtnetlink.h).
 const ON_LINK: u32 = 4;
 
@@ -184,13 +186,17 @@ fn route_words(route: &Route) -> String {
     format!("route {} by {}", route.destination.as_deref().unwrap_or("default"), route.interface)
 }
 
+/// Which table a route is of. Its gateway does not say so: one of IPv6 may lead to what is IPv4's.
+fn is_v6(route: &Route, destination: Option<IpAddr>, source: Option<IpAddr>) -> bool {
+    route.ipv6 || [destination, source].into_iter().flatten().any(|a| a.is_ipv6())
+}
+
 fn route_message(kind: u16, route: &Route, indices: &Indices) -> Result<Message, NetworkError> {
     let index = index_of(&route.interface, indices)?;
     let destination = route.destination.as_deref().map(prefixed).transpose()?;
     let gateway = route.gateway.as_deref().map(address).transpose()?;
     let source = route.source.as_deref().map(address).transpose()?;
-    let is_v6 =
-        route.ipv6 || [destination.map(|d| d.0), gateway, source].into_iter().flatten().any(|a| a.is_ipv6());
+    let is_v6 = is_v6(route, destination.map(|d| d.0), source);
     let mut fixed = [0; 12];
     fixed[0] = if is_v6 { libc::AF_INET6 } else { libc::AF_INET } as u8;
     fixed[1] = destination.map_or(0, |d| d.1);
@@ -202,12 +208,18 @@ fn route_message(kind: u16, route: &Route, indices: &Indices) -> Result<Message,
         fixed[8..12].copy_from_slice(&ON_LINK.to_ne_bytes());
     }
     let mut message = Message::new(kind, libc::NLM_F_CREATE | libc::NLM_F_REPLACE, &fixed);
-    for (kind, value) in
-        [(libc::RTA_DST, destination.map(|d| d.0)), (libc::RTA_GATEWAY, gateway), (libc::RTA_PREFSRC, source)]
-    {
+    for (kind, value) in [(libc::RTA_DST, destination.map(|d| d.0)), (libc::RTA_PREFSRC, source)] {
         if let Some(value) = value {
             message = message.attribute(kind, &bytes(value).1);
         }
+    }
+    if let Some(gateway) = gateway {
+        let (family, value) = bytes(gateway);
+        message = if gateway.is_ipv6() == is_v6 {
+            message.attribute(libc::RTA_GATEWAY, &value)
+        } else {
+            message.attribute(VIA, &[&u16::from(family).to_ne_bytes()[..], &value].concat())
+        };
     }
     if let Some(metric) = route.metric {
         message = message.attribute(libc::RTA_PRIORITY, &metric.to_ne_bytes());

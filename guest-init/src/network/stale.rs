@@ -8,7 +8,7 @@ use std::net::IpAddr;
 use coffer_protocol::{Network, Route};
 
 use super::{
-    Indices, NetworkError, address, address_message, index_of,
+    Indices, NetworkError, VIA, address, address_message, index_of, is_v6,
     netlink::{Entry, Netlink},
     prefixed, route_message,
 };
@@ -16,6 +16,8 @@ use super::{
 /// Bytes of `struct ifaddrmsg` and `struct rtmsg`.
 const ADDRESS: usize = 8;
 const ROUTE: usize = 12;
+/// Bytes before the address in `struct rtvia`.
+const FAMILY: usize = 2;
 /// The metric that the kernel gives a route of IPv6 without one (`IP6_RT_PRIO_USER`).
 const METRIC_V6: u32 = 1024;
 
@@ -87,8 +89,7 @@ impl Key {
     fn of(route: &Route, indices: &Indices) -> Result<Self, NetworkError> {
         let destination = route.destination.as_deref().map(prefixed).transpose()?;
         let gateway = route.gateway.as_deref().map(address).transpose()?;
-        let is_v6 =
-            route.ipv6 || [destination.map(|d| d.0), gateway].into_iter().flatten().any(|a| a.is_ipv6());
+        let is_v6 = is_v6(route, destination.map(|d| d.0), None);
         let metric = route.metric.unwrap_or(if is_v6 { METRIC_V6 } else { 0 });
         let destination = destination.filter(|(_, prefix)| *prefix > 0);
         Ok(Self { is_v6, index: index_of(&route.interface, indices)?, destination, gateway, metric })
@@ -107,7 +108,8 @@ fn routes(netlink: &Netlink, indices: &Indices) -> Result<Vec<(Key, Route)>, Net
         let (interface, _) = indices.iter().find(|(_, known)| *known == index)?;
         let destination =
             entry.attribute(ROUTE, libc::RTA_DST).and_then(ip).map(|host| (host, entry.byte(1)));
-        let gateway = entry.attribute(ROUTE, libc::RTA_GATEWAY).and_then(ip);
+        let via = || entry.attribute(ROUTE, VIA).and_then(|value| value.get(FAMILY..));
+        let gateway = entry.attribute(ROUTE, libc::RTA_GATEWAY).or_else(via).and_then(ip);
         let metric = entry.number(ROUTE, libc::RTA_PRIORITY).unwrap_or(0);
         let is_v6 = i32::from(entry.byte(0)) == libc::AF_INET6;
         let route = Route {

@@ -138,6 +138,30 @@ fn between_create_and_start_with_all_that_an_interface_has() {
 }
 
 #[test]
+fn a_route_of_ipv4_by_a_gateway_of_ipv6() {
+    let (bench, outside) = (Bench::new(), Outside::new());
+    let script = "busybox ping -c 1 -W 10 10.97.0.1 && busybox ping -c 1 -W 10 10.96.0.1 && echo reached";
+    let bundle = bench.bundle("a", &shell(script));
+    let _ = bench.create("a", &bundle).ok();
+    let pid = bench.pid("a");
+    outside.plug(pid, "eth0", "10.77.0");
+    ip(outside.pid(), "addr add fd77::1/64 dev far-eth0 nodad");
+    // Not asked for by ARP: only a gateway leads there.
+    for address in ["10.97.0.1/32", "10.96.0.1/32"] {
+        ip(outside.pid(), &format!("addr add {address} dev lo"));
+    }
+    let mut command = Command::new("nsenter");
+    let ignore = "echo 1 >/proc/sys/net/ipv4/conf/all/arp_ignore";
+    command.args(["-t", &outside.pid().to_string(), "-n", "sh", "-c", ignore]);
+    assert!(command.status().unwrap().success());
+    ip(pid, "addr add fd77::2/64 dev eth0 nodad");
+    ip(pid, "-4 route add default via inet6 fd77::1 dev eth0");
+    ip(pid, "route add 10.96.0.0/16 via inet6 fd77::1 dev eth0 metric 7");
+    let _ = bench.call(&["start", "a"]).ok();
+    shows(&bench, "a", "1 packets received");
+}
+
+#[test]
 fn in_hooks() {
     let (bench, outside) = (Bench::new(), Outside::new());
     let hook = bench.path("hook");
