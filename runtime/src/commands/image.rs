@@ -115,7 +115,8 @@ pub enum Error {
 /// # Errors
 /// [`Error`].
 pub fn run(words: &[String]) -> Result<(), Error> {
-    let Some((command, words)) = words.split_first() else {
+    let asked = |word: &String| matches!(word.as_str(), "--help" | "-h");
+    let (Some((command, words)), false) = (words.split_first(), words.iter().any(asked)) else {
         cli::show(USAGE);
         return Ok(());
     };
@@ -128,7 +129,7 @@ pub fn run(words: &[String]) -> Result<(), Error> {
         "sign" => sign(&arguments(&["--key", "--name"], 1)?),
         "unpack" => unpack(&arguments(&["--key", "--jwe", "--most", "--policy", "--name"], 2)?),
         "keyprovider" => keyprovider(&arguments(&["--key"], 0)?),
-        "--help" | "-h" | "help" => {
+        "help" => {
             cli::show(USAGE);
             Ok(())
         }

@@ -101,17 +101,19 @@ pub enum Error {
 /// # Errors
 /// [`Error`].
 pub fn run(words: &[String]) -> Result<(), Error> {
+    let asked = |word: &String| matches!(word.as_str(), "--help" | "-h" | "help");
     match words.split_first() {
-        Some((command, words)) if command == "generate" => generate_policy(words),
-        None => {
+        // What follows `podman run` has flags of its own.
+        Some((command, words)) if command == "generate" && !words.first().is_some_and(asked) => {
+            generate_policy(words)
+        }
+        Some((other, _)) if other != "generate" && !asked(other) => {
+            Err(Error::Usage(format!("unknown command {other:?}")))
+        }
+        _ => {
             cli::show(USAGE);
             Ok(())
         }
-        Some((help, _)) if matches!(help.as_str(), "--help" | "-h" | "help") => {
-            cli::show(USAGE);
-            Ok(())
-        }
-        Some((other, _)) => Err(Error::Usage(format!("unknown command {other:?}"))),
     }
 }
 

@@ -179,3 +179,22 @@ fn help_for_a_reader_that_has_seen_enough_is_no_failure() {
         );
     }
 }
+
+#[test]
+fn the_owners_commands_show_their_help_where_they_are_asked() {
+    let bench = Bench::new();
+    let asked = [
+        &["image", "encrypt", "--help"][..],
+        &["image", "unpack", "-h"],
+        &["image", "help"],
+        &["policy", "generate", "--help"],
+        &["policy"],
+    ];
+    for words in asked {
+        let said = bench.call(words).ok();
+        let first = format!("coffer {}: ", words[0]);
+        assert!(said.starts_with(&first), "{words:?}: {said}");
+    }
+    // Flags behind `podman run` are podman's.
+    let _ = bench.call(&["policy", "generate", "podman", "--help"]).failed(1);
+}
