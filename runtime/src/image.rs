@@ -19,6 +19,7 @@ use oci_spec::runtime::Spec;
 use crate::{
     error::Error,
     plan::{Bind, GUEST_OVERHEAD_MIB, MEMORY_ANNOTATION, Plan, annotation},
+    storage,
 };
 
 /// The layout of images that pods name as a registry does.
@@ -29,11 +30,19 @@ const IMAGE: &str = "io.coffer.image";
 /// The annotation with the image's name in a registry.
 const NAME: &str = "io.coffer.image.name";
 
-/// What other tools write before the name of an image that is no layout, and why that cannot be shown to a guest.
-const OTHERS: [(&str, &str); 3] = [
-    ("containers-storage:", "podman's storage keeps layers unpacked, not the blobs that a manifest names"),
-    ("docker-archive:", "an archive has no blobs by digest"),
-    ("dir:", "a dir: is no OCI layout"),
+/// What other tools write before the name of an image that is no layout, why that cannot be shown to a guest, and what brings it into one.
+const OTHERS: [(&str, &str, &str); 3] = [
+    (
+        storage::PREFIX,
+        "podman's storage keeps layers unpacked, not the blobs that a manifest names",
+        "coffer image pull NAME, and name what it prints",
+    ),
+    (
+        "docker-archive:",
+        "an archive has no blobs by digest",
+        "skopeo copy NAME oci:DIRECTORY:TAG, and name DIRECTORY@sha256:…",
+    ),
+    ("dir:", "a dir: is no OCI layout", "skopeo copy NAME oci:DIRECTORY:TAG, and name DIRECTORY@sha256:…"),
 ];
 
 /// The image that the configuration names, and its blobs for the guest.
@@ -56,11 +65,8 @@ fn source_in(spec: &Spec, id: &str, shared: &Path) -> Result<Option<(ImageSource
         return name.map_or(Ok(None), |text| Err(wrong(NAME, text, why())));
     };
     let wrong = |why: String| wrong(IMAGE, text, why);
-    if let Some((scheme, why)) = OTHERS.iter().find(|(scheme, _)| text.starts_with(scheme)) {
-        let rest = text.trim_start_matches(scheme);
-        return Err(wrong(format!(
-            "{why}: skopeo copy {scheme}{rest} oci:DIRECTORY:TAG, and name DIRECTORY@sha256:…"
-        )));
+    if let Some((_, why, then)) = OTHERS.iter().find(|(scheme, ..)| text.starts_with(scheme)) {
+        return Err(wrong(format!("{why}: {}", then.replace("NAME", text))));
     }
     let (reference, pulled) = match text.strip_prefix("docker://") {
         None => (text.parse::<Reference>().map_err(|e| wrong(format!("{e}")))?, None),
@@ -232,7 +238,8 @@ mod tests {
         for (annotations, words) in [
             (vec![(IMAGE, "/a:latest")], "by its digest"),
             (vec![(IMAGE, &*format!("a@{digest}"))], "not absolute"),
-            (vec![(IMAGE, "containers-storage:app")], "skopeo copy containers-storage:app oci:DIRECTORY"),
+            (vec![(IMAGE, "containers-storage:app")], "coffer image pull containers-storage:app, and"),
+            (vec![(IMAGE, "dir:/x")], "skopeo copy dir:/x oci:DIRECTORY"),
             (vec![(IMAGE, "docker://r.io/a:1")], "by its digest"),
             (vec![(IMAGE, &image), (NAME, "R io")], "is no image name"),
             (vec![(NAME, "r.io/a")], "whose name it could be"),

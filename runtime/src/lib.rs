@@ -27,6 +27,7 @@ pub mod scratch;
 pub mod spawn;
 pub mod start;
 pub mod state;
+pub mod storage;
 pub mod stub;
 pub mod support;
 pub mod systemd;

@@ -39,6 +39,7 @@ use crate::{
     cli,
     image::SHARED,
     registry::{self, RegistryError},
+    storage::{self, StorageError},
 };
 
 /// Shown by `coffer image --help`.
@@ -52,6 +53,8 @@ coffer image: images that only an attested pod can read
                     NAME [LAYOUT[:TAG]]
                                               from a registry, for this machine; prints what a pod names.
                                               Without LAYOUT into the one that all pods share
+  coffer image pull containers-storage:IMAGE [LAYOUT[:TAG]]
+                                              what podman has already, by skopeo, as another manifest
   coffer image sign --key PRIVATE.pem --name NAME IMAGE
                                               sign as cosign does (P-256), beside the image
   coffer image inspect IMAGE                  layers, keys that they need, what the image runs
@@ -99,6 +102,9 @@ pub enum Error {
     /// A registry.
     #[error(transparent)]
     Registry(#[from] RegistryError),
+    /// podman's storage.
+    #[error(transparent)]
+    Storage(#[from] StorageError),
     /// A key provider's request.
     #[error(transparent)]
     Provider(#[from] ProviderError),
@@ -195,9 +201,13 @@ fn encrypt_image(arguments: &Arguments) -> Result<(), Error> {
 }
 
 fn pull(arguments: &Arguments) -> Result<(), Error> {
-    let name = Name::of_image(arguments.word(0, "NAME")?)?;
+    let name = arguments.word(0, "NAME")?;
     let shared = arguments.word(1, "LAYOUT").is_err();
     let to: Reference = arguments.word(1, "LAYOUT").unwrap_or(SHARED).parse()?;
+    if let Some(image) = name.strip_prefix(storage::PREFIX) {
+        return pull_stored(image, &to, shared);
+    }
+    let name = Name::of_image(name)?;
     let registry = name.repository().split('/').next().unwrap_or_default();
     let options = registry::Options {
         plain_http: arguments.values("--plain-http").iter().any(|plain| plain == registry),
@@ -216,6 +226,20 @@ fn pull(arguments: &Arguments) -> Result<(), Error> {
     let tag = to.tag.as_deref().or(name.tag()).unwrap_or("latest");
     layout.tag(image.clone(), tag)?;
     println!("{}:{tag}@{}", to.path.display(), image.digest);
+    Ok(())
+}
+
+fn pull_stored(image: &str, to: &Reference, shared: bool) -> Result<(), Error> {
+    let layout = Layout::create(&to.path)?;
+    let made = storage::pull(image, &layout)?;
+    let digest = made.digest.clone();
+    let mut tag = String::new();
+    if !shared {
+        let name = to.tag.as_deref().unwrap_or("latest");
+        layout.tag(made, name)?;
+        tag = format!(":{name}");
+    }
+    println!("{}{tag}@{digest}", to.path.display());
     Ok(())
 }
 
