@@ -125,11 +125,11 @@ impl Jwe {
         let mut json: Json = serde_json::from_slice(text).map_err(broken)?;
         let protected: Header =
             serde_json::from_slice(&bytes("protected", &json.protected)?).map_err(broken)?;
-        if let Some(key) = json.encrypted_key.take() {
-            if json.recipients.is_some() {
-                return Err(JweError::Json("both flattened and general".into()));
-            }
-            json.recipients = Some(vec![Recipient { header: json.header.take(), encrypted_key: key }]);
+        // go-jose writes the first of several recipients' key at the top as well: it is in the list too.
+        let key = json.encrypted_key.take();
+        if json.recipients.as_ref().is_none_or(Vec::is_empty) {
+            json.recipients =
+                key.map(|encrypted_key| vec![Recipient { header: json.header.take(), encrypted_key }]);
         }
         match json.recipients.as_ref().map_or(0, Vec::len) {
             0 => return Err(JweError::Member("recipients")),

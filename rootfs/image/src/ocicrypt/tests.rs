@@ -145,6 +145,26 @@ fn jwe_for_every_kind_of_key() {
     }
 }
 
+/// go-jose, and so skopeo, writes the first recipient's key at the top as well when there are several.
+#[test]
+fn jwe_of_several_recipients_with_a_key_at_the_top() {
+    let public = |i: usize| jwe::PublicKey::from_pem(KEYS_BY_OPENSSL[i].1).unwrap();
+    let text = jwe::Jwe::encrypt(b"options", &[public(0), public(1)]).unwrap();
+    let mut both: serde_json::Value = serde_json::from_slice(&text).unwrap();
+    both["encrypted_key"] = both["recipients"][0]["encrypted_key"].clone();
+    for (private, _) in &KEYS_BY_OPENSSL[..2] {
+        let jwe = jwe::Jwe::parse(both.to_string().as_bytes()).unwrap();
+        assert_eq!(jwe.decrypt(&jwe::PrivateKey::from_pem(private).unwrap()).unwrap().as_slice(), b"options");
+    }
+    // An empty list is none.
+    let mut flat = both.clone();
+    flat["header"] = both["recipients"][0]["header"].clone();
+    flat["recipients"] = serde_json::json!([]);
+    let jwe = jwe::Jwe::parse(flat.to_string().as_bytes()).unwrap();
+    let opened = jwe.decrypt(&jwe::PrivateKey::from_pem(KEYS_BY_OPENSSL[0].0).unwrap());
+    assert_eq!(opened.unwrap().as_slice(), b"options");
+}
+
 proptest! {
     #[test]
     fn no_annotation_makes_it_panic(public in any::<Vec<u8>>(), wrap in any::<Vec<u8>>(), name in "[a-z.]{0,30}") {
