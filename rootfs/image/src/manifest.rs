@@ -192,7 +192,8 @@ pub fn architecture() -> &'static str {
 }
 
 impl Index {
-    /// The manifest for this machine: the first for linux and its architecture, as other tools choose.
+    /// The manifest for this machine: the first for linux and its architecture, as other tools choose. One that asks for more than every such
+    /// machine has (`amd64/v3`) is only chosen where there is no other.
     ///
     /// # Errors
     /// [`ManifestError::Platform`], listing what there is.
@@ -200,7 +201,15 @@ impl Index {
         let fits = |d: &&Descriptor| {
             d.platform.as_ref().is_some_and(|p| p.os == "linux" && p.architecture == architecture())
         };
-        self.manifests.iter().find(fits).ok_or_else(|| {
+        let everywhere = |d: &&Descriptor| {
+            let variant = d.platform.as_ref().and_then(|p| p.variant.as_deref());
+            match variant {
+                None | Some("" | "v1") => true,
+                Some(variant) => variant == "v8" && architecture() == "arm64",
+            }
+        };
+        let ours = || self.manifests.iter().filter(fits);
+        ours().find(everywhere).or_else(|| ours().next()).ok_or_else(|| {
             let name = |d: &Descriptor| {
                 d.platform.as_ref().map_or("(no platform)".into(), |p| format!("{}/{}", p.os, p.architecture))
             };

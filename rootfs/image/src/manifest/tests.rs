@@ -24,6 +24,29 @@ fn platform_of_this_machine_is_chosen() {
 }
 
 #[test]
+fn a_variant_that_not_every_machine_has_is_only_chosen_where_there_is_no_other() {
+    let index = |variants: &[serde_json::Value]| {
+        let entry = |(i, variant): (usize, &serde_json::Value)| {
+            let mut entry = descriptor(MANIFEST);
+            entry["size"] = i.into();
+            entry["platform"] =
+                serde_json::json!({"architecture": architecture(), "os": "linux", "variant": variant});
+            entry
+        };
+        let manifests: Vec<_> = variants.iter().enumerate().map(entry).collect();
+        let text = serde_json::json!({"schemaVersion": 2, "mediaType": INDEX, "manifests": manifests});
+        let Document::Index(index) = Document::parse(text.to_string().as_bytes(), None).unwrap() else {
+            panic!("not an index")
+        };
+        index.choose().unwrap().size
+    };
+    assert_eq!(index(&["v3".into(), serde_json::Value::Null, "".into()]), 1);
+    assert_eq!(index(&["v3".into(), "v1".into(), "".into()]), 1);
+    assert_eq!(index(&["v4".into(), "".into()]), 1);
+    assert_eq!(index(&["v3".into(), "v2".into()]), 0);
+}
+
+#[test]
 fn one_blob_is_not_read_in_two_ways() {
     let both = serde_json::json!({"schemaVersion": 2, "mediaType": MANIFEST, "config": descriptor("x"),
         "layers": [], "manifests": []});
