@@ -8,7 +8,7 @@ use std::{
     io::{self, Read, Write},
     os::{
         fd::{AsRawFd, OwnedFd, RawFd},
-        unix::process::CommandExt,
+        unix::{fs::OpenOptionsExt, process::CommandExt},
     },
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
@@ -85,11 +85,36 @@ fn show(share: &Path, binds: &[Bind]) -> io::Result<()> {
         };
         mount(Some(&bind.source), &target, NONE, how, NONE).map_err(context)?;
         if bind.read_only {
-            let flags = MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
-            mount(NONE, &target, NONE, flags, NONE).map_err(context)?;
+            let place = File::options().read(true).custom_flags(libc::O_PATH).open(&target)?;
+            make_read_only(&place, bind.recursive).map_err(|e| {
+                io::Error::new(e.kind(), format!("{}: read-only: {e}", bind.source.display()))
+            })?;
         }
     }
     Ok(())
+}
+
+/// Makes what is mounted at an open place read-only, with all that is mounted below it: a guest sees one file system there, and may not keep to its flags.
+///
+/// # Errors
+/// The system's.
+pub fn make_read_only(place: &impl AsRawFd, recursive: bool) -> io::Result<()> {
+    // SAFETY: mount_attr is plain data for which zero is valid.
+    let mut attr: libc::mount_attr = unsafe { std::mem::zeroed() };
+    attr.attr_set = libc::MOUNT_ATTR_RDONLY;
+    let flags = libc::AT_EMPTY_PATH | if recursive { libc::AT_RECURSIVE } else { 0 };
+    // SAFETY: path and attributes outlive the call; the size is theirs.
+    let set = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            place.as_raw_fd(),
+            c"".as_ptr(),
+            flags,
+            &raw const attr,
+            size_of::<libc::mount_attr>(),
+        )
+    };
+    if set < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 /// The IGVM file that a pod boots from.
