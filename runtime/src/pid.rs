@@ -48,6 +48,12 @@ impl Pid {
         stat(self.pid).is_some_and(|(state, start)| start == self.start && !matches!(state, 'Z' | 'X'))
     }
 
+    /// This process.
+    #[must_use]
+    pub fn is_me(&self) -> bool {
+        i32::try_from(std::process::id()).is_ok_and(|me| me == self.pid) && self.is_alive()
+    }
+
     /// Sends a signal, if it is alive.
     pub fn signal(&self, signal: i32) {
         if self.is_alive() {

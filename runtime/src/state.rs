@@ -127,6 +127,12 @@ impl Directory {
         Ok(Self(root.join(id)))
     }
 
+    /// One that has no id's name.
+    #[must_use]
+    pub(crate) fn at(path: PathBuf) -> Self {
+        Self(path)
+    }
+
     /// Makes it.
     ///
     /// # Errors
@@ -220,9 +226,13 @@ impl Directory {
     /// A command that makes it is still at it.
     #[must_use]
     pub fn is_being_made(&self) -> bool {
-        let maker =
-            fs::read(self.file(MAKER)).ok().and_then(|text| serde_json::from_slice::<Pid>(&text).ok());
-        maker.is_some_and(|maker| maker.is_alive())
+        self.maker().is_some_and(|maker| maker.is_alive())
+    }
+
+    /// The process that makes the container, or did not come to its end.
+    #[must_use]
+    pub fn maker(&self) -> Option<Pid> {
+        serde_json::from_slice(&fs::read(self.file(MAKER)).ok()?).ok()
     }
 
     /// Sets or clears a marker file.

@@ -193,9 +193,9 @@ fn kill(call: &Call, root: &Path) -> Result<(), Error> {
         Err(Error::Guest { kind: ErrorKind::WrongState | ErrorKind::NoContainer, .. }) => {
             Err(Error::NotRunning)
         }
-        // A guest that does not answer can still be ended: its VMM goes with the stub.
+        // A guest that does not answer: init ends the process once it sees that its stub is gone, and the VM ends with the last of its stubs.
         Err(Error::Vm(_) | Error::VmGone) if signal == libc::SIGKILL as u32 => {
-            record.vmm.signal(libc::SIGKILL);
+            record.stub.unwrap_or(record.vmm).signal(libc::SIGKILL);
             Ok(())
         }
         Err(error) => Err(error),
@@ -205,11 +205,21 @@ fn kill(call: &Call, root: &Path) -> Result<(), Error> {
 /// Ends everything of a container and removes it. Doing it again is fine.
 fn delete(root: &Path, id: &str, force: bool) -> Result<(), Error> {
     let directory = Directory::of(root, id)?;
+    // Who makes it would go on, and in the end take another of this id for its own.
+    if let Some(maker) = directory.maker().filter(|maker| force && !maker.is_me()) {
+        maker.signal(libc::SIGKILL);
+        let _ = maker.wait(DEATH_LIMIT);
+    }
     let record = match directory.read() {
         Ok(record) => record,
         // Half made, or gone already.
         Err(_) if force => return directory.remove(),
-        Err(error) => return Err(error),
+        Err(error) => {
+            if directory.maker().is_some_and(|maker| !maker.is_alive()) {
+                directory.remove()?;
+            }
+            return Err(error);
+        }
     };
     let mut status = directory.status(&record);
     // The specification would have a created one refused; runc ends it, and containerd and others rely on that.
@@ -238,7 +248,9 @@ fn delete(root: &Path, id: &str, force: bool) -> Result<(), Error> {
     if let (Some(scope), false) = (&record.scope, others) {
         scope.stop();
     }
-    if let Some(path) = &record.cgroup {
+    // The one that a VM is in which goes on stays for that: it goes with what is left of the VM.
+    let of_vm = others && cgroup::of(record.vmm.pid) == record.cgroup;
+    if let Some(path) = record.cgroup.as_ref().filter(|_| !of_vm) {
         cgroup::remove(path);
     }
     let spec = config(&directory).ok().and_then(|c| plan::read(&c).ok()).map(|(_, spec)| spec);
@@ -250,7 +262,7 @@ fn delete(root: &Path, id: &str, force: bool) -> Result<(), Error> {
     match (others, &record.share) {
         (false, _) => directory.remove()?,
         (true, Some(_)) => {
-            pod::hide(&record);
+            pod::hide(root, &record);
             directory.remove()?;
         }
         (true, None) => pod::orphan(root, &directory, &record)?,

@@ -7,34 +7,38 @@
 //! the last of them, whichever that is.
 
 use std::{
-    ffi::CString,
+    ffi::{CString, OsStr, OsString},
     fs::{self, File},
     io,
     os::{
         fd::{AsRawFd, FromRawFd, OwnedFd},
-        unix::{ffi::OsStrExt, fs::MetadataExt, fs::OpenOptionsExt},
+        unix::{
+            ffi::{OsStrExt, OsStringExt},
+            fs::{MetadataExt, OpenOptionsExt},
+        },
     },
     path::{Component, Path, PathBuf},
 };
 
 use coffer_protocol::{NamespaceKind, SharedNamespace};
 use nix::{
-    fcntl::{OFlag, openat},
+    fcntl::{OFlag, OpenHow, ResolveFlag, openat, openat2},
     mount::{MntFlags, umount2},
     sched::{CloneFlags, setns},
     sys::{
         stat::{Mode, SFlag, fstat, mkdirat, mknodat},
         wait::{WaitStatus, waitpid},
     },
-    unistd::{Pid as NixPid, mkfifo},
+    unistd::{Pid as NixPid, UnlinkatFlags, mkfifo, unlinkat},
 };
 use oci_spec::runtime::{LinuxNamespaceType as Kind, Spec};
 
 use crate::{
+    cgroup,
     error::{Error, host},
     pid::Pid,
     plan::{Bind, namespace},
-    spawn::clone,
+    spawn::{clone, make_read_only},
     state::{self, Directory, Record},
 };
 
@@ -43,6 +47,10 @@ const SANDBOX: [&str; 3] =
     ["io.kubernetes.cri-o.SandboxID", "io.kubernetes.cri.sandbox-id", "io.kubernetes.sandbox.id"];
 /// A prefix that no id has: a VM's directory whose first container was removed while others still use it.
 const ORPHAN: char = '@';
+/// The file there that was `state.json`.
+const OF_ORPHAN: &str = "vm.json";
+/// Directories in each other that are removed of what a guest has left.
+const MOST_DEEP: u32 = 128;
 
 /// A VM that runs, and the container that it was made for.
 pub(super) struct Running {
@@ -77,12 +85,24 @@ pub(super) fn find(root: &Path, spec: &Spec, id: &str) -> Option<Running> {
         && let Ok(record) = directory.read()
         && alive(&directory, &record)
     {
-        return Some(Running { directory, record });
+        return owner(root, &record);
     }
     let wanted = key(&namespace(spec, Kind::Network).flatten()?)?;
     let mut all = state::all(root).into_iter();
-    all.find(|(d, r)| alive(d, r) && of_stub(r, "net") == Some(wanted))
-        .map(|(directory, record)| Running { directory, record })
+    // Any of those in it.
+    let (_, record) = all.find(|(d, r)| alive(d, r) && of_stub(r, "net") == Some(wanted))?;
+    owner(root, &record)
+}
+
+/// The VM that a container is in: where its files are, and what is known of the container that it was made for.
+fn owner(root: &Path, record: &Record) -> Option<Running> {
+    let mut all = state::all(root).into_iter();
+    if let Some((directory, record)) = all.find(|(_, r)| r.vmm == record.vmm && r.share.is_none()) {
+        return Some(Running { directory, record });
+    }
+    let (directory, _) = orphans(root).find(|(_, pid)| *pid == record.vmm.pid)?;
+    let first = of_orphan(&directory).filter(|first| first.vmm == record.vmm)?;
+    Some(Running { directory, record: first })
 }
 
 /// Which of the configuration's namespaces are another container's of the same VM.
@@ -171,20 +191,67 @@ fn place(share: &OwnedFd, target: &Path, is_directory: bool) -> io::Result<Owned
     Ok(at)
 }
 
-/// Takes a container's files away from a VMM that runs on.
-pub(super) fn hide(record: &Record) {
-    let Some(share) = record.share.clone() else { return };
+/// Takes a container's files away from a VMM that runs on. What it cannot take away stays there: nothing of the host's is reached through it.
+pub(super) fn hide(root: &Path, record: &Record) {
+    let name = record.share.as_ref().and_then(|share| share.file_name());
+    let (Some(name), Some(vm)) = (name, owner(root, record)) else { return };
+    let share = vm.directory.file("share");
     let _ = inside(record, || {
-        let text = fs::read_to_string("/proc/self/mountinfo")?;
-        let points = text.lines().filter_map(|l| l.split(' ').nth(4)).map(PathBuf::from);
-        let mut points: Vec<PathBuf> = points.filter(|p| p.starts_with(&share)).collect();
+        // As the kernel names it.
+        let share = fs::canonicalize(&share)?;
+        let own = share.join(name);
+        let text = fs::read("/proc/self/mountinfo")?;
+        let mut points = mount_points(&text);
+        points.retain(|point| point.starts_with(&own));
         // What was mounted last goes first.
-        points.reverse();
-        for point in points {
-            let _ = umount2(&point, MntFlags::MNT_DETACH);
+        for point in points.iter().rev() {
+            let _ = umount2(point, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW);
         }
-        fs::remove_dir_all(&share)
+        clear(&File::open(share)?.into(), name, MOST_DEEP)
     });
+}
+
+/// Where something is mounted, in that order: the fifth field of each line, in which blanks and the like are octal numbers (proc(5)).
+fn mount_points(mountinfo: &[u8]) -> Vec<PathBuf> {
+    let fields = mountinfo.split(|byte| *byte == b'\n').filter_map(|line| line.split(|b| *b == b' ').nth(4));
+    let plain = |field: &[u8]| {
+        let (mut bytes, mut rest) = (Vec::with_capacity(field.len()), field);
+        while let [first, after @ ..] = rest {
+            let number = after
+                .get(..3)
+                .filter(|_| *first == b'\\')
+                .and_then(|digits| std::str::from_utf8(digits).ok());
+            match number.and_then(|digits| u8::from_str_radix(digits, 8).ok()) {
+                Some(byte) => (bytes, rest) = ([bytes, vec![byte]].concat(), &after[3..]),
+                None => {
+                    bytes.push(*first);
+                    rest = after;
+                }
+            }
+        }
+        PathBuf::from(OsString::from_vec(bytes))
+    };
+    fields.map(plain).collect()
+}
+
+/// Removes what is below a name, a guest's files too, and the name: through no link, and into nothing that is mounted there.
+fn clear(parent: &OwnedFd, name: &OsStr, deep: u32) -> io::Result<()> {
+    let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+    let only_here =
+        ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_SYMLINKS | ResolveFlag::RESOLVE_NO_XDEV;
+    match openat2(parent, name, OpenHow::new().flags(flags).resolve(only_here)) {
+        Ok(directory) => {
+            let deep = deep.checked_sub(1).ok_or(io::ErrorKind::InvalidInput)?;
+            for entry in fs::read_dir(format!("/proc/self/fd/{}", directory.as_raw_fd()))? {
+                clear(&directory, &entry?.file_name(), deep)?;
+            }
+            Ok(unlinkat(parent, name, UnlinkatFlags::RemoveDir)?)
+        }
+        Err(nix::Error::ENOTDIR | nix::Error::ELOOP) => {
+            Ok(unlinkat(parent, name, UnlinkatFlags::NoRemoveDir)?)
+        }
+        Err(error) => Err(error.into()),
+    }
 }
 
 /// Whether others use this container's VM.
@@ -196,22 +263,39 @@ pub(super) fn has_others(root: &Path, record: &Record) -> bool {
 
 /// Gives a container's id free while others use the VM whose files are in its directory.
 pub(super) fn orphan(root: &Path, directory: &Directory, record: &Record) -> Result<(), Error> {
-    let _ = fs::remove_file(directory.file("state.json"));
+    let aside = |e| host("set the pod's VM aside")(e);
+    // Its annotations still say what kind of VM that is, and its cgroup is the VM's.
+    fs::rename(directory.file("state.json"), directory.file(OF_ORPHAN)).map_err(aside)?;
     let name = format!("{ORPHAN}{}.{}", record.id, record.vmm.pid);
-    fs::rename(directory.file(""), root.join(name)).map_err(host("set the pod's VM aside"))
+    fs::rename(directory.file(""), root.join(name)).map_err(aside)
+}
+
+/// What [`orphan`] has set aside, and the number of each VM's process.
+fn orphans(root: &Path) -> impl Iterator<Item = (Directory, i32)> {
+    fs::read_dir(root).into_iter().flatten().flatten().filter_map(|entry| {
+        let name = entry.file_name().into_string().ok()?;
+        let (_, pid) = name.strip_prefix(ORPHAN)?.rsplit_once('.')?;
+        Some((Directory::at(entry.path()), pid.parse().ok()?))
+    })
+}
+
+/// The container that such a VM was made for.
+fn of_orphan(directory: &Directory) -> Option<Record> {
+    serde_json::from_slice(&fs::read(directory.file(OF_ORPHAN)).ok()?).ok()
 }
 
 /// Removes what [`orphan`] left, once its VM has ended.
 pub(super) fn sweep(root: &Path) {
-    for entry in fs::read_dir(root).into_iter().flatten().flatten() {
-        let name = entry.file_name().to_string_lossy().into_owned();
-        let pid = name
-            .strip_prefix(ORPHAN)
-            .and_then(|n| n.rsplit_once('.'))
-            .and_then(|(_, p)| p.parse::<i32>().ok());
-        if pid.is_some_and(|pid| !Pid::of(pid).is_some_and(|p| p.is_alive())) {
-            let _ = fs::remove_dir_all(entry.path());
+    for (directory, pid) in orphans(root) {
+        let first = of_orphan(&directory);
+        let process = first.as_ref().map_or_else(|| Pid::of(pid), |first| Some(first.vmm));
+        if process.is_some_and(|process| process.is_alive()) {
+            continue;
         }
+        if let Some(path) = first.and_then(|first| first.cgroup) {
+            cgroup::remove(&path);
+        }
+        let _ = directory.remove();
     }
 }
 
@@ -246,26 +330,8 @@ fn tree(bind: &Bind) -> Result<OwnedFd, Error> {
     // SAFETY: the call returned a new descriptor that nobody else has.
     let fd = unsafe { OwnedFd::from_raw_fd(fd as i32) };
     if bind.read_only {
-        // SAFETY: mount_attr is plain data for which zero is valid.
-        let mut attr: libc::mount_attr = unsafe { std::mem::zeroed() };
-        attr.attr_set = libc::MOUNT_ATTR_RDONLY;
-        let flags = libc::AT_EMPTY_PATH | if bind.recursive { libc::AT_RECURSIVE } else { 0 };
-        // SAFETY: path and attributes outlive the call; the size is theirs.
-        let set = unsafe {
-            libc::syscall(
-                libc::SYS_mount_setattr,
-                fd.as_raw_fd(),
-                c"".as_ptr(),
-                flags,
-                &raw const attr,
-                size_of::<libc::mount_attr>(),
-            )
-        };
-        if set < 0 {
-            return Err(
-                host(format!("make {} read-only", bind.source.display()))(io::Error::last_os_error()),
-            );
-        }
+        make_read_only(&fd, bind.recursive)
+            .map_err(host(format!("make {} read-only", bind.source.display())))?;
     }
     Ok(fd)
 }
@@ -331,6 +397,33 @@ mod tests {
             place(&fd, Path::new("c/mounts/0"), false).unwrap();
         }
         assert!(share.join("c/rootfs").is_dir() && share.join("c/mounts/0").is_file());
+    }
+
+    #[test]
+    fn what_is_mounted_is_found_by_its_name() {
+        let text = br"22 1 0:5 / / rw - ext4 x rw
+23 22 0:6 /a /run/a\040b\134\011 rw shared:1 - tmpfs x rw
+24 22 0:6 / /run/\04 rw - tmpfs x rw
+";
+        let wanted = ["/", "/run/a b\\\t", "/run/\\04"].map(PathBuf::from);
+        assert_eq!(mount_points(text), wanted);
+    }
+
+    #[test]
+    fn clearing_goes_through_no_link() {
+        let outer = tempfile::tempdir().unwrap();
+        fs::write(outer.path().join("kept"), "").unwrap();
+        fs::create_dir_all(outer.path().join("share/c/deep/er")).unwrap();
+        fs::write(outer.path().join("share/c/deep/file"), "").unwrap();
+        std::os::unix::fs::symlink(outer.path(), outer.path().join("share/c/deep/link")).unwrap();
+        std::os::unix::fs::symlink(outer.path(), outer.path().join("share/d")).unwrap();
+        let share = OwnedFd::from(File::open(outer.path().join("share")).unwrap());
+        clear(&share, OsStr::new("c"), 2).unwrap_err();
+        for name in ["c", "d"] {
+            clear(&share, OsStr::new(name), 3).unwrap();
+        }
+        assert_eq!(fs::read_dir(outer.path().join("share")).unwrap().count(), 0);
+        assert!(outer.path().join("kept").exists());
     }
 
     #[test]

@@ -194,3 +194,69 @@ fn a_container_that_shares_anothers_network_is_in_its_vm_and_one_of_an_unknown_s
     bench.start("alone", &alone);
     assert_ne!(vmm(&bench, "alone"), vmm(&bench, "infra"));
 }
+
+/// Asks for a container in another's network, as `--network container:NAME` does, without an annotation.
+fn joins(bench: &Bench, other: &str, args: &[&str]) -> Value {
+    let mut config = config(args);
+    for namespace in config["linux"]["namespaces"].as_array_mut().unwrap() {
+        if namespace["type"] == "network" {
+            namespace["path"] = json!(format!("/proc/{}/ns/net", bench.pid(other)));
+        }
+    }
+    config
+}
+
+#[test]
+fn no_file_of_the_host_goes_with_a_member_whatever_its_root_directory_is_called() {
+    let bench = Bench::new();
+    // As Docker's: /var/run is a link, and what the kernel lists has neither links nor blanks.
+    fs::create_dir(bench.path("real one")).unwrap();
+    std::os::unix::fs::symlink("real one", bench.root()).unwrap();
+    let volume = bench.path("volume");
+    fs::create_dir(&volume).unwrap();
+    fs::write(volume.join("kept"), "data").unwrap();
+    bench.start("infra", &config(&["sleep", "1000"]));
+    for end in ["deleted", "failed"] {
+        let program = if end == "failed" { "no-such-program" } else { "sleep" };
+        let mut config = joins(&bench, "infra", &[program, "1000"]);
+        config["mounts"].as_array_mut().unwrap().push(
+            json!({ "destination": "/srv", "type": "bind", "source": volume, "options": ["rbind", "rw"] }),
+        );
+        let bundle = bench.bundle("m", &config);
+        let made = bench.create("m", &bundle);
+        assert_eq!(made.code == 0, end == "deleted", "{}", made.err);
+        if end == "deleted" {
+            let _ = bench.call(&["start", "m"]).ok();
+            let _ = bench.call(&["delete", "--force", "m"]).ok();
+        }
+        assert_eq!(bench.read("volume/kept"), "data", "{end}");
+        assert!(bundle.join("rootfs/bin/busybox").exists(), "{end}");
+        // Nor does the VM's process have it any more.
+        let mounts = fs::read_to_string(format!("/proc/{}/mountinfo", vmm(&bench, "infra"))).unwrap();
+        assert!(!mounts.contains("/m."), "{end}: {mounts}");
+    }
+}
+
+#[test]
+fn a_third_container_finds_the_vm_by_any_of_those_in_it() {
+    let bench = Bench::new();
+    bench.start("m", &config(&["sleep", "1000"]));
+    // By its id before the first.
+    bench.start("a", &joins(&bench, "m", &["sleep", "1000"]));
+    bench.start("z", &joins(&bench, "m", &["sh", "-c", "echo third; sleep 1000"]));
+    assert_eq!((vmm(&bench, "a"), vmm(&bench, "z")), (vmm(&bench, "m"), vmm(&bench, "m")));
+    until(|| bench.read("z.out") == "third\n");
+    // The first is gone, its VM goes on.
+    let _ = bench.call(&["delete", "--force", "m"]).ok();
+    bench.start("b", &joins(&bench, "a", &["sh", "-c", "echo fourth; sleep 1000"]));
+    until(|| bench.read("b.out") == "fourth\n");
+    assert_eq!(vmm(&bench, "b"), vmm(&bench, "a"));
+    // What a member had is taken away there, too.
+    let _ = bench.call(&["delete", "--force", "z"]).ok();
+    let mounts = fs::read_to_string(format!("/proc/{}/mountinfo", vmm(&bench, "a"))).unwrap();
+    assert!(!mounts.contains("/z."), "{mounts}");
+    for id in ["a", "b"] {
+        let _ = bench.call(&["delete", "--force", id]).ok();
+    }
+    assert_eq!(fs::read_dir(bench.root()).unwrap().count(), 0);
+}
