@@ -30,8 +30,16 @@ const ANSWER_LIMIT: Duration = Duration::from_secs(60);
 /// The same, when it has layers to unpack or a KBS to ask meanwhile. A VM that ends is noticed at once all the same.
 const LONG_ANSWER_LIMIT: Duration = Duration::from_secs(20 * 60);
 
+/// The same for SIGKILL, which works without the guest, too.
+const KILL_LIMIT: Duration = Duration::from_secs(10);
+/// Bytes of a guest's words that are shown.
+const MOST_WORDS: usize = 4096;
+
 /// How long the answer to a request may take.
 fn limit(request: &Request) -> Duration {
+    if matches!(request, Request::Signal { signal, .. } if *signal == libc::SIGKILL as u32) {
+        return KILL_LIMIT;
+    }
     let Request::Create(create) = request else { return ANSWER_LIMIT };
     let environment = create.spec["process"]["env"].as_array().into_iter().flatten();
     let sealed = environment.filter_map(Value::as_str).any(|pair| pair.contains("=sealed."));
@@ -99,20 +107,23 @@ impl Connection {
         encode(Kind::Request, &request.to_payload(), &mut bytes);
         self.stream.write_all(&bytes).map_err(|_| gone())?;
         let limit = limit(request);
-        self.stream.set_read_timeout(Some(limit)).map_err(host("set a time limit"))?;
         let frame = self.frame(limit)?.ok_or_else(gone)?;
         let wrong = |e: coffer_protocol::FrameError| Error::Vm(format!("the guest's answer: {e}"));
         if frame.kind != Kind::Reply {
             return Err(Error::Vm("the guest answered out of order".into()));
         }
         match Reply::from_payload(&frame.payload).map_err(wrong)? {
-            Reply::Failed { kind, message } => Err(Error::Guest { kind, message }),
+            Reply::Failed { kind, mut message } => {
+                message.truncate(message.floor_char_boundary(MOST_WORDS));
+                Err(Error::Guest { kind, message })
+            }
             reply => Ok(reply),
         }
     }
 
-    /// The next frame; `None` at the end.
+    /// The next frame; `None` at the end. The limit is for all of it: a guest may send a byte now and then.
     fn frame(&mut self, limit: Duration) -> Result<Option<Frame>, Error> {
+        let deadline = Instant::now() + limit;
         let mut buffer = [0; 16 * 1024];
         loop {
             if let Some(frame) =
@@ -120,11 +131,15 @@ impl Connection {
             {
                 return Ok(Some(frame));
             }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(no_answer(limit));
+            }
+            self.stream.set_read_timeout(Some(left)).map_err(host("set a time limit"))?;
             match self.stream.read(&mut buffer) {
                 Ok(0) => return Ok(None),
                 Ok(count) => self.decoder.push(&buffer[..count]),
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Err(no_answer(limit)),
+                Err(e) if matches!(e.kind(), io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock) => {}
                 Err(_) => return Ok(None),
             }
         }

@@ -32,6 +32,8 @@ const PROCESSORS: &str = "processors";
 const PATIENCE: Duration = Duration::from_secs(30);
 /// The same for memory that it is asked to give back: it may be in use.
 const SHRINK_PATIENCE: Duration = Duration::from_secs(5);
+/// A guest that takes some and gives some is not waited for any longer, whatever it does.
+const LONGEST: Duration = Duration::from_secs(5 * 60);
 const POLL: Duration = Duration::from_millis(10);
 
 /// What a VM is to become.
@@ -213,8 +215,10 @@ impl<'a> Vm<'a> {
 
     /// Waits until the guest has what is wanted, no more and no less, or does nothing about it for a while.
     fn settle(&mut self, patience: Duration) -> Result<(), Error> {
-        let mut since = Instant::now();
-        while self.size.plugged_mib != self.size.wanted_mib && since.elapsed() < patience {
+        let began = Instant::now();
+        let mut since = began;
+        let waits = |since: Instant| since.elapsed() < patience && began.elapsed() < LONGEST;
+        while self.size.plugged_mib != self.size.wanted_mib && waits(since) {
             thread::sleep(POLL);
             let size = client::vm_size(&self.directory.socket(), None)?;
             if size.plugged_mib != self.size.plugged_mib {

@@ -68,7 +68,11 @@ fn table<const N: usize>(rows: Vec<[String; N]>) -> String {
     let width = |column: usize| rows.iter().map(|r| r[column].chars().count()).max().unwrap_or(0) + 3;
     let widths: Vec<usize> = (0..N).map(width).collect();
     let line = |row: &[String; N]| {
-        let cells: String = row.iter().zip(&widths).map(|(cell, width)| format!("{cell:<width$}")).collect();
+        let cell = |(cell, width): (&String, &usize)| {
+            let blanks = " ".repeat(width - cell.chars().count());
+            format!("{cell}{blanks}")
+        };
+        let cells: String = row.iter().zip(&widths).map(cell).collect();
         format!("{}\n", cells.trim_end())
     };
     rows.iter().map(line).collect()
@@ -95,6 +99,9 @@ pub(super) fn ps(call: &Call, root: &Path) -> Result<i32, Error> {
     Ok(0)
 }
 
+/// Characters of a command that are shown: what init sends, and no more from a guest that has another.
+const MOST_COMMAND: usize = 512;
+
 fn row(process: &ProcessInfo) -> [String; 6] {
     let seconds = process.cpu_ms / 1000;
     [
@@ -104,7 +111,7 @@ fn row(process: &ProcessInfo) -> [String; 6] {
         clock::time_of_day(process.started),
         format!("{:02}:{:02}:{:02}", seconds / 3600, seconds / 60 % 60, seconds % 60),
         // The guest's words end up on a terminal of the host.
-        process.command.chars().map(|c| if c.is_control() { '?' } else { c }).collect(),
+        process.command.chars().take(MOST_COMMAND).map(|c| if c.is_control() { '?' } else { c }).collect(),
     ]
 }
 
@@ -124,5 +131,10 @@ mod tests {
             ProcessInfo { command: "a\x1b[2Jb".into(), cpu_ms: 3_661_000, ..ProcessInfo::default() };
         assert_eq!(row(&process)[5], "a?[2Jb");
         assert_eq!(row(&process)[4], "01:01:01");
+        let process = ProcessInfo { command: "x".repeat(70_000), ..ProcessInfo::default() };
+        assert_eq!(row(&process)[5].len(), MOST_COMMAND);
+        // Wider than a format's width can be.
+        let wide = "y".repeat(70_000);
+        assert!(table(vec![[wide.clone(), "1".into()], ["z".into(), "2".into()]]).starts_with(&wide));
     }
 }

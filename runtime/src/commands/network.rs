@@ -31,7 +31,7 @@ pub(super) fn look_again(directory: &Directory, record: &Record) {
     let looked = inside(&namespace, glance)
         .and_then(|glance| if glance.untied { bring(directory, &namespace, false) } else { Ok(()) });
     if let Err(error) = looked {
-        log::warn(&error.to_string());
+        log::warn(&error.line());
     }
 }
 
