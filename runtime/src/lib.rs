@@ -14,6 +14,7 @@ pub mod doctor;
 pub mod error;
 pub mod home;
 pub mod image;
+pub mod interrupt;
 pub mod log;
 pub mod network;
 pub mod notify;

@@ -1,6 +1,6 @@
 //! The six hooks: where each runs, with which state, and what its failure does.
 
-use std::{fs, path::Path};
+use std::{fs, os::unix::fs::PermissionsExt, path::Path};
 
 use coffer_replay::{Bench, config, until};
 use serde_json::{Value, json};
@@ -197,4 +197,51 @@ fn a_hook_in_the_container_without_an_environment_has_the_processs() {
         bench.start("c", &config);
         assert_eq!(bench.read("c/rootfs/srv/env"), format!("{wanted}\n"));
     }
+}
+
+/// `create` in the background, of a container whose hook takes so many seconds; returns once the hook runs.
+fn slow_create(bench: &Bench, id: &str, seconds: u32) -> std::process::Child {
+    let hook = bench.path("slow");
+    fs::write(&hook, format!("#!/bin/sh\ntouch {}\nexec sleep {seconds}\n", bench.path("began").display()))
+        .unwrap();
+    fs::set_permissions(&hook, fs::Permissions::from_mode(0o755)).unwrap();
+    let mut config = config(&["sleep", "1000"]);
+    config["hooks"] = json!({ "createRuntime": [{ "path": hook, "env": ["PATH=/usr/bin:/bin"] }] });
+    let bundle = bench.bundle(id, &config);
+    let mut command = bench.command(&["create", "--bundle"]);
+    let files = ["out", "err"].map(|end| fs::File::create(bench.path(&format!("slow.{end}"))).unwrap());
+    let [out, err] = files;
+    let child = command.arg(bundle).arg(id).stdout(out).stderr(err).spawn().unwrap();
+    until(|| bench.path("began").exists());
+    child
+}
+
+#[test]
+fn a_signal_while_a_container_is_made_takes_down_what_there_is() {
+    let bench = Bench::new();
+    for signal in ["TERM", "INT", "HUP"] {
+        let _ = fs::remove_file(bench.path("began"));
+        let mut child = slow_create(&bench, "c", 1);
+        let sent = std::process::Command::new("kill")
+            .args([&format!("-{signal}"), &child.id().to_string()])
+            .status();
+        assert!(sent.unwrap().success());
+        assert_eq!(coffer_replay::finish(&mut child), 1, "{signal}");
+        let said = bench.read("slow.err");
+        assert!(said.contains("interrupted by a signal"), "{signal}: {said}");
+        assert_eq!(fs::read_dir(bench.root()).unwrap().count(), 0, "{signal}");
+    }
+    bench.start("c", &config(&["sleep", "1000"]));
+}
+
+#[test]
+fn a_create_whose_container_was_deleted_meanwhile_does_nothing_to_the_next_of_its_id() {
+    let bench = Bench::new();
+    let mut child = slow_create(&bench, "c", 3);
+    let _ = bench.call(&["delete", "--force", "c"]).ok();
+    bench.start("c", &config(&["sleep", "1000"]));
+    let _ = child.wait().unwrap();
+    std::thread::sleep(std::time::Duration::from_secs(4));
+    assert_eq!(bench.status("c"), "running");
+    assert_eq!(bench.call(&["exec", "c", "echo", "there"]).ok(), "there\n");
 }

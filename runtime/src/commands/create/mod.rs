@@ -23,7 +23,7 @@ use crate::{
     clock,
     descriptors::{self, Carried},
     error::{Error, host},
-    image,
+    image, interrupt,
     notify::{self, Whom},
     pid::Pid,
     plan::{self, Plan},
@@ -86,6 +86,7 @@ pub(super) fn create(call: &Call, root: &Path) -> Result<(), Error> {
     super::collect(root);
     super::give_way(root, &id);
     let directory = Directory::of(root, &id)?;
+    interrupt::remember().map_err(host("take signals"))?;
     directory.create()?;
     directory.making()?;
     state::write_whole(&directory.file("config.json"), &text)?;
@@ -115,10 +116,16 @@ pub(super) fn create(call: &Call, root: &Path) -> Result<(), Error> {
         Some(path) => state::write_whole(Path::new(path), pid.to_string().as_bytes()),
         None => Ok(()),
     });
+    let result = result.and_then(|()| wanted());
     if result.is_err() {
         let _ = delete(root, &id, true);
     }
     result
+}
+
+/// Nobody has asked this command to end.
+fn wanted() -> Result<(), Error> {
+    if interrupt::came() { Err(vm::interrupted()) } else { Ok(()) }
 }
 
 /// Makes and starts a container; in the foreground its exit code is ours.
@@ -129,7 +136,8 @@ pub(super) fn run(call: &Call, root: &Path) -> Result<i32, Error> {
     let detached = call.has("detach");
     let held = if detached { Ok(None) } else { foreground::Signals::hold().map(Some) };
     let waits = if detached { Ready::Awaited } else { Ready::Behind };
-    let started = held.and_then(|held| start_container(root, id, waits).map(|()| held));
+    let started =
+        held.and_then(|held| wanted().and_then(|()| start_container(root, id, waits)).map(|()| held));
     let record = Directory::of(root, id)?.read()?;
     let signals = match started {
         Err(error) => {

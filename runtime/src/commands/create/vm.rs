@@ -4,7 +4,7 @@
 //! which pod a container belongs to (`pod`).
 
 use std::{
-    os::fd::OwnedFd,
+    os::fd::{AsRawFd, OwnedFd},
     path::PathBuf,
     process::Child,
     time::{SystemTime, UNIX_EPOCH},
@@ -19,7 +19,7 @@ use crate::{
     commands::{boot_chart, pod},
     error::Error,
     home::Home,
-    image,
+    image, interrupt,
     log::{self, Level},
     network::{self, Tap},
     pid::{self, Pid},
@@ -109,7 +109,7 @@ impl Making<'_> {
             resize::enough_for_a_member(own, &vm.size)
         });
         for error in [memory, processors].into_iter().filter_map(Result::err) {
-            log::say(self.global, Level::Warning, &error.to_string());
+            log::say(self.global, Level::Warning, &error.line());
         }
         Ok(())
     }
@@ -168,13 +168,15 @@ impl Making<'_> {
         };
         let mut talk = || {
             if vm.fresh {
-                Connection::open(&socket, || vm.is_alive())?.ask(&Request::Sandbox(sandbox.clone()))?;
+                let mut connection = Connection::open(&socket, || vm.is_alive() && !interrupt::came())?;
+                asked(&mut connection, &Request::Sandbox(sandbox.clone()))?;
             }
-            let mut connection = Connection::open(&socket, || vm.is_alive())?;
-            connection.ask(&Request::Create(Box::new(create.clone())))?;
+            let mut connection = Connection::open(&socket, || vm.is_alive() && !interrupt::came())?;
+            asked(&mut connection, &Request::Create(Box::new(create.clone())))?;
             Ok(connection)
         };
         talk().map_err(|error| match error {
+            Error::VmGone if interrupt::came() => interrupted(),
             Error::VmGone => {
                 if let Ok(process) = vm.process.open() {
                     let _ = pid::wait_end(&process, stub::VMM_END_LIMIT);
@@ -196,4 +198,15 @@ impl Making<'_> {
         let value: serde_json::Value = serde_json::from_str(&text).ok()?;
         value["message"].as_str().map(str::to_owned)
     }
+}
+
+/// A signal ends the wait for the answer, which may be long.
+fn asked(connection: &mut Connection, request: &Request) -> Result<(), Error> {
+    let _ends = interrupt::Ends::connection(connection.stream.as_raw_fd());
+    if interrupt::came() { Err(interrupted()) } else { connection.ask(request).map(drop) }
+}
+
+/// Why a container is not made that somebody has asked for.
+pub(super) fn interrupted() -> Error {
+    Error::State("interrupted by a signal: what there was of the container is taken down".into())
 }
