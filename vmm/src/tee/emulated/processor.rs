@@ -6,7 +6,7 @@
 use std::sync::mpsc::Receiver;
 
 use coffer_layout::snp::{MSR_GHCB, MSR_SEV_STATUS, SEV_STATUS_SNP};
-use kvm_bindings::{KVM_MP_STATE_RUNNABLE, kvm_mp_state};
+use kvm_bindings::kvm_sregs;
 use kvm_ioctls::VcpuFd;
 
 use super::{
@@ -134,13 +134,32 @@ impl Processor {
 /// KVM's.
 pub fn enter(vcpu: &VcpuFd, vmsa: &Vmsa) -> Result<(), kvm_ioctls::Error> {
     let mut sregs = vcpu.get_sregs()?;
-    vmsa.set_sregs(&mut sregs);
+    set_sregs(vmsa, &mut sregs);
+    vmsa.enter(vcpu, &sregs)
+}
+
+/// Not for a guest on hardware, where KVM measures the task register that it is given.
+fn set_sregs(vmsa: &Vmsa, sregs: &mut kvm_sregs) {
+    vmsa.set_sregs(sregs);
     if sregs.efer & EFER_LONG_ACTIVE != 0 {
         // SVM takes any task register; VMX wants a busy one of 64 bits.
         sregs.tr.type_ = BUSY_TASK_64;
     }
-    vcpu.set_sregs(&sregs)?;
-    vcpu.set_regs(&vmsa.regs())?;
-    vcpu.set_fpu(&vmsa.fpu())?;
-    vcpu.set_mp_state(kvm_mp_state { mp_state: KVM_MP_STATE_RUNNABLE })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tee::snp::vmsa::tests::startable;
+
+    #[test]
+    fn the_emulated_machine_enters_with_a_task_register_that_vmx_takes() {
+        let vmsa = Vmsa::new(startable());
+        let (mut launched, mut entered) = (kvm_sregs::default(), kvm_sregs::default());
+        vmsa.set_sregs(&mut launched);
+        set_sregs(&vmsa, &mut entered);
+        assert_eq!((launched.tr.type_, entered.tr.type_), (3, BUSY_TASK_64));
+        launched.tr = entered.tr;
+        assert_eq!(launched, entered);
+    }
 }

@@ -15,7 +15,7 @@ use coffer_layout::{
     PAGE,
     snp::{CPUID_COHERENT, TERMINATION_SET},
 };
-use kvm_bindings::{CpuId, Msrs, kvm_cpuid_entry2, kvm_msr_entry, kvm_run, kvm_xcr, kvm_xcrs};
+use kvm_bindings::{CpuId, Msrs, kvm_cpuid_entry2, kvm_msr_entry, kvm_run, kvm_sregs, kvm_xcr, kvm_xcrs};
 use kvm_ioctls::{VcpuFd, VmFd};
 use thiserror::Error;
 use vm_memory::{Bytes, GuestAddress};
@@ -32,7 +32,6 @@ use super::{
 use crate::{
     cpuid,
     end::End,
-    tee::emulated::processor,
     vcpu::{self, VcpuError},
 };
 
@@ -186,7 +185,9 @@ fn no_certificates(Failure { errno, .. }: Failure) -> GuestError {
 
 /// What of the VMSA KVM takes by its own commands: it makes the same page of it, which is measured.
 fn enter(vcpu: &VcpuFd, vmsa: &Vmsa) -> Result<(), kvm_ioctls::Error> {
-    processor::enter(vcpu, vmsa)?;
+    let mut sregs = vcpu.get_sregs()?;
+    set_sregs(vmsa, &mut sregs);
+    vmsa.enter(vcpu, &sregs)?;
     let mut xcrs = kvm_xcrs { nr_xcrs: 1, ..Default::default() };
     xcrs.xcrs[0] = kvm_xcr { xcr: 0, value: vmsa.xcr0(), ..Default::default() };
     vcpu.set_xcrs(&xcrs)?;
@@ -195,6 +196,11 @@ fn enter(vcpu: &VcpuFd, vmsa: &Vmsa) -> Result<(), kvm_ioctls::Error> {
         Ok(msrs) => vcpu.set_msrs(&msrs).map(|_| ()),
         Err(_) => Err(kvm_ioctls::Error::new(libc::ENOMEM)),
     }
+}
+
+/// As the image has them, to the last bit: KVM measures what it is given. The task register that VMX wants would be measured too.
+fn set_sregs(vmsa: &Vmsa, sregs: &mut kvm_sregs) {
+    vmsa.set_sregs(sregs);
 }
 
 impl Running {
@@ -247,7 +253,71 @@ pub fn terminated(msr: u64) -> End {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use igvm::snp_defs::{SevSelector, SevVmsa};
+    use kvm_bindings::kvm_segment;
     use std::cell::Cell;
+    use zerocopy::{FromZeros, IntoBytes};
+
+    /// The entry state of `coffer-image` (`platform/snp.rs`), whose page goes into the digest that it computes.
+    fn of_the_image() -> SevVmsa {
+        let segment = |selector, attrib, limit| SevSelector { selector, attrib, limit, base: 0 };
+        let data = segment(0x18, 0xc93, u32::MAX);
+        SevVmsa {
+            es: data,
+            cs: segment(0x10, 0xa9b, u32::MAX),
+            ss: data,
+            ds: data,
+            fs: data,
+            gs: data,
+            ldtr: segment(0, 0x82, 0xffff),
+            tr: segment(0, 0x83, 0xffff),
+            efer: 0x1500,
+            cr4: 0x660,
+            cr3: 0xc000 | 1 << 51,
+            cr0: 0x8001_0033,
+            ..SevVmsa::new_zeroed()
+        }
+    }
+
+    /// As svm_set_segment of Linux (arch/x86/kvm/svm/svm.c), whose result sev_es_sync_vmsa copies into the VMSA.
+    fn as_kvm_writes_it(segment: &kvm_segment) -> SevSelector {
+        let bit = |value: u8, at: u16| u16::from(value & 1) << at;
+        let attrib = u16::from(segment.type_ & 15)
+            | bit(segment.s, 4)
+            | u16::from(segment.dpl & 3) << 5
+            | bit(segment.present & !segment.unusable, 7)
+            | bit(segment.avl, 8)
+            | bit(segment.l, 9)
+            | bit(segment.db, 10)
+            | bit(segment.g, 11);
+        SevSelector { selector: segment.selector, attrib, limit: segment.limit, base: segment.base }
+    }
+
+    #[test]
+    fn kvm_makes_the_images_vmsa_of_the_registers_that_it_is_given() {
+        let image = of_the_image();
+        let vmsa = Vmsa::new(image.as_bytes()[..PAGE as usize].try_into().unwrap());
+        let mut sregs = kvm_sregs::default();
+        set_sregs(&vmsa, &mut sregs);
+        for (name, given, wanted) in [
+            ("ES", &sregs.es, &image.es),
+            ("CS", &sregs.cs, &image.cs),
+            ("SS", &sregs.ss, &image.ss),
+            ("DS", &sregs.ds, &image.ds),
+            ("FS", &sregs.fs, &image.fs),
+            ("GS", &sregs.gs, &image.gs),
+            ("LDTR", &sregs.ldt, &image.ldtr),
+            ("TR", &sregs.tr, &image.tr),
+        ] {
+            let made = as_kvm_writes_it(given);
+            assert_eq!(made.as_bytes(), wanted.as_bytes(), "{name}: attributes {:#x}", made.attrib);
+        }
+        // KVM adds EFER.SVME and CR4.MCE by itself.
+        assert_eq!((sregs.efer | 1 << 12, sregs.cr4 | 1 << 6), (image.efer, image.cr4));
+        assert_eq!((sregs.cr0, sregs.cr3), (image.cr0, image.cr3));
+        assert_eq!((u32::from(sregs.gdt.limit), sregs.gdt.base), (image.gdtr.limit, image.gdtr.base));
+        assert_eq!((u32::from(sregs.idt.limit), sregs.idt.base), (image.idtr.limit, image.idtr.base));
+    }
 
     #[test]
     fn certificates_go_where_there_is_room() {

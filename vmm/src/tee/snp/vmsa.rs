@@ -4,7 +4,8 @@
 //! state that it cannot take would be measured as something else, so it is refused.
 
 use coffer_layout::PAGE;
-use kvm_bindings::{kvm_fpu, kvm_regs, kvm_segment, kvm_sregs};
+use kvm_bindings::{KVM_MP_STATE_RUNNABLE, kvm_fpu, kvm_mp_state, kvm_regs, kvm_segment, kvm_sregs};
+use kvm_ioctls::VcpuFd;
 use thiserror::Error;
 
 use super::digest::Sha;
@@ -221,6 +222,17 @@ impl Vmsa {
         sregs.efer = self.u64(at::EFER) & !EFER_SVME;
         (sregs.cr0, sregs.cr3, sregs.cr4) =
             (self.u64(at::CR0), self.u64(at::CR3), self.u64(at::CR4) & !CR4_MCE);
+    }
+
+    /// Puts a processor into this state, with these segment, descriptor table and control registers.
+    ///
+    /// # Errors
+    /// KVM's.
+    pub fn enter(&self, vcpu: &VcpuFd, sregs: &kvm_sregs) -> Result<(), kvm_ioctls::Error> {
+        vcpu.set_sregs(sregs)?;
+        vcpu.set_regs(&self.regs())?;
+        vcpu.set_fpu(&self.fpu())?;
+        vcpu.set_mp_state(kvm_mp_state { mp_state: KVM_MP_STATE_RUNNABLE })
     }
 
     /// General registers.
