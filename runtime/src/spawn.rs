@@ -71,7 +71,10 @@ const ENTERED: &str = "entered";
 
 fn show(share: &Path, binds: &[Bind]) -> io::Result<()> {
     mount(NONE, "/", NONE, MsFlags::MS_REC | MsFlags::MS_SLAVE, NONE)?;
-    for bind in binds {
+    for (index, bind) in binds.iter().enumerate() {
+        if binds[..index].iter().any(|before| before.target == bind.target) {
+            continue;
+        }
         let target = share.join(&bind.target);
         if bind.source.is_dir() {
             fs::create_dir_all(&target)?;

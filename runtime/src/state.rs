@@ -70,6 +70,9 @@ pub struct Record {
     /// Of a container in another's VM: its files below that VM's shared directory.
     #[serde(default)]
     pub share: Option<PathBuf>,
+    /// Directories that it mounts, below that VM's shared directory.
+    #[serde(default)]
+    pub volumes: Vec<PathBuf>,
     /// The configuration file, where it is not the bundle's `config.json`.
     #[serde(default)]
     pub config: Option<PathBuf>,

@@ -96,6 +96,12 @@ pub fn prepare_shared_memory(spec: &mut serde_json::Value) -> Result<(), Contain
     shm::prepare(spec)
 }
 
+/// Makes the host's directories that a configuration mounts file systems here, once for all containers. Runs in init, before the container's process
+/// has mounts of its own.
+pub fn enter_volumes(spec: &Spec) {
+    spec.mounts().iter().flatten().filter_map(|mount| mount.source().as_ref()).for_each(|s| places::enter(s));
+}
+
 /// Checks what every process needs.
 ///
 /// # Errors

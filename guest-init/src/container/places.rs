@@ -45,6 +45,16 @@ pub(super) fn check(spec: &Value) -> Result<(), ContainerError> {
     }
 }
 
+/// Has the kernel make a directory of the share the file system of its own that it is on the host, here, where all containers come from: each that
+/// met it first in its own mount namespace would have another, with other sockets, pipes and locks.
+pub(super) fn enter(source: &Path) {
+    let Ok(inside) = source.strip_prefix(SHARE_DIR) else { return };
+    let how = OpenHow::new().flags(OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC);
+    let only_inside = ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_SYMLINKS;
+    // What cannot be opened is said when it is to be mounted.
+    let _ = File::open(SHARE_DIR).map(|share| openat2(share, inside, how.resolve(only_inside)));
+}
+
 /// Opens a source as a place: one of the share without following a link, another, which is this init's own, as it is.
 pub(super) fn open(source: &Path) -> io::Result<OwnedFd> {
     open_below(Path::new(SHARE_DIR), source)

@@ -101,6 +101,7 @@ impl Server {
                 cgroup.apply(resources)?;
                 cgroup.allow_devices(resources)?;
             }
+            container::enter_volumes(&spec);
             container::launch(&id, &spec, &cgroup, &shared, &Files { window, streams, notify })
         })();
         self.had_container = true;

@@ -37,7 +37,7 @@ use crate::{
     cgroup,
     error::{Error, host},
     pid::Pid,
-    plan::{Bind, namespace},
+    plan::{Bind, VOLUMES, namespace},
     spawn::{clone, make_read_only},
     state::{self, Directory, Record},
 };
@@ -160,8 +160,13 @@ pub(super) fn show(vm: &Running, binds: &[Bind]) -> Result<(), Error> {
         let share = OwnedFd::from(File::open(&share)?);
         for (bind, tree) in binds.iter().zip(&trees) {
             // Looked at here: the source may lie on a mount that this namespace does not have.
-            let is_directory = fs::metadata(format!("/proc/self/fd/{}", tree.as_raw_fd()))?.is_dir();
-            attach(tree, &place(&share, &bind.target, is_directory)?)?;
+            let source = fs::metadata(format!("/proc/self/fd/{}", tree.as_raw_fd()))?;
+            let place = place(&share, &bind.target, source.is_dir())?;
+            let there = fs::metadata(format!("/proc/self/fd/{}", place.as_raw_fd()))?;
+            // A volume that another container of the VM has, too.
+            if (there.dev(), there.ino()) != (source.dev(), source.ino()) {
+                attach(tree, &place)?;
+            }
         }
         Ok(())
     })
@@ -196,19 +201,38 @@ pub(super) fn hide(root: &Path, record: &Record) {
     let name = record.share.as_ref().and_then(|share| share.file_name());
     let (Some(name), Some(vm)) = (name, owner(root, record)) else { return };
     let share = vm.directory.file("share");
+    let unused = unused(root, record);
     let _ = inside(record, || {
         // As the kernel names it.
         let share = fs::canonicalize(&share)?;
         let own = share.join(name);
         let text = fs::read("/proc/self/mountinfo")?;
         let mut points = mount_points(&text);
-        points.retain(|point| point.starts_with(&own));
+        points.retain(|point| {
+            point.starts_with(&own) || unused.iter().any(|volume| point.starts_with(share.join(volume)))
+        });
         // What was mounted last goes first.
         for point in points.iter().rev() {
             let _ = umount2(point, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW);
         }
-        clear(&File::open(share)?.into(), name, MOST_DEEP)
+        let share = File::open(share)?.into();
+        for volume in &unused {
+            let _ = unlinkat(&share, volume, UnlinkatFlags::RemoveDir);
+        }
+        clear(&share, name, MOST_DEEP)
     });
+}
+
+/// Directories that a container mounts, which others in its VM may mount as well.
+pub(super) fn volumes(binds: &[Bind]) -> Vec<PathBuf> {
+    binds.iter().map(|bind| &bind.target).filter(|target| target.starts_with(VOLUMES)).cloned().collect()
+}
+
+/// Those of a container that no other in its VM has.
+fn unused(root: &Path, record: &Record) -> Vec<PathBuf> {
+    let others = state::all(root).into_iter().filter(|(_, r)| r.vmm == record.vmm && r.id != record.id);
+    let kept: Vec<PathBuf> = others.flat_map(|(_, r)| r.volumes).collect();
+    record.volumes.iter().filter(|volume| !kept.contains(volume)).cloned().collect()
 }
 
 /// Where something is mounted, in that order: the fifth field of each line, in which blanks and the like are octal numbers (proc(5)).

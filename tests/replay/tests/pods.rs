@@ -260,3 +260,44 @@ fn a_third_container_finds_the_vm_by_any_of_those_in_it() {
     }
     assert_eq!(fs::read_dir(bench.root()).unwrap().count(), 0);
 }
+
+#[test]
+fn a_directory_that_two_containers_mount_is_one_and_stays_as_long_as_one_of_them_does() {
+    let bench = Bench::new();
+    let volume = bench.path("volume");
+    fs::create_dir(&volume).unwrap();
+    let with = |mut config: Value, places: &[&str]| {
+        for place in places {
+            let mount =
+                json!({ "destination": place, "type": "bind", "source": volume, "options": ["rbind", "rw"] });
+            config["mounts"].as_array_mut().unwrap().push(mount);
+        }
+        config
+    };
+    bench.start("infra", &with(config(&["sleep", "1000"]), &["/srv", "/tmp"]));
+    let places = || {
+        let text = fs::read_to_string(format!("/proc/{}/mountinfo", vmm(&bench, "infra"))).unwrap();
+        text.lines().filter(|line| line.contains("/share/volumes/")).count()
+    };
+    // The stand-in has each mount of its share twice.
+    assert_eq!(places(), 2);
+    for id in ["one", "two"] {
+        let script = format!("echo {id} >> /srv/said; sleep 1000");
+        bench.start(id, &with(joins(&bench, "infra", &["sh", "-c", &script]), &["/srv"]));
+    }
+    until(|| bench.read("volume/said").lines().count() == 2);
+    assert_eq!(places(), 2);
+    let other = bench.path("other");
+    fs::create_dir(&other).unwrap();
+    let mut config = joins(&bench, "infra", &["sleep", "1000"]);
+    let mount = json!({ "destination": "/srv", "type": "bind", "source": other, "options": ["rbind", "ro"] });
+    config["mounts"].as_array_mut().unwrap().push(mount);
+    bench.start("three", &config);
+    assert_eq!(places(), 3);
+    for id in ["three", "one", "two"] {
+        let _ = bench.call(&["delete", "--force", id]).ok();
+        assert_eq!(places(), 2, "{id}");
+    }
+    assert_eq!(bench.call(&["exec", "infra", "wc", "-l", "/srv/said"]).ok(), "2 /srv/said\n");
+    assert_eq!(bench.call(&["exec", "infra", "wc", "-l", "/tmp/said"]).ok(), "2 /tmp/said\n");
+}

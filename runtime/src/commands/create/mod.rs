@@ -206,6 +206,7 @@ impl Making<'_> {
             cgroup: group,
             scope: self.scope.clone(),
             share: self.share.clone(),
+            volumes: pod::volumes(&self.plan.binds),
             conmon: Pid::parent_named("conmon"),
             config: self.config.clone(),
         };
