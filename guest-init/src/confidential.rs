@@ -154,6 +154,23 @@ impl Confidential {
         Ok(())
     }
 
+    /// Keeps a process of an owner's pod from leaving a core, whatever the host's limits say: the kernel would write its memory into its
+    /// directory, which may be a volume of the host's.
+    pub fn forbid_cores(&self, process: &mut Value) {
+        if !self.guest.borrow().has_owner() {
+            return;
+        }
+        let Some(process) = process.as_object_mut() else { return };
+        let limits = process.entry("rlimits").or_insert(Value::Null);
+        if limits.is_null() {
+            *limits = json!([]);
+        }
+        // Limits are set in their order: the last one holds. What is no list is no configuration either.
+        if let Some(list) = limits.as_array_mut() {
+            list.push(json!({ "type": "RLIMIT_CORE", "soft": 0, "hard": 0 }));
+        }
+    }
+
     /// Opens sealed files in what the host mounts, and shows the owner's credentials. The policy has seen the host's mounts.
     ///
     /// # Errors
@@ -353,6 +370,24 @@ mod tests {
             .unwrap()
             .check_container("c", &shifted, None)
             .unwrap();
+    }
+
+    #[test]
+    fn a_process_leaves_its_memory_in_no_file_where_an_owner_has_a_say() {
+        let open = Confidential::with(None, Attesters::of(Sample)).unwrap();
+        let owned = pod("package agent_policy\n").unwrap();
+        let none = json!({ "type": "RLIMIT_CORE", "soft": 0, "hard": 0 });
+        let all = json!({ "type": "RLIMIT_CORE", "soft": u64::MAX, "hard": u64::MAX });
+        for limits in [Value::Null, json!([]), json!([all, all])] {
+            let mut process = json!({ "rlimits": limits });
+            open.forbid_cores(&mut process);
+            assert_eq!(process["rlimits"], limits);
+            owned.forbid_cores(&mut process);
+            assert_eq!(process["rlimits"].as_array().unwrap().last(), Some(&none));
+        }
+        let mut process = json!({});
+        owned.forbid_cores(&mut process);
+        assert_eq!(process["rlimits"], json!([none]));
     }
 
     #[test]

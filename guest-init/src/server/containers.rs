@@ -160,6 +160,7 @@ impl Server {
         }
         if let Some(process) = spec.get_mut("process") {
             confidential.unseal(process)?;
+            confidential.forbid_cores(process);
         }
         confidential.open_files(id, &mut spec)?;
         container::prepare_shared_memory(&mut spec)?;
@@ -200,7 +201,9 @@ impl Server {
     }
 
     pub(super) fn exec(&mut self, key: u64, mut exec: Exec) -> Result<(), ContainerError> {
-        self.confidential()?.unseal(&mut exec.process)?;
+        let confidential = self.confidential()?;
+        confidential.unseal(&mut exec.process)?;
+        confidential.forbid_cores(&mut exec.process);
         let container = self.get(&exec.id)?;
         if container.ended {
             return Err(ContainerError::new(ErrorKind::WrongState, "cannot exec in a stopped container"));

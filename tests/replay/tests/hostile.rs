@@ -14,7 +14,7 @@ use coffer_protocol::{
     Neighbour, Network, Reply, Request, SHARE_DIR, Sandbox, SignalTarget, VERSION, encode,
     vm::{Line, NetAnswer},
 };
-use coffer_replay::{Bench, PATIENCE, config, until};
+use coffer_replay::{Bench, PATIENCE, config, gave, until};
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use serde_json::{Value, json};
 
@@ -38,15 +38,20 @@ const SCRIPT: &str = "trap 'echo first' USR1; trap 'echo second' USR2; while :; 
 
 /// The container `c`, which says again and again that it goes on.
 fn pod() -> Bench {
+    let bench = owned(POLICY, config(&["sh", "-c", SCRIPT]));
+    goes_on(&bench);
+    bench
+}
+
+/// The container `c` in a pod whose owner has this policy.
+fn owned(policy: &str, mut config: Value) -> Bench {
     let bench = Bench::new();
     let initdata = bench.path("initdata.toml");
     let text =
-        format!("version = \"0.1.0\"\nalgorithm = \"sha256\"\n[data]\n\"policy.rego\" = '''{POLICY}'''\n");
+        format!("version = \"0.1.0\"\nalgorithm = \"sha256\"\n[data]\n\"policy.rego\" = '''{policy}'''\n");
     fs::write(&initdata, text).unwrap();
-    let mut config = config(&["sh", "-c", SCRIPT]);
     config["annotations"]["io.coffer.initdata"] = json!(initdata);
     bench.start("c", &config);
-    goes_on(&bench);
     bench
 }
 
@@ -228,6 +233,25 @@ fn requests_that_come_again_or_out_of_order_are_refused_and_change_nothing() {
     assert!(!bench.read("c.out").contains("first"));
 }
 
+/// The kernel would write a process's memory into its directory, which may be a volume of the host's.
+#[test]
+fn no_process_of_an_owners_pod_leaves_a_core_whatever_the_host_says() {
+    let limits = json!([{ "type": "RLIMIT_CORE", "soft": u64::MAX, "hard": u64::MAX }]);
+    let script = "grep core /proc/self/limits";
+    let words = ["Max", "core", "file", "size", "0", "0", "bytes"];
+    let none = |text: String| text.split_whitespace().eq(words);
+    let mut config = config(&["sh", "-c", &format!("{script}; exec sleep 1000")]);
+    config["process"]["rlimits"] = limits.clone();
+    let bench = owned(&format!("{POLICY}ExecProcessRequest := true\n"), config);
+    until(|| bench.read("c.out").contains("bytes"));
+    assert!(none(bench.read("c.out")), "{}", bench.read("c.out"));
+    let process = json!({ "user": { "uid": 0, "gid": 0 }, "args": ["sh", "-c", script], "cwd": "/",
+        "env": ["PATH=/bin"], "rlimits": limits });
+    fs::write(bench.path("p"), process.to_string()).unwrap();
+    let mut exec = bench.command(&["exec", "--process"]);
+    let out = gave(exec.arg(bench.path("p")).arg("c")).ok();
+    assert!(none(out.clone()), "{out}");
+}
 #[test]
 fn a_stub_hands_on_no_signal_that_the_owner_denies() {
     let bench = pod();
