@@ -5,6 +5,9 @@
 use serde_json::Value;
 use thiserror::Error;
 
+/// What a system call can fail with (MAX_ERRNO in linux/err.h).
+const ERRORS: std::ops::RangeInclusive<u64> = 1..=4095;
+
 /// The guest runs no such container where an owner has a say.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 #[error("policy: CreateContainerRequest denied: {field} is {value}, allowed: {allowed}")]
@@ -37,8 +40,10 @@ pub fn unseen(spec: &Value) -> Result<(), Unseen> {
     }
     let seccomp = spec.pointer("/linux/seccomp").unwrap_or(&Value::Null);
     let lies = |action: Option<&Value>, code: Option<&Value>| match action.and_then(Value::as_str) {
-        // The kernel returns it: a call that did nothing has succeeded.
-        Some("SCMP_ACT_ERRNO") => code.is_some_and(|code| code.as_u64() == Some(0)),
+        // The kernel returns its last 16 bits: a call that did nothing has succeeded where those are 0, or are no error's.
+        Some("SCMP_ACT_ERRNO") => {
+            code.is_some_and(|code| !code.is_null() && !code.as_u64().is_some_and(|c| ERRORS.contains(&c)))
+        }
         Some("SCMP_ACT_TRACE") => true,
         _ => false,
     };
@@ -72,6 +77,13 @@ mod tests {
                 "syscalls": [{ "names": ["setuid"], "action": action, "errnoRet": code }] } } })
         };
         assert!(refused(group("SCMP_ACT_ERRNO", json!(0))).contains("OCI.Linux.Seccomp"));
+        for masked in
+            [json!(65536), json!(131_072), json!(4096), json!(u64::MAX), json!(-1), json!(0.0), json!("1")]
+        {
+            refused(group("SCMP_ACT_ERRNO", masked.clone()));
+            let default = json!({ "defaultAction": "SCMP_ACT_ERRNO", "defaultErrnoRet": masked });
+            refused(json!({ "linux": { "seccomp": default } }));
+        }
         refused(group("SCMP_ACT_TRACE", json!(1)));
         refused(
             json!({ "linux": { "seccomp": { "defaultAction": "SCMP_ACT_ERRNO", "defaultErrnoRet": 0 } } }),
@@ -80,7 +92,8 @@ mod tests {
             json!({}),
             json!({ "hooks": null }),
             json!({ "hooks": { "startContainer": [], "prestart": null } }),
-            group("SCMP_ACT_ERRNO", json!(38)),
+            group("SCMP_ACT_ERRNO", json!(1)),
+            group("SCMP_ACT_ERRNO", json!(4095)),
             group("SCMP_ACT_ERRNO", Value::Null),
             group("SCMP_ACT_KILL_PROCESS", json!(0)),
         ] {

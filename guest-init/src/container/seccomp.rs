@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 
+use coffer_protocol::ErrorKind;
 use oci_spec::runtime::{
     LinuxSeccomp, LinuxSeccompAction, LinuxSeccompArg, LinuxSeccompFilterFlag, LinuxSeccompOperator,
 };
@@ -17,10 +18,22 @@ use super::ContainerError;
 
 type Rules = BTreeMap<i64, Vec<SeccompRule>>;
 
-fn action(from: LinuxSeccompAction, errno: Option<u32>) -> SeccompAction {
-    match from {
+/// What a system call can fail with at most (MAX_ERRNO in linux/err.h). A filter has 16 bits for it, so that 65536 would be no error.
+const MOST_ERRNO: u32 = 4095;
+
+fn action(from: LinuxSeccompAction, errno: Option<u32>) -> Result<SeccompAction, ContainerError> {
+    Ok(match from {
         LinuxSeccompAction::ScmpActAllow => SeccompAction::Allow,
-        LinuxSeccompAction::ScmpActErrno => SeccompAction::Errno(errno.unwrap_or(libc::EPERM as u32)),
+        LinuxSeccompAction::ScmpActErrno => match errno.unwrap_or(libc::EPERM as u32) {
+            // Zero, for a call that does nothing and succeeds, as under runc; where an owner has a say it is refused before.
+            code @ 0..=MOST_ERRNO => SeccompAction::Errno(code),
+            other => {
+                let message = format!(
+                    "config.json: linux.seccomp: errnoRet {other} is no error: 1 to {MOST_ERRNO} are"
+                );
+                return Err(ContainerError::new(ErrorKind::Invalid, message));
+            }
+        },
         LinuxSeccompAction::ScmpActLog => SeccompAction::Log,
         LinuxSeccompAction::ScmpActTrace => SeccompAction::Trace(errno.unwrap_or(libc::EPERM as u32)),
         LinuxSeccompAction::ScmpActTrap => SeccompAction::Trap,
@@ -28,7 +41,7 @@ fn action(from: LinuxSeccompAction, errno: Option<u32>) -> SeccompAction {
         // A supervisor outside the guest cannot read its memory: refuse as without one.
         LinuxSeccompAction::ScmpActNotify => SeccompAction::Errno(libc::ENOSYS as u32),
         _ => SeccompAction::KillThread,
-    }
+    })
 }
 
 fn condition(arg: &LinuxSeccompArg) -> Result<SeccompCondition, ContainerError> {
@@ -55,10 +68,10 @@ fn condition(arg: &LinuxSeccompArg) -> Result<SeccompCondition, ContainerError> 
 /// The programs, in the order to install.
 pub(super) fn programs(profile: &LinuxSeccomp) -> Result<Vec<BpfProgram>, ContainerError> {
     let failed = |e: seccompiler::BackendError| ContainerError::guest("seccomp profile", e);
-    let default = action(profile.default_action(), profile.default_errno_ret());
+    let default = action(profile.default_action(), profile.default_errno_ret())?;
     let mut by_action: Vec<(SeccompAction, Rules)> = Vec::new();
     for group in profile.syscalls().iter().flatten() {
-        let group_action = action(group.action(), group.errno_ret());
+        let group_action = action(group.action(), group.errno_ret())?;
         if group_action == default {
             continue;
         }
@@ -162,6 +175,19 @@ mod tests {
         })))
         .unwrap();
         assert_eq!(list.len(), 2);
+    }
+
+    #[test]
+    fn an_error_is_one_that_a_call_can_have() {
+        for code in [0, 1, 4095, 4096, 65536, u32::MAX] {
+            for value in [
+                serde_json::json!({ "defaultAction": "SCMP_ACT_ERRNO", "defaultErrnoRet": code }),
+                serde_json::json!({ "defaultAction": "SCMP_ACT_ALLOW",
+                    "syscalls": [{ "names": ["mount"], "action": "SCMP_ACT_ERRNO", "errnoRet": code }] }),
+            ] {
+                assert_eq!(programs(&profile(value)).is_ok(), code <= 4095, "{code}");
+            }
+        }
     }
 
     #[test]
