@@ -10,10 +10,6 @@ use coffer_protocol::{
     CreateContainer, Ended, ErrorKind, Exec, ImageSource, NamespaceKind, Request, SharedNamespace,
     SignalTarget, signal,
 };
-use nix::{
-    sys::wait::{WaitPidFlag, WaitStatus, waitpid},
-    unistd::Pid,
-};
 use oci_spec::runtime::Spec;
 use serde_json::Value;
 
@@ -266,14 +262,14 @@ impl Server {
     /// Takes the status of every child that ended, ours or an orphan's.
     pub(super) fn reap(&mut self) {
         loop {
-            let (pid, mut ended) = match waitpid(Pid::from_raw(-1), Some(WaitPidFlag::WNOHANG)) {
-                Ok(WaitStatus::Exited(pid, code)) => (pid.as_raw(), Ended::Exited(code as u8)),
-                Ok(WaitStatus::Signaled(pid, signal, _)) => {
-                    (pid.as_raw(), Ended::Signalled(signal as i32 as u8))
-                }
-                Ok(WaitStatus::StillAlive) | Err(nix::Error::ECHILD) => break,
-                Ok(_) | Err(_) => continue,
-            };
+            let mut status = 0;
+            // nix would take a status of a realtime signal from the kernel, and then say that there is no such signal.
+            // SAFETY: the pointer is to an int that outlives the call.
+            let pid = unsafe { libc::waitpid(-1, &raw mut status, libc::WNOHANG) };
+            if pid <= 0 {
+                break;
+            }
+            let Some(mut ended) = ended(status) else { continue };
             if let Some(container) = self.containers.values_mut().find(|c| c.pid == pid && !c.ended) {
                 container.ended = true;
                 if ended == Ended::Signalled(9) && container.cgroup.ran_out_of_memory() {
@@ -300,6 +296,14 @@ impl Server {
     }
 }
 
+/// What wait(2) says of a process that has ended.
+fn ended(status: i32) -> Option<Ended> {
+    if libc::WIFEXITED(status) {
+        Some(Ended::Exited(libc::WEXITSTATUS(status) as u8))
+    } else {
+        libc::WIFSIGNALED(status).then(|| Ended::Signalled(libc::WTERMSIG(status) as u8))
+    }
+}
 pub(super) fn send_signal(pid: i32, signal: u32) -> io::Result<()> {
     let signal =
         i32::try_from(signal).ok().filter(|s| (0..=64).contains(s)).ok_or(io::ErrorKind::InvalidInput)?;

@@ -113,7 +113,15 @@ fn what_cannot_be_executed_writes_no_pid_file() {
 fn in_the_foreground_its_code_is_execs() {
     let bench = Bench::new();
     bench.start("c", &config(&["sleep", "1000"]));
-    for (script, code) in [("exit 0", 0), ("exit 255", 255), ("kill -9 $$", 137), ("kill -TERM $$", 143)] {
+    // Signals from 34 on are the realtime ones.
+    for (script, code) in [
+        ("exit 0", 0),
+        ("exit 255", 255),
+        ("kill -9 $$", 137),
+        ("kill -TERM $$", 143),
+        ("kill -34 $$", 162),
+        ("kill -64 $$", 192),
+    ] {
         assert_eq!(bench.call(&["exec", "c", "sh", "-c", script]).code, code, "{script}");
     }
     // CRI-O's streaming exec: a process file, pipes, no --detach.
@@ -124,6 +132,7 @@ fn in_the_foreground_its_code_is_execs() {
     std::io::Write::write_all(&mut child.stdin.take().unwrap(), b"in").unwrap();
     let output = child.wait_with_output().unwrap();
     assert_eq!((output.status.code(), output.stdout.as_slice()), (Some(5), &b"in"[..]));
+}
 }
 
 #[test]

@@ -34,6 +34,18 @@ fn a_container_goes_from_created_to_running_to_stopped_to_gone() {
     let _ = bench.call(&["delete", "--force", "c"]).ok();
 }
 
+/// In a namespace of processes of its own it would be that one's first, which such a signal does not end.
+#[test]
+fn a_realtime_signal_ends_a_container_like_any_other() {
+    let bench = Bench::new();
+    let mut config = config(&["sh", "-c", "kill -40 $$; sleep 1000"]);
+    config["linux"]["namespaces"].as_array_mut().unwrap().retain(|n| n["type"] != "pid");
+    let bundle = bench.bundle("c", &config);
+    let _ = bench.create("c", &bundle).ok();
+    let _ = bench.call(&["start", "c"]).ok();
+    bench.wait_stopped("c");
+}
+
 /// The specification has it refused; runc ends it, and its callers count on that.
 #[test]
 fn a_created_container_can_be_deleted_and_a_running_one_cannot() {
