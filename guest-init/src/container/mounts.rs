@@ -5,14 +5,17 @@
 use std::{
     fs, io,
     os::{
-        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+        fd::{AsFd, BorrowedFd, OwnedFd},
         unix::fs::symlink,
     },
-    path::{Component, Path, PathBuf},
+    path::{Component, Path},
 };
 
 use coffer_protocol::ErrorKind;
-use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::{
+    fcntl::{OFlag, OpenHow, ResolveFlag, openat2, readlinkat},
+    mount::{MntFlags, MsFlags, mount, umount2},
+};
 use oci_spec::runtime::{Mount, Spec};
 
 use super::{
@@ -32,14 +35,18 @@ pub(super) fn set_up(spec: &Spec) -> Result<(), ContainerError> {
     let root = spec.root().as_ref().map(|r| r.path().clone()).unwrap_or_default();
     mount(NONE, "/", NONE, MsFlags::MS_REC | MsFlags::MS_SLAVE, NONE)
         .map_err(failed("make / a slave".into()))?;
-    mount(Some(&root), &root, NONE, MsFlags::MS_BIND | MsFlags::MS_REC, NONE)
-        .map_err(failed(format!("bind the root file system {}", root.display())))?;
-    mount(NONE, &root, NONE, MsFlags::MS_PRIVATE, NONE).map_err(failed("make the root private".into()))?;
+    // By descriptors: a path of the share is what the host says each time that it is looked up.
     let root_fd = || -> Result<OwnedFd, ContainerError> {
-        let open = fs::File::open(&root);
-        open.map(OwnedFd::from).map_err(|e| ContainerError::guest("open the root file system", e))
+        places::open_directory(&root).map_err(|e| ContainerError::guest("open the root file system", e))
     };
     let mut fd = root_fd()?;
+    let place = path::name(&fd);
+    mount(Some(place.as_str()), place.as_str(), NONE, MsFlags::MS_BIND | MsFlags::MS_REC, NONE)
+        .map_err(failed(format!("bind the root file system {}", root.display())))?;
+    // What is there now.
+    fd = root_fd()?;
+    mount(NONE, path::name(&fd).as_str(), NONE, MsFlags::MS_PRIVATE, NONE)
+        .map_err(failed("make the root private".into()))?;
     for mount in spec.mounts().iter().flatten() {
         one(fd.as_fd(), &root, mount)?;
         if mount.destination() == Path::new("/") {
@@ -47,7 +54,7 @@ pub(super) fn set_up(spec: &Spec) -> Result<(), ContainerError> {
         }
     }
     devices::make(fd.as_fd(), spec)?;
-    pivot(&root)?;
+    pivot(&fd)?;
     match spec.linux().as_ref().and_then(|l| l.rootfs_propagation().as_deref()) {
         None | Some("") => Ok(()),
         Some(word) => {
@@ -67,7 +74,7 @@ pub(super) fn set_up(spec: &Spec) -> Result<(), ContainerError> {
 fn opened(root: BorrowedFd<'_>, root_path: &Path, target: &Path) -> Result<OwnedFd, ContainerError> {
     let is_root = target.components().all(|part| matches!(part, Component::RootDir | Component::CurDir));
     let place = match is_root {
-        true => fs::File::open(root_path).map(OwnedFd::from),
+        true => places::open_directory(root_path),
         false => path::open(root, target),
     };
     place.map_err(|e| ContainerError::guest(&format!("open {}", target.display()), e))
@@ -128,16 +135,15 @@ fn one(root: BorrowedFd<'_>, root_path: &Path, wanted: &Mount) -> Result<(), Con
     if kind == "tmpfs" && !target.made && !data.iter().any(|word| word.starts_with("mode=")) {
         data.extend(mode(&target.fd));
     }
-    let before = options.copy_up.then(|| fs::File::open(&name)).transpose().ok().flatten();
+    // What is no directory has nothing to copy, and one that waits for its other end is not waited for.
+    let before = options.copy_up.then(|| directory(&target.fd)).transpose().ok().flatten();
     // By the configuration's name, which /proc/self/mountinfo shows.
     let device = if source.as_os_str().is_empty() { Path::new(kind) } else { &source };
     mount(Some(device), name.as_str(), Some(kind), options.set, Some(data.join(",").as_str()))
         .map_err(failed(stage(&format!("mount {kind} at"))))?;
     let mounted = opened(root, root_path, &target.path)?;
     if let Some(before) = before {
-        let from = PathBuf::from(format!("/proc/self/fd/{}", before.as_raw_fd()));
-        copy_tree(&from, Path::new(&path::name(&mounted)), 0)
-            .map_err(|e| ContainerError::guest(&stage("copy up"), e))?;
+        copy_tree(&before, &mounted, 0).map_err(|e| ContainerError::guest(&stage("copy up"), e))?;
     }
     options.recursive.apply(&mounted).map_err(|e| ContainerError::guest(&stage("set attributes of"), e))?;
     propagate(&mounted, &options, &stage("set propagation of"))
@@ -155,28 +161,47 @@ fn propagate(mounted: &OwnedFd, options: &Options, stage: &str) -> Result<(), Co
     mount(NONE, path::name(mounted).as_str(), NONE, how, NONE).map_err(failed(stage.to_owned()))
 }
 
-/// Copies what lay under a new tmpfs into it (podman's `tmpcopyup`).
-fn copy_tree(from: &Path, to: &Path, depth: usize) -> io::Result<()> {
-    use std::os::unix::fs::{MetadataExt, chown, lchown};
+/// Opens a place that is a directory, to be read.
+fn directory(place: &OwnedFd) -> io::Result<OwnedFd> {
+    let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+    openat2(place, ".", OpenHow::new().flags(flags)).map_err(Into::into)
+}
+
+/// Copies what lay under a new tmpfs into it (podman's `tmpcopyup`). Where that is the host's, each name may be a link by the time it is
+/// opened, whatever the directory said: what was opened is looked at, and copied.
+fn copy_tree(from: &OwnedFd, to: &OwnedFd, depth: usize) -> io::Result<()> {
+    use std::os::unix::fs::{MetadataExt, fchown, lchown};
     const DEEPEST: usize = 64;
     if depth > DEEPEST {
         return Err(io::Error::other("directories are nested too deeply"));
     }
-    for entry in fs::read_dir(from)? {
-        let entry = entry?;
-        let (kind, meta, target) = (entry.file_type()?, entry.metadata()?, to.join(entry.file_name()));
-        if kind.is_symlink() {
-            symlink(fs::read_link(entry.path())?, &target)?;
-            lchown(&target, Some(meta.uid()), Some(meta.gid()))?;
-        } else if kind.is_dir() {
+    let inside =
+        ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_SYMLINKS | ResolveFlag::RESOLVE_NO_XDEV;
+    let how = OpenHow::new().flags(OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC).resolve(inside);
+    for entry in fs::read_dir(path::name(from))? {
+        let name = entry?.file_name();
+        let child = match openat2(from, name.as_os_str(), how) {
+            Ok(child) => fs::File::from(child),
+            // What is mounted there did not lie there.
+            Err(nix::Error::EXDEV) => continue,
+            Err(error) => return Err(error.into()),
+        };
+        let (meta, target) = (child.metadata()?, Path::new(&path::name(to)).join(&name));
+        let (user, group) = (Some(meta.uid()), Some(meta.gid()));
+        if meta.is_symlink() {
+            symlink(readlinkat(&child, "")?, &target)?;
+            lchown(&target, user, group)?;
+        } else if meta.is_dir() {
             fs::create_dir(&target)?;
-            copy_tree(&entry.path(), &target, depth + 1)?;
-            chown(&target, Some(meta.uid()), Some(meta.gid()))?;
-            fs::set_permissions(&target, meta.permissions())?;
-        } else if kind.is_file() {
-            fs::copy(entry.path(), &target)?;
-            chown(&target, Some(meta.uid()), Some(meta.gid()))?;
-            fs::set_permissions(&target, meta.permissions())?;
+            let made = OwnedFd::from(fs::File::open(&target)?);
+            copy_tree(&directory(&child.into())?, &made, depth + 1)?;
+            fchown(&made, user, group)?;
+            fs::File::from(made).set_permissions(meta.permissions())?;
+        } else if meta.is_file() {
+            let mut made = fs::File::create_new(&target)?;
+            io::copy(&mut fs::File::open(path::name(&child.into()))?, &mut made)?;
+            fchown(&made, user, group)?;
+            made.set_permissions(meta.permissions())?;
         }
     }
     Ok(())
@@ -184,8 +209,8 @@ fn copy_tree(from: &Path, to: &Path, depth: usize) -> io::Result<()> {
 
 /// Makes `root` the root and lets go of the old one. PID 1's own root is the initramfs, which cannot be pivoted away:
 /// the new root is moved on top of it instead, and the process changes into it.
-fn pivot(root: &Path) -> Result<(), ContainerError> {
-    nix::unistd::chdir(root).map_err(failed("enter the root file system".into()))?;
+fn pivot(root: &OwnedFd) -> Result<(), ContainerError> {
+    nix::unistd::fchdir(root).map_err(failed("enter the root file system".into()))?;
     if nix::unistd::pivot_root(".", ".").is_ok() {
         umount2(".", MntFlags::MNT_DETACH).map_err(failed("let go of the old root".into()))?;
     } else {
@@ -252,4 +277,33 @@ pub(super) fn protect(spec: &Spec) -> Result<(), ContainerError> {
         mount(NONE, "/", NONE, flags, NONE).map_err(failed("make the root read-only".into()))?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::{MetadataExt, PermissionsExt};
+
+    #[test]
+    fn what_lay_under_a_tmpfs_is_copied_as_it_is_and_a_fifo_is_not_waited_for() {
+        let outer = tempfile::tempdir().unwrap();
+        let (from, to) = (outer.path().join("from"), outer.path().join("to"));
+        fs::create_dir_all(from.join("directory/deeper")).unwrap();
+        fs::create_dir(&to).unwrap();
+        fs::write(outer.path().join("secret"), "secret").unwrap();
+        fs::write(from.join("directory/deeper/file"), "text").unwrap();
+        fs::set_permissions(from.join("directory/deeper/file"), fs::Permissions::from_mode(0o4710)).unwrap();
+        fs::set_permissions(from.join("directory"), fs::Permissions::from_mode(0o1750)).unwrap();
+        symlink("../secret", from.join("link")).unwrap();
+        symlink("..", from.join("directory/up")).unwrap();
+        nix::unistd::mkfifo(&from.join("fifo"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let open = |path: &Path| OwnedFd::from(fs::File::open(path).unwrap());
+        copy_tree(&open(&from), &open(&to), 0).unwrap();
+        assert_eq!(fs::read(to.join("directory/deeper/file")).unwrap(), b"text");
+        let mode = |path: &str| fs::symlink_metadata(to.join(path)).unwrap().mode() & 0o7777;
+        assert_eq!((mode("directory/deeper/file"), mode("directory")), (0o4710, 0o1750));
+        assert_eq!(fs::read_link(to.join("link")).unwrap(), Path::new("../secret"));
+        assert_eq!(fs::read_link(to.join("directory/up")).unwrap(), Path::new(".."));
+        assert!(!to.join("fifo").exists());
+    }
 }

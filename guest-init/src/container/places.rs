@@ -57,11 +57,16 @@ pub(super) fn enter(source: &Path) {
 
 /// Opens a source as a place: one of the share without following a link, another, which is this init's own, as it is.
 pub(super) fn open(source: &Path) -> io::Result<OwnedFd> {
-    open_below(Path::new(SHARE_DIR), source)
+    open_below(Path::new(SHARE_DIR), source, OFlag::empty())
 }
 
-fn open_below(share: &Path, source: &Path) -> io::Result<OwnedFd> {
-    let how = OpenHow::new().flags(OFlag::O_PATH | OFlag::O_CLOEXEC);
+/// The same of a directory: what the host has mounted there is mounted here, too, which the share does for those alone that want one.
+pub(super) fn open_directory(path: &Path) -> io::Result<OwnedFd> {
+    open_below(Path::new(SHARE_DIR), path, OFlag::O_DIRECTORY)
+}
+
+fn open_below(share: &Path, source: &Path, further: OFlag) -> io::Result<OwnedFd> {
+    let how = OpenHow::new().flags(OFlag::O_PATH | OFlag::O_CLOEXEC | further);
     let opened = match source.strip_prefix(share) {
         Ok(inside) => {
             let only_inside = ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_SYMLINKS;
@@ -113,10 +118,15 @@ mod tests {
         fs::write(outer.path().join("secret"), "x").unwrap();
         symlink("../../../secret", share.join("c/mounts/1")).unwrap();
         symlink(outer.path(), share.join("d")).unwrap();
-        open_below(&share, &share.join("c/mounts/0")).unwrap();
-        open_below(&share, &outer.path().join("secret")).unwrap();
+        let open_below = |place: &Path| {
+            let plain = open_below(&share, place, OFlag::empty());
+            assert!(plain.is_ok() || open_below(&share, place, OFlag::O_DIRECTORY).is_err());
+            plain
+        };
+        open_below(&share.join("c/mounts/0")).unwrap();
+        open_below(&outer.path().join("secret")).unwrap();
         for link in ["c/mounts/1", "d", "d/secret", "c/../../secret"] {
-            assert!(open_below(&share, &share.join(link)).is_err(), "{link}");
+            assert!(open_below(&share.join(link)).is_err(), "{link}");
         }
     }
 }

@@ -56,6 +56,20 @@ fn what_a_container_puts_in_place_of_passwd_holds_nobody_up() {
     assert_eq!(bench.call(&["exec", "c", "sh", "-c", "echo $HOME"]).ok(), "/\n");
 }
 
+/// A FIFO opens once somebody writes to it.
+#[test]
+fn a_fifo_under_a_tmpfs_that_is_to_have_its_files_holds_nobody_up() {
+    let bench = Bench::new();
+    bench.start("runs", &config(&["sleep", "1000"]));
+    let mut config = config(&["true"]);
+    config["mounts"].as_array_mut().unwrap().push(json!(
+        { "destination": "/srv/fifo", "type": "tmpfs", "source": "tmpfs", "options": ["tmpcopyup"] }
+    ));
+    let bundle = bench.bundle("c", &config);
+    nix::unistd::mkfifo(&bundle.join("rootfs/srv/fifo"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let said = bench.create("c", &bundle).failed(1);
+    assert!(said.contains("mount tmpfs at /srv/fifo"), "{said}");
+}
 /// runc waits for the container to go on; here the whole pod would wait, and nobody could let it go on.
 #[test]
 fn exec_into_a_paused_container_says_so_and_the_pod_goes_on() {

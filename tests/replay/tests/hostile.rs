@@ -6,7 +6,10 @@ use std::{
     fs::{self, File},
     io::{IoSlice, Read, Write},
     net::Shutdown,
-    os::{fd::AsRawFd, unix::net::UnixStream},
+    os::{
+        fd::AsRawFd,
+        unix::{fs::symlink, net::UnixStream},
+    },
 };
 
 use coffer_protocol::{
@@ -252,6 +255,32 @@ fn no_process_of_an_owners_pod_leaves_a_core_whatever_the_host_says() {
     let out = gave(exec.arg(bench.path("p")).arg("c")).ok();
     assert!(none(out.clone()), "{out}");
 }
+
+#[test]
+fn a_root_by_a_link_of_the_hosts_is_none() {
+    let bench = Bench::new();
+    bench.start("c", &config(&["sh", "-c", SCRIPT]));
+    let share = bench.root().join("c/share");
+    fs::create_dir(bench.path("outside")).unwrap();
+    symlink(bench.path("outside"), share.join("link")).unwrap();
+    symlink(&share, share.join("up")).unwrap();
+    for place in ["link", "up/c", "link/x"] {
+        let mut request = create("d", None);
+        let Request::Create(create) = &mut request else { unreachable!() };
+        create.spec["root"]["path"] = json!(format!("{SHARE_DIR}/{place}"));
+        create.spec["process"]["user"] = json!({ "uid": 0, "gid": 0 });
+        match asked(&bench, &request) {
+            Reply::Failed { message, .. } => {
+                let words = "open the root file system: Too many levels of symbolic links";
+                assert!(message.contains(words), "{place}: {message}");
+            }
+            other => panic!("{place}: {other:?}"),
+        }
+        goes_on(&bench);
+    }
+    assert_eq!(fs::read_dir(bench.path("outside")).unwrap().count(), 0);
+}
+
 #[test]
 fn a_stub_hands_on_no_signal_that_the_owner_denies() {
     let bench = pod();
