@@ -5,7 +5,8 @@
 use std::os::fd::{AsRawFd, OwnedFd};
 
 use coffer_protocol::{
-    Decoder, Frame, FrameError, Kind, MAX_NOTIFICATION, Outbox, Reply, STDIN_WINDOW, WindowSize,
+    Decoder, ErrorKind, Frame, FrameError, Kind, MAX_NOTIFICATION, MAX_PAYLOAD, Outbox, Reply, STDIN_WINDOW,
+    WindowSize,
 };
 use nix::errno::Errno;
 
@@ -171,7 +172,13 @@ impl Session {
 
     /// Answers a request; without a process the connection has done its work.
     pub(crate) fn reply(&mut self, reply: &Reply) {
-        self.send(Kind::Reply, &reply.to_payload());
+        let mut payload = reply.to_payload();
+        if payload.len() > MAX_PAYLOAD {
+            // A denial, say, of as much as the host has asked.
+            let message = format!("an answer of {} bytes, more than {MAX_PAYLOAD}", payload.len());
+            payload = Reply::Failed { kind: ErrorKind::Guest, message }.to_payload();
+        }
+        self.send(Kind::Reply, &payload);
         self.finishing = self.process.is_none();
     }
 
@@ -456,5 +463,19 @@ mod tests {
         assert!(!session.is_done());
         session.write_host();
         assert!(session.is_done());
+    }
+
+    #[test]
+    fn an_answer_that_no_frame_holds_is_a_short_one_that_says_so() {
+        let (ours, _host) = UnixStream::pair().unwrap();
+        let mut session = Session::new(ours.into());
+        session.reply(&Reply::Failed { kind: ErrorKind::Invalid, message: "\u{1}".repeat(MAX_PAYLOAD / 2) });
+        let mut decoder = Decoder::default();
+        decoder.push(session.out.waiting());
+        let frame = decoder.next_frame().unwrap().unwrap();
+        match Reply::from_payload(&frame.payload).unwrap() {
+            Reply::Failed { message, .. } => assert!(message.contains("an answer of"), "{message}"),
+            other => panic!("{other:?}"),
+        }
     }
 }

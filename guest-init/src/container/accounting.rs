@@ -2,13 +2,17 @@
 //!
 //! Owns: reading and bounding them. Does not own: how callers want it printed.
 
-use std::{collections::BTreeMap, fs, path::Path};
+use std::{collections::BTreeMap, fs, io::Read, path::Path};
 
-use coffer_protocol::{CpuStats, Device, MemoryStats, ProcessInfo, Stats};
+use coffer_protocol::{CpuStats, Device, MAX_PAYLOAD, MemoryStats, ProcessInfo, Stats};
 
-/// Most processes of one answer, and bytes of a command line: an answer must fit a frame.
+/// Most processes of one answer, and bytes of a command line: an answer must fit a frame. A letter of a command line takes two at most
+/// there, and what else is said of a process no more than [`REST`].
 const MOST_PROCESSES: usize = 4096;
-const LONGEST_COMMAND: usize = 512;
+const LONGEST_COMMAND: usize = 400;
+const REST: usize = 200;
+
+const _: () = assert!(MOST_PROCESSES * (2 * LONGEST_COMMAND + REST) < MAX_PAYLOAD);
 /// USER_HZ, which Linux has fixed for what it tells programs.
 const TICKS: u64 = 100;
 
@@ -92,15 +96,26 @@ fn process(pid: u32, boot: u64) -> Option<ProcessInfo> {
     let stat = String::from_utf8_lossy(&read("stat")?).into_owned();
     let status = String::from_utf8_lossy(&read("status")?).into_owned();
     let uid = status.lines().find_map(|l| l.strip_prefix("Uid:")?.split_whitespace().next()?.parse().ok());
-    let mut command = read("cmdline").unwrap_or_default();
-    command.truncate(LONGEST_COMMAND);
+    // As long as the process likes, but only the beginning is read.
+    let mut command = Vec::new();
+    if let Ok(file) = fs::File::open(format!("/proc/{pid}/cmdline")) {
+        let _ = file.take(LONGEST_COMMAND as u64).read_to_end(&mut command);
+    }
     let mut info = parse_stat(pid, &stat, boot)?;
     info.uid = uid.unwrap_or(0);
     if !command.is_empty() {
         let words = command.split(|b| *b == 0).filter(|w| !w.is_empty());
         info.command = words.map(String::from_utf8_lossy).collect::<Vec<_>>().join(" ");
     }
+    info.command = shown(&info.command);
     Some(info)
+}
+
+/// What of a process's own words goes to the host: what does not print would take six letters there, and could be a line of another's.
+fn shown(text: &str) -> String {
+    let mut shown: String = text.chars().map(|c| if c.is_control() { '?' } else { c }).collect();
+    shown.truncate(shown.floor_char_boundary(LONGEST_COMMAND));
+    shown
 }
 
 /// proc(5), `/proc/PID/stat`: the name in brackets may have anything in it.
@@ -169,6 +184,16 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn whatever_processes_are_called_they_fit_an_answer(bytes in prop::collection::vec(any::<u8>(), 0..600), one in any::<u8>()) {
+            for bytes in [bytes, vec![one; LONGEST_COMMAND]] {
+                let most = ProcessInfo { pid: u32::MAX, parent: u32::MAX, uid: u32::MAX, started: u64::MAX, cpu_ms: u64::MAX,
+                    command: shown(&String::from_utf8_lossy(&bytes)) };
+                let length = serde_json::to_vec(&most).unwrap().len();
+                prop_assert!(length < 2 * LONGEST_COMMAND + REST, "{}", length);
+            }
+        }
+
         #[test]
         fn no_text_makes_it_panic(text in "\\PC{0,200}") {
             let _ = (pairs(&text), devices(&text), parse_stat(1, &text, 0));

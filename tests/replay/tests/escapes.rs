@@ -70,6 +70,27 @@ fn a_fifo_under_a_tmpfs_that_is_to_have_its_files_holds_nobody_up() {
     let said = bench.create("c", &bundle).failed(1);
     assert!(said.contains("mount tmpfs at /srv/fifo"), "{said}");
 }
+
+/// What a process calls itself is as long in JSON as it likes: six letters for one that does not print.
+#[test]
+fn no_names_of_processes_are_too_long_for_an_answer() {
+    let bench = Bench::new();
+    let mut config = config(&[
+        "sh",
+        "-c",
+        "a=$(printf '\\001%.0s' $(seq 600)); i=0; while [ $i -lt 1500 ]; do sh -c 'read x < /fifo' \"$a\" & i=$((i+1)); done; echo made; wait",
+    ]);
+    config["linux"]["resources"]["pids"]["limit"] = json!(4096);
+    let bundle = bench.bundle("c", &config);
+    nix::unistd::mkfifo(&bundle.join("rootfs/fifo"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+    symlink("busybox", bundle.join("rootfs/bin/printf")).unwrap();
+    let _ = bench.create("c", &bundle).ok();
+    let _ = bench.call(&["start", "c"]).ok();
+    coffer_replay::until(|| bench.read("c.out") == "made\n");
+    coffer_replay::until(|| bench.call(&["ps", "c"]).ok().matches("/fifo ????").count() == 1500);
+    assert_eq!(bench.status("c"), "running");
+}
+
 /// runc waits for the container to go on; here the whole pod would wait, and nobody could let it go on.
 #[test]
 fn exec_into_a_paused_container_says_so_and_the_pod_goes_on() {
