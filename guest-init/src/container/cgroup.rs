@@ -251,9 +251,17 @@ impl Cgroup {
         text.lines().any(|l| l.strip_prefix("oom_kill ").is_some_and(|n| n.trim() != "0"))
     }
 
+    /// Kills everything in it and in those below it.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn kill(&self) -> io::Result<()> {
+        write(&self.0.join("cgroup.kill"), "1")
+    }
+
     /// Kills everything in it and removes it.
     pub fn remove(&self) {
-        let _ = fs::write(self.0.join("cgroup.kill"), "1");
+        let _ = self.kill();
         // Its processes are children of PID 1 and reaped there; the directory goes once they are.
         remove_tree(&self.0);
     }

@@ -230,19 +230,15 @@ impl Server {
         if container.ended {
             return Err(ContainerError::new(ErrorKind::WrongState, "container not running"));
         }
-        let pids = match target {
-            SignalTarget::Init(_) => vec![container.pid as u32],
-            SignalTarget::All(_) => container.cgroup.processes(),
+        let sent = match target {
+            SignalTarget::Init(_) => send_signal(container.pid, container.signal(signal)),
+            // The kernel leaves out none that is made meanwhile.
+            SignalTarget::All(_) if signal == libc::SIGKILL as u32 && container.cgroup.kill().is_ok() => {
+                Ok(())
+            }
+            SignalTarget::All(_) => send_to_all(&container.cgroup.processes(), signal),
         };
-        let signal = match target {
-            SignalTarget::Init(_) => container.signal(signal),
-            SignalTarget::All(_) => signal,
-        };
-        for pid in pids {
-            send_signal(pid as i32, signal)
-                .map_err(|e| ContainerError::guest(&format!("signal {signal}"), e))?;
-        }
-        Ok(())
+        sent.map_err(|e| ContainerError::guest(&format!("signal {signal}"), e))
     }
 
     /// Signals a process for its stub, whose word is the host's like any other: what the owner's policy denies is dropped.
@@ -304,9 +300,39 @@ fn ended(status: i32) -> Option<Ended> {
         libc::WIFSIGNALED(status).then(|| Ended::Signalled(libc::WTERMSIG(status) as u8))
     }
 }
+
+/// Signals all of these; one that has ended since they were listed needs none.
+fn send_to_all(pids: &[u32], signal: u32) -> io::Result<()> {
+    for pid in pids {
+        match send_signal(*pid as i32, signal) {
+            Err(error) if error.raw_os_error() != Some(libc::ESRCH) => return Err(error),
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
 pub(super) fn send_signal(pid: i32, signal: u32) -> io::Result<()> {
     let signal =
         i32::try_from(signal).ok().filter(|s| (0..=64).contains(s)).ok_or(io::ErrorKind::InvalidInput)?;
     // SAFETY: sends a signal to a child of ours that was not reaped yet.
     if unsafe { libc::kill(pid, signal) } < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{os::unix::process::ExitStatusExt, process::Command};
+
+    use super::*;
+
+    #[test]
+    fn one_that_has_ended_keeps_no_signal_from_the_others() {
+        let sleep = || Command::new("sleep").arg("1000").spawn().unwrap();
+        let (mut gone, mut there) = (sleep(), sleep());
+        gone.kill().unwrap();
+        gone.wait().unwrap();
+        send_to_all(&[gone.id(), there.id()], 15).unwrap();
+        assert_eq!(there.wait().unwrap().signal(), Some(15));
+        assert!(send_to_all(&[std::process::id()], 65).is_err());
+    }
 }
