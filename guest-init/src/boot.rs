@@ -79,6 +79,9 @@ pub fn mount_all() -> Result<(), BootError> {
     let failed = |source| BootError { stage: format!("make {SHARE_DIR}"), source };
     fs::create_dir_all(SHARE_DIR).map_err(failed)?;
     delegate_controllers("/sys/fs/cgroup");
+    // A container may have a lease on a program (F_SETLEASE), and whoever runs that waits for so long, init with it: 45 s otherwise.
+    let failed = |source| BootError { stage: "set fs.lease-break-time".into(), source };
+    fs::write("/proc/sys/fs/lease-break-time", "1").map_err(failed)?;
     // PID 1's root is the initramfs, which pivot_root cannot leave: containers pivot from below this private copy.
     mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>)
         .map_err(at("make / private"))
