@@ -23,7 +23,13 @@ engine_files := ["/etc/hosts", "/etc/hostname", "/etc/resolv.conf", "/run/.conta
 foreign_mounts contains mount if {
 	some mount in input.OCI.Mounts
 	mount.from_host
-	not mount.destination in engine_files
+	not is_engine_file(mount)
+}
+
+# A bind: a file system of another type would be the host's disk, for the guest's kernel to read.
+is_engine_file(mount) if {
+	mount.destination in engine_files
+	mount.type_ in [null, "bind", "none"]
 }
 
 # Where engines mount the kernel's own. Anywhere else they would hide a part of the image.

@@ -243,6 +243,8 @@ mod tests {
             (json!({ "linux": { "devices": [{ "path": "/x" }] } }), "OCI.Linux.Devices"),
             // What the workload shares would lie in the host's files.
             (json!({ "mounts": [bind("/dev/shm")] }), "OCI.Mounts"),
+            // A disk of the host's, whose file system the guest's kernel would read.
+            (json!({ "mounts": [kernels("/run/.containerenv", "ext4")] }), "OCI.Mounts"),
             // Empty directories in place of the image's.
             (json!({ "mounts": [kernels("/etc", "tmpfs")] }), "OCI.Mounts"),
             (json!({ "mounts": [kernels("/tmp", "proc")] }), "OCI.Mounts"),

@@ -71,9 +71,7 @@ fn mount(mount: &Value) -> Value {
     // Of words that say opposite things the last counts, and one for all below counts for the mount itself.
     let last = |of: [&str; 2]| options.iter().rev().find(|o| of.contains(o)).map(|o| *o == of[0]);
     let writable = !last(["rro", "rrw"]).or(last(["ro", "rw"])).unwrap_or(false);
-    let kind = mount.get("type").and_then(Value::as_str).unwrap_or("bind");
-    let bound = options.iter().any(|o| matches!(*o, "bind" | "rbind"));
-    let from_host = bound || !KERNELS.contains(&kind);
+    let from_host = is_bind(mount) || !is_kernels(mount);
     json!({
         "destination": mount.get("destination"),
         "type_": mount.get("type"),
@@ -81,6 +79,18 @@ fn mount(mount: &Value) -> Value {
         "writable": writable,
         "options": options,
     })
+}
+
+/// Shows what lies elsewhere in the guest: in the host's share, where the guest lets no other be named.
+pub(super) fn is_bind(mount: &Value) -> bool {
+    let options = mount.get("options").and_then(Value::as_array).into_iter().flatten();
+    let bound = options.filter_map(Value::as_str).any(|o| matches!(o, "bind" | "rbind"));
+    bound || mount.get("type").and_then(Value::as_str).is_none_or(|kind| kind == "bind")
+}
+
+/// Of a type that the guest's kernel makes by itself.
+pub(super) fn is_kernels(mount: &Value) -> bool {
+    mount.get("type").and_then(Value::as_str).is_some_and(|kind| KERNELS.contains(&kind))
 }
 
 fn process(process: &Value) -> Value {

@@ -5,6 +5,8 @@
 use serde_json::Value;
 use thiserror::Error;
 
+use super::input::{is_bind, is_kernels};
+
 /// What a system call can fail with (MAX_ERRNO in linux/err.h).
 const ERRORS: std::ops::RangeInclusive<u64> = 1..=4095;
 
@@ -17,7 +19,8 @@ pub struct Unseen {
     allowed: &'static str,
 }
 
-/// Looks for programs that are not the container's, and for a filter that tells the container's program lies.
+/// Looks for programs that are not the container's, for file systems that the host wrote, and for a filter that tells the container's
+/// program lies.
 ///
 /// # Errors
 /// [`Unseen`], in the words of a denial.
@@ -37,6 +40,16 @@ pub fn unseen(spec: &Value) -> Result<(), Unseen> {
     };
     if let Some(name) = hooks {
         return Err(Unseen { field: "OCI.Hooks", value: format!("{name:?}"), allowed: "[]" });
+    }
+    // The guest's kernel would read what the host wrote, a disk's blocks above all.
+    let mounts = spec.get("mounts").and_then(Value::as_array).into_iter().flatten();
+    if let Some(mount) = mounts.into_iter().find(|mount| !is_bind(mount) && !is_kernels(mount)) {
+        let value = format!("a mount of type {} at {}", mount["type"], mount["destination"]);
+        return Err(Unseen {
+            field: "OCI.Mounts",
+            value,
+            allowed: "binds, and the kernel's own file systems",
+        });
     }
     let seccomp = spec.pointer("/linux/seccomp").unwrap_or(&Value::Null);
     let lies = |action: Option<&Value>, code: Option<&Value>| match action.and_then(Value::as_str) {
@@ -88,8 +101,17 @@ mod tests {
         refused(
             json!({ "linux": { "seccomp": { "defaultAction": "SCMP_ACT_ERRNO", "defaultErrnoRet": 0 } } }),
         );
+        let mount = |mount: Value| json!({ "mounts": [{ "destination": "/proc", "type": "proc" }, mount] });
+        for kind in ["ext4", "erofs", "overlay", "virtiofs", "none", ""] {
+            let message = refused(mount(json!({ "destination": "/run/.containerenv", "type": kind })));
+            assert!(message.contains("OCI.Mounts is a mount of type"), "{message}");
+        }
         for honest in [
             json!({}),
+            mount(json!({ "destination": "/tmp", "type": "tmpfs" })),
+            mount(json!({ "destination": "/etc/hosts", "type": "bind" })),
+            mount(json!({ "destination": "/etc/hosts", "type": "none", "options": ["ro", "rbind"] })),
+            mount(json!({ "destination": "/etc/hosts" })),
             json!({ "hooks": null }),
             json!({ "hooks": { "startContainer": [], "prestart": null } }),
             group("SCMP_ACT_ERRNO", json!(1)),
