@@ -104,14 +104,29 @@ fn hide_memory() -> Result<(), ContainerError> {
     }
 }
 
-/// Changes into the process's directory, which an image may have named by way of an open file of this process's
-/// (`/proc/self/fd/7`): what is not below the container's root has no name here.
-fn enter_directory(path: &Path) -> Result<(), ContainerError> {
-    let stage = || format!("chdir to cwd ({path:?})");
-    nix::unistd::chdir(path).map_err(|e| ContainerError::guest(&stage(), e))?;
+/// Changes into the process's directory and takes its identity. As runc does: first as root, since the directory may be one that nobody
+/// else may enter, and where root may not, as on a share that knows it as nobody, as the user.
+///
+/// An image may have named the directory by way of an open file of this process's (`/proc/self/fd/7`): what is not below the container's
+/// root has no name here.
+fn enter_directory(
+    path: &Path,
+    identity: impl FnOnce() -> Result<(), ContainerError>,
+) -> Result<(), ContainerError> {
+    let failed =
+        |error: &dyn std::fmt::Display| ContainerError::guest(&format!("chdir to cwd ({path:?})"), error);
+    let entered = match nix::unistd::chdir(path) {
+        Ok(()) => true,
+        Err(nix::Error::EACCES | nix::Error::EPERM) => false,
+        Err(error) => return Err(failed(&error)),
+    };
+    identity()?;
+    if !entered {
+        nix::unistd::chdir(path).map_err(|e| failed(&e))?;
+    }
     match nix::unistd::getcwd() {
         Ok(name) if name.is_absolute() => Ok(()),
-        _ => Err(ContainerError::guest(&stage(), "it is outside of the container's root")),
+        _ => Err(failed(&"it is outside of the container's root")),
     }
 }
 
@@ -171,8 +186,7 @@ fn become_program(
     if !late {
         security::filter(spec, process)?;
     }
-    security::identity(process, spec)?;
-    enter_directory(process.cwd())?;
+    enter_directory(process.cwd(), || security::identity(process, spec))?;
     let program = resolve(process)?;
     say(sync, message::READY, "", terminal.as_ref().map(AsRawFd::as_raw_fd));
     drop(terminal);

@@ -1,6 +1,6 @@
 //! Further processes, as podman, containerd and CRI-O add them.
 
-use std::{fs, process::Stdio};
+use std::{fs, os::unix::fs::PermissionsExt, process::Stdio};
 
 use coffer_replay::{Bench, config, finish, gave, until};
 use serde_json::{Value, json};
@@ -133,6 +133,22 @@ fn in_the_foreground_its_code_is_execs() {
     let output = child.wait_with_output().unwrap();
     assert_eq!((output.status.code(), output.stdout.as_slice()), (Some(5), &b"in"[..]));
 }
+
+/// As runc: root enters first; where only the user may, that one does.
+#[test]
+fn a_directory_that_only_root_may_enter_is_one_for_a_user_too() {
+    let bench = Bench::new();
+    let mut config = config(&["sh", "-c", "id -u; readlink /proc/self/cwd; exec sleep 1000"]);
+    config["process"]["user"] = json!({ "uid": 1000, "gid": 1000 });
+    config["process"]["capabilities"] = json!({ "bounding": ["CAP_CHOWN"] });
+    config["process"]["cwd"] = json!("/root");
+    let bundle = bench.bundle("c", &config);
+    fs::set_permissions(bundle.join("rootfs/root"), fs::Permissions::from_mode(0o700)).unwrap();
+    let _ = bench.create("c", &bundle).ok();
+    let _ = bench.call(&["start", "c"]).ok();
+    until(|| bench.read("c.out") == "1000\n/root\n");
+    let out = bench.call(&["exec", "-u", "1000", "--cwd", "/root", "c", "readlink", "/proc/self/cwd"]).ok();
+    assert_eq!(out, "/root\n");
 }
 
 #[test]
