@@ -17,6 +17,8 @@ use crate::{
 
 /// A process's output is read only while less than this waits for the host.
 const OUTPUT_LIMIT: usize = 256 * 1024;
+/// What a process may leave in a pipe at most: the kernel's own limit for those that users make larger.
+const MOST_LEFT: usize = 1024 * 1024;
 /// Read at once.
 const CHUNK: usize = 64 * 1024;
 
@@ -356,7 +358,7 @@ impl Session {
     }
 
     /// Once the process has ended: takes what it left, then says how it ended. What a grandchild may still write into an
-    /// inherited pipe is not waited for.
+    /// inherited pipe is not waited for; of output that goes nowhere it could go on for ever.
     pub(crate) fn finish_process(&mut self) {
         let Some(ended) = self.process.as_ref().and_then(|p| p.ended) else { return };
         if self.finishing {
@@ -365,12 +367,14 @@ impl Session {
         let further = self.process.as_ref().map_or(0, |p| p.stdio.further.len());
         let further = (0..further).map(|number| Part::Further(number as u8));
         for part in [Part::Notify, Part::Stdout, Part::Stderr, Part::Terminal].into_iter().chain(further) {
-            loop {
+            let mut dropped = 0;
+            while self.streams.output || dropped < MOST_LEFT {
                 if self.waiting() >= OUTPUT_LIMIT {
                     return;
                 }
-                if self.read_once(part) == 0 {
-                    break;
+                match self.read_once(part) {
+                    0 => break,
+                    count => dropped += count,
                 }
             }
         }
@@ -463,6 +467,24 @@ mod tests {
         assert!(!session.is_done());
         session.write_host();
         assert!(session.is_done());
+    }
+
+    #[test]
+    fn one_that_goes_on_to_write_what_nobody_gets_keeps_no_process_from_its_end() {
+        use std::io::Write;
+        let (ours, _host) = UnixStream::pair().unwrap();
+        let (stdout, mut left) = UnixStream::pair().unwrap();
+        unblock(&stdout).unwrap();
+        let mut session = Session::new(ours.into());
+        let stdio = Stdio { stdout: Some(stdout.into()), ..Stdio::default() };
+        session.attach("c", Process::new(4711, stdio), Streams { stdin: true, output: false });
+        session.process.as_mut().unwrap().ended = Some(Ended::Exited(0));
+        // Until nobody can read it.
+        let writer = std::thread::spawn(move || while left.write_all(&[0; CHUNK]).is_ok() {});
+        session.finish_process();
+        assert!(session.finishing);
+        drop(session);
+        writer.join().unwrap();
     }
 
     #[test]

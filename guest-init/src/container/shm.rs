@@ -13,9 +13,13 @@ const PLACE: &str = "/run/coffer/shm";
 /// What the host calls such a tmpfs, before the name that tells it from others.
 const PREFIX: &str = "shm-";
 
+/// Where shared memory is looked for, and the only place that is shared: in any other a policy lets a container have a tmpfs to itself.
+const DESTINATION: &str = "/dev/shm";
+
 /// The name of a shared one, when a mount is that.
 fn name(mount: &Value) -> Option<&str> {
-    let source = mount["source"].as_str().filter(|_| mount["type"] == "tmpfs")?;
+    let is_it = mount["type"] == "tmpfs" && mount["destination"] == DESTINATION;
+    let source = mount["source"].as_str().filter(|_| is_it)?;
     let rest = source.strip_prefix(PREFIX)?;
     let plain =
         !rest.is_empty() && rest.len() <= 64 && rest.chars().all(|c| c.is_ascii_alphanumeric() || c == '-');
@@ -52,8 +56,11 @@ mod tests {
 
     #[test]
     fn only_the_hosts_own_words_name_a_shared_one() {
-        let of =
-            |kind: &str, source: &str| name(&json!({ "type": kind, "source": source })).map(str::to_owned);
+        let at = |destination: &str, kind: &str, source: &str| {
+            name(&json!({ "destination": destination, "type": kind, "source": source })).map(str::to_owned)
+        };
+        let of = |kind: &str, source: &str| at("/dev/shm", kind, source);
+        assert_eq!(at("/tmp", "tmpfs", "shm-12-34"), None);
         assert_eq!(of("tmpfs", "shm-12-34"), Some("shm-12-34".to_owned()));
         for (kind, source) in
             [("bind", "shm-1"), ("tmpfs", "shm"), ("tmpfs", "shm-"), ("tmpfs", "shm-../x"), ("tmpfs", "x")]
