@@ -21,10 +21,10 @@ use serde::Serialize;
 use serde_json::Value;
 use thiserror::Error;
 
-use crate::{hash::canonical_sha384, key::PublicJwk};
-
-/// Digest that evidence carries: SHA-384.
-pub type ReportData = [u8; 48];
+use crate::{
+    hash::{HashAlgorithm, canonical_json},
+    key::PublicJwk,
+};
 
 /// No evidence could be made.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
@@ -95,15 +95,20 @@ struct RuntimeData<'a> {
 
 /// What the processor's evidence carries: the nonce, the TEE key, and the devices' evidence.
 #[must_use]
-pub fn primary_report_data(nonce: &str, key: &PublicJwk, additional: &str) -> ReportData {
+pub fn primary_report_data(
+    algorithm: HashAlgorithm,
+    nonce: &str,
+    key: &PublicJwk,
+    additional: &str,
+) -> Vec<u8> {
     let additional_evidence = Some(additional);
-    canonical_sha384(&RuntimeData { additional_evidence, nonce, tee_pubkey: key })
+    algorithm.digest(&canonical_json(&RuntimeData { additional_evidence, nonce, tee_pubkey: key }))
 }
 
 /// What a device's evidence carries.
 #[must_use]
-pub fn device_report_data(nonce: &str, key: &PublicJwk) -> ReportData {
-    canonical_sha384(&RuntimeData { additional_evidence: None, nonce, tee_pubkey: key })
+pub fn device_report_data(algorithm: HashAlgorithm, nonce: &str, key: &PublicJwk) -> Vec<u8> {
+    algorithm.digest(&canonical_json(&RuntimeData { additional_evidence: None, nonce, tee_pubkey: key }))
 }
 
 impl Attesters {
@@ -129,12 +134,17 @@ impl Attesters {
         Self { primary, devices: Vec::new() }
     }
 
-    /// Evidence of everything, devices first, because the processor's covers theirs.
+    /// Evidence of everything, devices first, because the processor's covers theirs. The digests in it are of the algorithm that the KBS chose.
     ///
     /// # Errors
     /// [`EvidenceError`] of the first that has none.
-    pub fn collect(&mut self, nonce: &str, key: &PublicJwk) -> Result<Composite, EvidenceError> {
-        let digest = device_report_data(nonce, key);
+    pub fn collect(
+        &mut self,
+        algorithm: HashAlgorithm,
+        nonce: &str,
+        key: &PublicJwk,
+    ) -> Result<Composite, EvidenceError> {
+        let digest = device_report_data(algorithm, nonce, key);
         let mut devices = BTreeMap::new();
         for device in &mut self.devices {
             devices.insert(device.tee(), device.evidence(&digest)?);
@@ -148,7 +158,7 @@ impl Attesters {
                 message: e.to_string(),
             })?
         };
-        let digest = primary_report_data(nonce, key, &additional_evidence);
+        let digest = primary_report_data(algorithm, nonce, key, &additional_evidence);
         Ok(Composite { primary_evidence: self.primary.evidence(&digest)?, additional_evidence })
     }
 }
@@ -172,27 +182,42 @@ mod tests {
     #[test]
     fn report_data_is_that_of_the_worked_vector() {
         let (nonce, key) = worked();
+        let sha384 = HashAlgorithm::Sha384;
         assert_eq!(
-            to_hex(&primary_report_data(&nonce, &key, "")),
+            to_hex(&primary_report_data(sha384, &nonce, &key, "")),
             "1341202dde83ec1a934a297c4db4ce6f906acdb7d46d1dd9a9cc7081ff62bf4351d9731d2cf253c5b69005bde4d4592f"
         );
         assert_eq!(
-            to_hex(&device_report_data(&nonce, &key)),
+            to_hex(&device_report_data(sha384, &nonce, &key)),
             "c384a9e6ebe921473845b44470202e43976a28d84977016c1db23755ed5ae995656081055ab94168aef66e2aa3ab79ce"
+        );
+    }
+
+    /// Of the same text by sha256sum and sha512sum.
+    #[test]
+    fn report_data_is_by_the_algorithm_that_was_chosen() {
+        let (nonce, key) = worked();
+        assert_eq!(
+            to_hex(&primary_report_data(HashAlgorithm::Sha256, &nonce, &key, "")),
+            "4260620d2b1c435c36aad02267e5e9fe801ffe9398493daab475e783cf21c825"
+        );
+        assert_eq!(
+            to_hex(&device_report_data(HashAlgorithm::Sha512, &nonce, &key)),
+            "50f93ef1d4f9c0095acd55886b91759d4fb9843d8476926b7fc139c6d8fc800510701e301113aaf434d5a312df54417108ab8ddf47214c6df03d43e5cc6fbc04"
         );
     }
 
     #[test]
     fn devices_evidence_is_inside_the_processors() {
-        let (nonce, key) = worked();
+        let ((nonce, key), algorithm) = (worked(), HashAlgorithm::Sha384);
         let mut attesters = Attesters { primary: Box::new(Sample), devices: vec![Box::new(SampleDevice)] };
-        let composite = attesters.collect(&nonce, &key).unwrap();
+        let composite = attesters.collect(algorithm, &nonce, &key).unwrap();
         let devices: Value = serde_json::from_str(&composite.additional_evidence).unwrap();
         assert_eq!(devices["sampledevice"]["svn"], "2");
-        let digest = crate::encoding::to_base64(&device_report_data(&nonce, &key));
+        let digest = crate::encoding::to_base64(&device_report_data(algorithm, &nonce, &key));
         assert_eq!(devices["sampledevice"]["report_data"], digest);
-        let covered = primary_report_data(&nonce, &key, &composite.additional_evidence);
+        let covered = primary_report_data(algorithm, &nonce, &key, &composite.additional_evidence);
         assert_eq!(composite.primary_evidence["report_data"], crate::encoding::to_base64(&covered));
-        assert_ne!(covered, primary_report_data(&nonce, &key, ""));
+        assert_ne!(covered, primary_report_data(algorithm, &nonce, &key, ""));
     }
 }

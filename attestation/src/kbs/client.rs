@@ -16,6 +16,7 @@ use super::{
 };
 use crate::{
     evidence::Composite,
+    hash::HashAlgorithm,
     jwe::{Jwe, JweError, decrypt},
     jws::{LONGEST as LONGEST_TOKEN, Unverified},
     key::{KeyAlgorithm, KeyError, TeeKey},
@@ -107,8 +108,8 @@ impl From<KeyError> for ClientError {
 pub enum Step {
     /// Send this and give the answer to [`Client::received`], or the failure to [`Client::failed`].
     Send(Request),
-    /// Make evidence over this nonce and [`Client::key`], and give it to [`Client::measured`].
-    Measure(String),
+    /// Make evidence over this nonce and [`Client::key`], by this algorithm, and give it to [`Client::measured`].
+    Measure(String, HashAlgorithm),
     /// Do nothing for this long, then ask again.
     Wait(Duration),
     /// The end. Nothing more happens until another [`Client::fetch`] or [`Client::attest`].
@@ -128,7 +129,7 @@ enum State {
     Idle,
     SendAuth,
     Challenge,
-    Evidence(String),
+    Evidence(String, HashAlgorithm),
     SendAttest(Vec<u8>),
     Token,
     SendResource,
@@ -223,9 +224,9 @@ impl Client {
                 self.state = State::Challenge;
                 Step::Send(post("/auth", to_json(&AuthBody::new(self.tee))))
             }
-            State::Evidence(nonce) => {
-                self.state = State::Evidence(nonce.clone());
-                Step::Measure(nonce)
+            State::Evidence(nonce, algorithm) => {
+                self.state = State::Evidence(nonce.clone(), algorithm);
+                Step::Measure(nonce, algorithm)
             }
             State::SendAttest(body) => {
                 self.state = State::Token;
@@ -297,7 +298,7 @@ impl Client {
 
     /// Evidence was made, or not.
     pub fn measured(&mut self, evidence: Result<Composite, String>) {
-        let State::Evidence(nonce) = std::mem::replace(&mut self.state, State::Idle) else { return };
+        let State::Evidence(nonce, _) = std::mem::replace(&mut self.state, State::Idle) else { return };
         self.state = match evidence {
             Ok(composite) => State::SendAttest(to_json(&AttestBody {
                 init_data: self.init_data.as_deref().map(|body| InitDataBody { format: "toml", body }),
@@ -330,12 +331,13 @@ impl Client {
         if challenge.nonce.is_empty() || challenge.nonce.len() > LONGEST_NONCE {
             return Err(wrong(format!("a nonce of {} characters", challenge.nonce.len())));
         }
-        let algorithm = challenge.extra_params.get("selected-hash-algorithm").and_then(Value::as_str);
-        if let Some(name) = algorithm.filter(|name| !name.eq_ignore_ascii_case("sha384")) {
-            return Err(wrong(format!("digest algorithm {name:?}: {} evidence has SHA-384", self.tee)));
-        }
+        let algorithm = match challenge.extra_params.get("selected-hash-algorithm").and_then(Value::as_str) {
+            Some(name) => HashAlgorithm::from_name(name).map_err(|e| wrong(e.to_string()))?,
+            // A KBS that does not say means this one.
+            None => HashAlgorithm::Sha384,
+        };
         self.cookie = Some(session_cookie(response).ok_or_else(|| wrong("no session cookie".into()))?);
-        Ok(State::Evidence(challenge.nonce))
+        Ok(State::Evidence(challenge.nonce, algorithm))
     }
 
     fn take_token(&mut self, response: &Response) -> Result<State, (ClientError, bool)> {

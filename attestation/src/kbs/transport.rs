@@ -214,8 +214,8 @@ impl Transport {
                         client.failed(&error.to_string());
                     }
                 },
-                Step::Measure(nonce) => {
-                    let evidence = attesters.collect(&nonce, &client.key().public());
+                Step::Measure(nonce, algorithm) => {
+                    let evidence = attesters.collect(algorithm, &nonce, &client.key().public());
                     client.measured(evidence.map_err(|e| e.to_string()));
                 }
                 Step::Wait(time) => std::thread::sleep(time),

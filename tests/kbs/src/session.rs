@@ -11,6 +11,7 @@ use std::{
 use coffer_attestation::{
     encoding::{to_base64, to_hex},
     evidence::{device_report_data, primary_report_data},
+    hash::HashAlgorithm,
     initdata::{Initdata, fit},
     jwe,
     jws::{self, Unverified},
@@ -197,7 +198,7 @@ impl Kbs {
     ) -> Result<Map<String, Value>, Refusal> {
         let failed = |detail: String| Answer::error("AttestationError", detail);
         let evidence = &body.tee_evidence;
-        let digest = primary_report_data(nonce, key, &evidence.additional_evidence);
+        let digest = primary_report_data(HashAlgorithm::Sha384, nonce, key, &evidence.additional_evidence);
         let mut claims = Map::new();
         match tee {
             kbs_types::Tee::Sample => {
@@ -237,7 +238,7 @@ impl Kbs {
         if !evidence.additional_evidence.is_empty() {
             let devices: Map<String, Value> =
                 serde_json::from_str(&evidence.additional_evidence).map_err(|e| failed(e.to_string()))?;
-            let expected = to_base64(&device_report_data(nonce, key));
+            let expected = to_base64(&device_report_data(HashAlgorithm::Sha384, nonce, key));
             for (device, evidence) in devices {
                 if device != "sampledevice" || evidence["report_data"] != expected {
                     return Err(failed(format!("device {device}: evidence not accepted")));

@@ -14,6 +14,7 @@ use std::{
 
 use coffer_attestation::{
     evidence::{Attesters, Sample, SampleDevice},
+    hash::HashAlgorithm,
     kbs::{Client, ClientError, Credential, Outcome, Step, Transport, Url, trusting},
     key::{KeyAlgorithm, TeeKey},
 };
@@ -53,8 +54,8 @@ fn fetch(
                 Ok(response) => client.received(&response),
                 Err(error) => client.failed(&error.to_string()),
             },
-            Step::Measure(nonce) => {
-                let evidence = attesters.collect(&nonce, &client.key().public());
+            Step::Measure(nonce, algorithm) => {
+                let evidence = attesters.collect(algorithm, &nonce, &client.key().public());
                 client.measured(evidence.map_err(|e| e.to_string()));
             }
             Step::Wait(_) => {}
@@ -333,7 +334,8 @@ fn attested(kbs: &Kbs, change: impl FnOnce(&mut Value)) -> (TeeKey, String, coff
     let cookie = challenge.cookie.unwrap();
     let nonce = serde_json::from_slice::<Value>(&challenge.body).unwrap()["nonce"].clone();
     let key = TeeKey::generate(KeyAlgorithm::P256).unwrap();
-    let evidence = Attesters::of(Sample).collect(nonce.as_str().unwrap(), &key.public()).unwrap();
+    let algorithm = HashAlgorithm::Sha384;
+    let evidence = Attesters::of(Sample).collect(algorithm, nonce.as_str().unwrap(), &key.public()).unwrap();
     let mut body = json!({
         "init-data": null,
         "runtime-data": { "nonce": nonce, "tee-pubkey": key.public() },

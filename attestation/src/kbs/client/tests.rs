@@ -54,8 +54,8 @@ fn drive(
                     Err(message) => client.failed(&message),
                 }
             }
-            Step::Measure(nonce) => {
-                let evidence = attesters.collect(&nonce, &client.key().public());
+            Step::Measure(nonce, algorithm) => {
+                let evidence = attesters.collect(algorithm, &nonce, &client.key().public());
                 client.measured(evidence.map_err(|e| e.to_string()));
             }
             Step::Wait(_) => asked.push("wait".into()),
@@ -108,6 +108,56 @@ fn messages_are_what_kbs_types_reads() {
         honest(request, client)
     });
     result.unwrap();
+}
+
+/// The digest is over the text that RFC 8785 makes of what is sent, written here by hand; upstream's client takes the algorithm that the KBS chose
+/// of those offered, and SHA-384 where it chose none.
+#[test]
+fn evidence_has_the_digest_that_the_kbs_chose() {
+    use sha2::{Digest, Sha256, Sha384, Sha512};
+    type Digests = fn(&str) -> Vec<u8>;
+    let digests: [(&str, Digests); 4] = [
+        ("sha256", |text| Sha256::digest(text).to_vec()),
+        ("SHA384", |text| Sha384::digest(text).to_vec()),
+        ("sha512", |text| Sha512::digest(text).to_vec()),
+        ("", |text| Sha384::digest(text).to_vec()),
+    ];
+    for (name, digest) in digests {
+        let mut client = client(Credential::Cookie);
+        client.attest();
+        let (_, result) = drive(&mut client, |request, client| {
+            if request.path == "/kbs/v0/auth" {
+                let mut response = challenge();
+                let mut body: Value = serde_json::from_slice(&response.body).unwrap();
+                if !name.is_empty() {
+                    body["extra-params"] = json!({ "selected-hash-algorithm": name });
+                }
+                response.body = body.to_string().into_bytes();
+                return Ok(response);
+            }
+            let body: Value = serde_json::from_slice(&request.body).unwrap();
+            let (data, key) = (&body["runtime-data"], &body["runtime-data"]["tee-pubkey"]);
+            let members: Vec<_> =
+                ["alg", "crv", "kty", "x", "y"].iter().map(|m| format!("\"{m}\":{}", key[m])).collect();
+            let text = format!(
+                r#"{{"additional-evidence":"","nonce":{},"tee-pubkey":{{{}}}}}"#,
+                data["nonce"],
+                members.join(",")
+            );
+            let wanted = crate::encoding::to_base64(&digest(&text));
+            assert_eq!(body["tee-evidence"]["primary_evidence"]["report_data"], wanted, "{name}");
+            honest(request, client)
+        });
+        result.expect(name);
+    }
+    let mut client = client(Credential::Cookie);
+    client.attest();
+    let (_, result) = drive(&mut client, |_, _| {
+        let mut response = challenge();
+        response.body = br#"{"nonce":"AAAA","extra-params":{"selected-hash-algorithm":"sm3"}}"#.to_vec();
+        Ok(response)
+    });
+    assert!(result.unwrap_err().to_string().contains("\"sm3\" is not known"));
 }
 
 #[test]
