@@ -237,6 +237,43 @@ fn a_resource_for_another_key_is_no_secret() {
     assert!(matches!(result, Err(ClientError::Decrypt { .. })), "{result:?}");
 }
 
+/// A KBS signs its tokens as it likes (Intel Trust Authority by PS384 or RS256): who checks them knows its keys, and that is not the client.
+#[test]
+fn a_token_signed_by_any_algorithm_is_taken_and_what_is_no_token_is_not() {
+    use crate::encoding::to_base64url as b64;
+    let with = |token: String| {
+        let mut client = client(Credential::Cookie);
+        client.attest();
+        drive(&mut client, move |request, _| {
+            Ok(match request.path.as_str() {
+                "/kbs/v0/auth" => challenge(),
+                _ => answer(200, json!({ "token": token })),
+            })
+        })
+        .1
+    };
+    for (algorithm, length) in [("PS384", 384), ("RS256", 256), ("ES384", 96)] {
+        let header = json!({ "alg": algorithm, "typ": "JWT" }).to_string();
+        let signature = vec![7; length];
+        let token = [header.as_bytes(), br#"{"exp":1}"#, &signature].map(b64).join(".");
+        assert_eq!(with(token.clone()), Ok(Outcome::Token(token)), "{algorithm}");
+    }
+    let claims = b64(b"{}");
+    for wrong in [
+        String::new(),
+        claims.clone(),
+        format!("a.{claims}"),
+        format!("a.{claims}.b.c"),
+        format!("a.{}.b", b64(b"[]")),
+        format!("a.{}.b", b64(b"{")),
+        format!("a.{claims}=.b"),
+        format!("a b.{claims}.c"),
+        "a..b".into(),
+    ] {
+        assert!(matches!(with(wrong.clone()), Err(ClientError::Answer { .. })), "{wrong}");
+    }
+}
+
 #[test]
 fn a_cookie_that_would_write_headers_is_not_taken() {
     for value in ["a\r\nX: y", "", "a b"] {
