@@ -115,7 +115,7 @@ pub fn answer(method: &str, target: &str, guest: &mut Guest) -> Answer {
                 json!({ "version": env!("CARGO_PKG_VERSION"), "tee": guest.tee(), "additional_tees": [] });
             says(200, info.to_string())
         }
-        "/aa/token" if parameter(query, "token_type") == Some("kbs") => match guest.token() {
+        "/aa/token" if parameter(query, "token_type").as_deref() == Some("kbs") => match guest.token() {
             Ok((token, pem)) => says(200, json!({ "token": token, "tee_keypair": pem.as_str() }).to_string()),
             Err(error) => says(500, error.to_string()),
         },
@@ -133,15 +133,39 @@ pub fn answer(method: &str, target: &str, guest: &mut Guest) -> Answer {
     }
 }
 
-fn parameter<'a>(query: &'a str, name: &str) -> Option<&'a str> {
-    query.split('&').find_map(|pair| pair.split_once('=').filter(|(n, _)| *n == name).map(|(_, v)| v))
+/// The last parameter of a name, as upstream's map of them has it.
+fn parameter(query: &str, name: &str) -> Option<String> {
+    let pairs = query.split('&').filter(|pair| !pair.is_empty());
+    let mut pairs = pairs.map(|pair| pair.split_once('=').unwrap_or((pair, "")));
+    pairs.rfind(|(n, _)| decoded(n) == name).map(|(_, value)| decoded(value))
+}
+
+/// A name or value of a form (`application/x-www-form-urlencoded`): a `%` that no two digits follow stands for itself, and bytes
+/// that are no text become U+FFFD.
+fn decoded(text: &str) -> String {
+    let mut bytes = Vec::with_capacity(text.len());
+    let mut rest = text.as_bytes();
+    while let [first, after @ ..] = rest {
+        let escape = match (first, after) {
+            (b'%', [a, b, ..]) => char::from(*a).to_digit(16).zip(char::from(*b).to_digit(16)),
+            _ => None,
+        };
+        let (byte, left) = match escape {
+            Some((a, b)) => ((a << 4 | b) as u8, &after[2..]),
+            None if *first == b'+' => (b' ', after),
+            None => (*first, after),
+        };
+        bytes.push(byte);
+        rest = left;
+    }
+    String::from_utf8_lossy(&bytes).into_owned()
 }
 
 fn runtime_data(query: &str) -> Option<Vec<u8>> {
     let text = parameter(query, "runtime_data")?;
-    let data = match parameter(query, "encoding") {
-        None => text.as_bytes().to_vec(),
-        Some("base64") => from_base64url(text).ok()?,
+    let data = match parameter(query, "encoding").as_deref() {
+        None => text.into_bytes(),
+        Some("base64") => from_base64url(&text).ok()?,
         Some(_) => return None,
     };
     (data.len() <= 64).then_some(data)
@@ -184,6 +208,33 @@ mod tests {
         let (_, body) = answer("GET", "/aa/evidence?encoding=base64&runtime_data=AAEC", &mut guest(true));
         let evidence: serde_json::Value = serde_json::from_slice(&body).unwrap();
         assert_eq!(evidence["report_data"], crate::encoding::to_base64(&[0, 1, 2]));
+    }
+
+    /// What curl's `--data-urlencode` and a browser's form send; what is not of the form stays as it is, and the last of a name counts, as upstream.
+    #[test]
+    fn queries_are_decoded_as_forms_are() {
+        let carried = |query: &str| {
+            let (status, body) = answer("GET", &format!("/aa/evidence?{query}"), &mut guest(true));
+            assert_eq!(status, 200, "{query}");
+            let evidence: serde_json::Value = serde_json::from_slice(&body).unwrap();
+            crate::encoding::from_base64(evidence["report_data"].as_str().unwrap()).unwrap()
+        };
+        for (query, wanted) in [
+            ("runtime_data=a%2Fb%3D", "a/b="),
+            ("runtime_data=a+b%2B%20c", "a b+ c"),
+            ("runtime%5Fdata=%c3%A9", "é"),
+            ("runtime_data=100%", "100%"),
+            ("runtime_data=%zz%4%41%4", "%zz%4A%4"),
+            ("runtime_data=%ff", "\u{fffd}"),
+            ("runtime_data=a=b", "a=b"),
+            ("runtime_data", ""),
+            ("&runtime_data=first&&runtime_data=last&", "last"),
+            ("encoding=base6%34&runtime_data=YS%39i", "a/b"),
+        ] {
+            assert_eq!(carried(query), wanted.as_bytes(), "{query}");
+        }
+        let token = answer("GET", "/aa/token?token%5ftype=k%62s", &mut guest(true));
+        assert_eq!(token.0, 500, "no KBS, and the parameter is understood");
     }
 
     #[test]
