@@ -62,9 +62,11 @@ impl<'a> Header<'a> {
         Ok(map)
     }
 
-    pub(super) fn entry(&self, extended: &Extended) -> Result<Entry, TarError> {
-        let path = extended.path.clone().unwrap_or_else(|| self.name());
-        let link = extended.link.clone().unwrap_or_else(|| text(&self.block[157..257]).to_vec());
+    /// Takes names and attributes out of what extended headers said.
+    pub(super) fn entry(&self, extended: &mut Extended) -> Result<Entry, TarError> {
+        let path = extended.long_name.take().or(extended.path.take()).unwrap_or_else(|| self.name());
+        let link = extended.long_link.take().or(extended.link.take());
+        let link = link.unwrap_or_else(|| text(&self.block[157..257]).to_vec());
         if path.len() > MOST_PATH || path.contains(&0) {
             return Err(TarError::Field { field: "name", path: show(&path) });
         }
@@ -102,7 +104,7 @@ impl<'a> Header<'a> {
             uid: extended.uid.map_or_else(|| id("uid", 108, 116), Ok)?,
             gid: extended.gid.map_or_else(|| id("gid", 116, 124), Ok)?,
             mtime,
-            xattrs: extended.xattrs.clone(),
+            xattrs: std::mem::take(&mut extended.xattrs),
             size: extended.size.map_or_else(|| self.size(), Ok)?,
             sparse: None,
             path,

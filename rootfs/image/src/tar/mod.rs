@@ -145,8 +145,8 @@ impl<R: BufRead> Archive<R> {
         }
     }
 
-    fn finish(&mut self, header: &header::Header, extended: pax::Extended) -> Result<Entry, TarError> {
-        let mut entry = header.entry(&extended)?;
+    fn finish(&mut self, header: &header::Header, mut extended: pax::Extended) -> Result<Entry, TarError> {
+        let mut entry = header.entry(&mut extended)?;
         let has_data = entry.kind == Kind::File;
         self.left = if has_data { entry.size } else { 0 };
         self.padding = padding(self.left);
@@ -161,11 +161,11 @@ impl<R: BufRead> Archive<R> {
                 map.extend(&block)?;
             }
             entry.sparse = Some(map.check(&entry)?);
-        } else if let Some(form) = &extended.sparse {
+        } else if let Some(form) = extended.sparse {
             let before = self.left;
             let real = form.real.unwrap_or(entry.size);
-            let map = match &form.map {
-                Some(map) => sparse::Map::of(map.clone(), real),
+            let map = match form.map {
+                Some(map) => sparse::Map::of(map, real),
                 None => sparse::Map::of(self.sparse_blocks()?, real),
             };
             entry.size -= before - self.left;

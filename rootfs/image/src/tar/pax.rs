@@ -6,12 +6,17 @@ use super::TarError;
 
 /// Most xattrs of one file.
 const MOST_XATTRS: usize = 128;
+/// Longest value of an xattr in bytes, as Linux has it: setting a longer one fails.
+const MOST_VALUE: usize = 64 << 10;
 /// Most pieces of one sparse file.
 pub(super) const MOST_PIECES: usize = 1 << 16;
 
 /// What extended headers said of the entry that follows.
 #[derive(Default)]
 pub(super) struct Extended {
+    /// GNU's, which win over PAX's as in Go's reader.
+    pub(super) long_name: Option<Vec<u8>>,
+    pub(super) long_link: Option<Vec<u8>>,
     pub(super) path: Option<Vec<u8>>,
     pub(super) link: Option<Vec<u8>>,
     pub(super) size: Option<u64>,
@@ -52,17 +57,24 @@ impl Extended {
 
     pub(super) fn long_name(&mut self, mut bytes: Vec<u8>) {
         bytes.truncate(bytes.iter().position(|&byte| byte == 0).unwrap_or(bytes.len()));
-        (self.any, self.path) = (true, Some(bytes));
+        (self.any, self.long_name) = (true, Some(bytes).filter(|name| !name.is_empty()));
     }
 
     pub(super) fn long_link(&mut self, mut bytes: Vec<u8>) {
         bytes.truncate(bytes.iter().position(|&byte| byte == 0).unwrap_or(bytes.len()));
-        (self.any, self.link) = (true, Some(bytes));
+        (self.any, self.long_link) = (true, Some(bytes).filter(|link| !link.is_empty()));
     }
 
     /// Records of one header: `<length> <key>=<value>\n`, the length counting itself.
+    ///
+    /// It replaces what an earlier one said, as in Go's reader: what is kept of all of them is no more than one may have.
     pub(super) fn pax(&mut self, mut bytes: &[u8]) -> Result<(), TarError> {
-        self.any = true;
+        *self = Self {
+            long_name: self.long_name.take(),
+            long_link: self.long_link.take(),
+            any: true,
+            ..Self::default()
+        };
         let mut sparse = SparseForm::default();
         let mut is_sparse = false;
         while !bytes.is_empty() {
@@ -106,7 +118,11 @@ impl Extended {
             b"mtime" => self.mtime = Some(time(value)?),
             _ => {
                 if let Some(name) = key.strip_prefix(b"SCHILY.xattr.") {
-                    if name.is_empty() || name.contains(&0) || self.xattrs.len() >= MOST_XATTRS {
+                    if name.is_empty()
+                        || name.contains(&0)
+                        || self.xattrs.len() >= MOST_XATTRS
+                        || value.len() > MOST_VALUE
+                    {
                         return Err(broken());
                     }
                     self.xattrs.retain(|(have, _)| have != name);

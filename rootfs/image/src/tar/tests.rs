@@ -50,6 +50,33 @@ fn names_and_links_of_every_length() {
     assert_eq!(all.len(), 3);
 }
 
+#[test]
+fn an_extended_header_replaces_what_an_earlier_one_said_but_not_gnus_names() {
+    let attribute = |name: &'static str| [(name, &b"value"[..])];
+    let tar = Tar::default()
+        .pax(&[("SCHILY.xattr.user.a", b"value"), ("uid", b"7"), ("linkpath", b"to")])
+        .pax(&attribute("SCHILY.xattr.user.b"))
+        .symlink("l", "d")
+        .raw("././@LongLink", b'L', "", b"long\0", |_| ())
+        .pax(&attribute("SCHILY.xattr.user.c"))
+        .file("short", b"")
+        .end();
+    let all = read(&tar).unwrap();
+    assert_eq!(all[0].0.xattrs, [(b"user.b".to_vec(), b"value".to_vec())]);
+    assert_eq!((all[0].0.uid, &all[0].0.kind), (0, &Kind::SymLink(b"d".to_vec())));
+    assert_eq!(all[1].0.path, b"long");
+    assert_eq!(all[1].0.xattrs.len(), 1);
+}
+
+#[test]
+fn an_attribute_that_linux_cannot_have_is_refused_before_it_is_kept() {
+    let of = |size: usize| {
+        read(&Tar::default().pax(&[("SCHILY.xattr.user.a", &vec![1; size])]).file("a", b"").end())
+    };
+    assert_eq!(of(64 << 10).unwrap()[0].0.xattrs[0].1.len(), 64 << 10);
+    assert!(matches!(of((64 << 10) + 1), Err(TarError::Field { .. })));
+}
+
 /// GNU tar is the oracle: files with holes in every form that it writes.
 #[test]
 fn gnu_tars_sparse_forms() {
