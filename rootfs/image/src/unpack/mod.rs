@@ -27,6 +27,10 @@ use crate::tar::{Archive, Entry, Kind, Sparse, TarError};
 
 /// What an inode costs in tmpfs besides its data, in bytes; charged for every entry.
 const INODE_COST: u64 = 1024;
+/// Bytes of a block.
+const BLOCK_COST: u64 = 4096;
+/// Longest target of a link, in bytes, that tmpfs keeps beside the inode; a longer one has a block.
+const SHORT_TARGET: usize = 127;
 /// Most entries of one layer.
 const MOST_ENTRIES: u64 = 4 << 20;
 
@@ -150,7 +154,7 @@ impl Unpacker {
             return self.whiteout(&path, hidden);
         }
         self.report.entries += 1;
-        self.charge(inode_cost(entry))?;
+        self.charge(entry_cost(entry))?;
         if path.name().is_empty() {
             return match entry.kind {
                 Kind::Directory => {
@@ -218,7 +222,6 @@ impl Unpacker {
         archive: &mut Archive<R>,
     ) -> Result<(), UnpackError> {
         let err = |what| move |e| failed(what, &entry.path, e);
-        self.charge(data_cost(entry))?;
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let inode = self.parent.as_ref().map_or(0, |p| p.stat.st_ino);
         let make = || openat(parent, name, flags, Mode::from_raw_mode(0o600));
@@ -356,14 +359,29 @@ impl Unpacker {
     }
 }
 
-/// tmpfs keeps attributes in memory that no file system's size bounds.
-fn inode_cost(entry: &Entry) -> u64 {
+/// What an entry takes, its data included.
+fn entry_cost(entry: &Entry) -> u64 {
+    // tmpfs keeps attributes in memory that no file system's size bounds.
     let attributes: usize = entry.xattrs.iter().map(|(name, value)| name.len() + value.len() + 64).sum();
-    INODE_COST + attributes as u64
+    let blocks = match (&entry.kind, &entry.sparse) {
+        (Kind::File, Some(sparse)) => blocks(sparse),
+        (Kind::File, None) => entry.size.div_ceil(BLOCK_COST),
+        (Kind::SymLink(target), _) => u64::from(target.len() > SHORT_TARGET),
+        _ => 0,
+    };
+    (INODE_COST + attributes as u64).saturating_add(blocks.saturating_mul(BLOCK_COST))
 }
 
-fn data_cost(entry: &Entry) -> u64 {
-    entry.size.div_ceil(4096).saturating_mul(4096)
+/// The blocks that pieces lie in: a single byte takes a whole one. Pieces are in order, so that the first block of one may be the last of
+/// the one before.
+fn blocks(sparse: &Sparse) -> u64 {
+    let (mut sum, mut counted) = (0u64, 0);
+    for &(offset, length) in sparse.pieces.iter().filter(|(_, length)| *length > 0) {
+        let end = offset.saturating_add(length).div_ceil(BLOCK_COST);
+        sum = sum.saturating_add(end.saturating_sub(counted.max(offset / BLOCK_COST)));
+        counted = end;
+    }
+    sum
 }
 
 /// Bytes that a layer takes of a budget.
@@ -377,8 +395,7 @@ pub fn cost<R: BufRead>(archive: &mut Archive<R>) -> Result<u64, TarError> {
         if name.starts_with(b".wh.") {
             continue;
         }
-        let data = if matches!(entry.kind, Kind::File) { data_cost(&entry) } else { 0 };
-        sum = sum.saturating_add(inode_cost(&entry)).saturating_add(data);
+        sum = sum.saturating_add(entry_cost(&entry));
     }
     Ok(sum)
 }

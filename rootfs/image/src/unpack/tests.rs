@@ -141,6 +141,46 @@ fn a_layers_cost_is_what_unpacking_it_takes_of_the_budget() {
     }
 }
 
+/// Layer of one file with these pieces, and what it costs besides its inode.
+fn sparse_cost(pieces: &[(u64, u64)]) -> u64 {
+    let map: Vec<String> = pieces.iter().map(|(at, length)| format!("{at},{length}")).collect();
+    let data = vec![1; pieces.iter().map(|(_, length)| *length as usize).sum()];
+    let records = [("GNU.sparse.map", map.join(",")), ("GNU.sparse.size", (1u64 << 30).to_string())];
+    let records: Vec<_> = records.iter().map(|(key, value)| (*key, value.as_bytes())).collect();
+    let tar = Tar::default().pax(&records).file("a", &data).end();
+    let cost = cost(&mut Archive::new(tar.as_slice())).unwrap();
+    for (budget, fits) in [(cost, true), (cost - 1, false)] {
+        let dir = tempfile::tempdir().unwrap();
+        let root = fs::File::open(dir.path()).unwrap();
+        let mut unpacker = Unpacker::new(root.into(), Options { privileged: false, budget });
+        assert_eq!(unpacker.layer(&mut Archive::new(tar.as_slice())).is_ok(), fits, "{pieces:?}");
+    }
+    cost - 1024
+}
+
+#[test]
+fn pieces_of_a_sparse_file_cost_the_blocks_that_they_lie_in() {
+    // A byte in each block, as a layer that would take 4096 times what it brings.
+    let scattered: Vec<_> = (0..1000).map(|i| (i * 4096, 1)).collect();
+    assert_eq!(sparse_cost(&scattered), 1000 * 4096);
+    // Two blocks for two bytes; several pieces in one block; none.
+    assert_eq!(sparse_cost(&[(4095, 2)]), 2 * 4096);
+    assert_eq!(sparse_cost(&[(0, 1), (10, 1), (4000, 200), (8191, 1), (8192, 1)]), 3 * 4096);
+    assert_eq!(sparse_cost(&[(5000, 0), (1 << 30, 0)]), 0);
+    assert_eq!(sparse_cost(&[(4096, 8192), (1 << 20, 4096)]), 3 * 4096);
+}
+
+#[test]
+fn a_long_target_of_a_link_costs_a_block() {
+    let of = |length: usize| {
+        let target = "x".repeat(length);
+        let tar = Tar::default().pax(&[("linkpath", target.as_bytes())]).symlink("l", "t").end();
+        cost(&mut Archive::new(tar.as_slice())).unwrap()
+    };
+    // tmpfs keeps up to 128 bytes, the last of them NUL, beside the inode.
+    assert_eq!((of(127), of(128)), (1024, 1024 + 4096));
+}
+
 #[test]
 fn attributes_are_counted_as_what_they_take() {
     let dir = tempfile::tempdir().unwrap();
