@@ -318,7 +318,7 @@ impl Unpacker {
         let Some(fd) = beneath::existing(&self.root, path.parent()).map_err(err)? else { return Ok(()) };
         let stat = fstat(&fd).map_err(err)?;
         if opaque {
-            self.empty(&fd, stat.st_ino, true).map_err(err)?;
+            self.empty(&fd, &stat, true).map_err(err)?;
         } else {
             self.remove(&fd, stat.st_ino, hidden, true).map_err(err)?;
         }

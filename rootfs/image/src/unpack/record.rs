@@ -15,11 +15,27 @@ use rustix::fs::Stat;
 /// Most names that a layer may give to files of lower layers. Archives of layers have the file again in their place.
 pub(super) const MOST_LINKS: usize = 128 << 10;
 
+/// A set of inodes, by device and the number's upper bits: the 64 that follow.
+#[derive(Default)]
+struct Inodes(BTreeMap<(u64, u64), u64>);
+
+impl Inodes {
+    fn add(&mut self, stat: &Stat) {
+        *self.0.entry((stat.st_dev, stat.st_ino >> 6)).or_default() |= 1 << (stat.st_ino & 63);
+    }
+
+    fn has(&self, stat: &Stat) -> bool {
+        let bits = self.0.get(&(stat.st_dev, stat.st_ino >> 6));
+        bits.is_some_and(|bits| bits >> (stat.st_ino & 63) & 1 == 1)
+    }
+}
+
 /// Inodes and names of one layer.
 #[derive(Default)]
 pub(super) struct Record {
-    /// By device and the number's upper bits: the 64 that follow.
-    inodes: BTreeMap<(u64, u64), u64>,
+    inodes: Inodes,
+    /// Directories in which nothing of a lower layer is left. What they hold is this layer's, and what comes to them too.
+    settled: Inodes,
     /// Hashes of directory and name.
     links: HashSet<u64>,
     keys: RandomState,
@@ -28,18 +44,29 @@ pub(super) struct Record {
 impl Record {
     /// For the next layer.
     pub(super) fn clear(&mut self) {
-        self.inodes.clear();
+        self.inodes.0.clear();
+        self.settled.0.clear();
         self.links = HashSet::new();
     }
 
     /// An inode was made, or a directory that is there was named.
     pub(super) fn add(&mut self, stat: &Stat) {
-        *self.inodes.entry((stat.st_dev, stat.st_ino >> 6)).or_default() |= 1 << (stat.st_ino & 63);
+        self.inodes.add(stat);
+    }
+
+    /// A whiteout went through a directory, and left what this layer made.
+    pub(super) fn settle(&mut self, stat: &Stat) {
+        self.settled.add(stat);
+    }
+
+    /// Another whiteout finds nothing there to remove.
+    pub(super) fn is_settled(&self, stat: &Stat) -> bool {
+        self.settled.has(stat)
     }
 
     /// A name was given to an inode. False: there are too many such.
     pub(super) fn link(&mut self, stat: &Stat, parent: u64, name: &[u8]) -> bool {
-        if self.has_inode(stat) {
+        if self.inodes.has(stat) {
             return true;
         }
         let key = self.keys.hash_one((parent, name));
@@ -55,12 +82,7 @@ impl Record {
 
     /// The layer made this name of the inode.
     pub(super) fn has(&self, stat: &Stat, parent: u64, name: &[u8]) -> bool {
-        self.has_inode(stat)
+        self.inodes.has(stat)
             || !self.links.is_empty() && self.links.contains(&self.keys.hash_one((parent, name)))
-    }
-
-    fn has_inode(&self, stat: &Stat) -> bool {
-        let bits = self.inodes.get(&(stat.st_dev, stat.st_ino >> 6));
-        bits.is_some_and(|bits| bits >> (stat.st_ino & 63) & 1 == 1)
     }
 }

@@ -1,12 +1,12 @@
 //! Removing from the tree: what a whiteout hides, and what an entry replaces.
 //!
-//! Owns: that nothing outside the tree is touched (no link is followed) and that a whiteout spares what its own
-//! layer made.
+//! Owns: that nothing outside the tree is touched (no link is followed), that a whiteout spares what its own
+//! layer made, and that no number of whiteouts goes through the same names again and again.
 
 use std::{mem::MaybeUninit, os::fd::OwnedFd};
 
 use rustix::{
-    fs::{AtFlags, Mode, OFlags, RawDir, fstat, openat, statat, unlinkat},
+    fs::{AtFlags, Mode, OFlags, RawDir, Stat, fstat, openat, statat, unlinkat},
     io::Errno,
 };
 
@@ -20,18 +20,26 @@ const NAMES: usize = 4096;
 
 impl Unpacker {
     /// Removes what is in a directory, as [`Self::remove`] does. Tells whether all of it is gone.
-    pub(super) fn empty(&mut self, fd: &OwnedFd, inode: u64, spare: bool) -> Result<bool, Errno> {
-        self.empty_at(fd, inode, spare, 0)
+    pub(super) fn empty(&mut self, fd: &OwnedFd, stat: &Stat, spare: bool) -> Result<bool, Errno> {
+        self.empty_at(fd, stat, spare, 0)
     }
 
-    fn empty_at(&mut self, fd: &OwnedFd, inode: u64, spare: bool, depth: usize) -> Result<bool, Errno> {
+    fn empty_at(&mut self, fd: &OwnedFd, stat: &Stat, spare: bool, depth: usize) -> Result<bool, Errno> {
+        let settled = spare && self.record.is_settled(stat);
         let mut names = vec![MaybeUninit::uninit(); NAMES];
         let (mut list, mut empty) = (RawDir::new(fd, &mut names), true);
         while let Some(entry) = list.next() {
             let name = entry?.file_name().to_bytes().to_vec();
             if name != b"." && name != b".." {
-                empty &= self.remove_at(fd, inode, &name, spare, depth)?;
+                if settled {
+                    return Ok(false);
+                }
+                empty &= self.remove_at(fd, stat.st_ino, &name, spare, depth)?;
             }
+        }
+        // One that is empty takes no time, and is mostly removed.
+        if spare && !empty {
+            self.record.settle(stat);
         }
         Ok(empty)
     }
@@ -75,7 +83,7 @@ impl Unpacker {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let fd = openat(parent, name, flags, Mode::empty())?;
         let below = fstat(&fd)?;
-        let empty = self.empty_at(&fd, below.st_ino, spare, depth + 1)?;
+        let empty = self.empty_at(&fd, &below, spare, depth + 1)?;
         if spared || !empty {
             super::attributes::set_times(&fd, &below)?;
             return Ok(false);
