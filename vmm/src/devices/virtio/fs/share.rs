@@ -15,7 +15,7 @@ use std::{
     ffi::CStr,
     io,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError, RwLock,
         atomic::{AtomicBool, Ordering},
     },
     time::{Duration, SystemTime, UNIX_EPOCH},
@@ -37,20 +37,25 @@ use fuse_backend_rs::{
 const TRUST: Duration = Duration::from_secs(1);
 /// XATTR_SIZE_MAX and XATTR_LIST_MAX of Linux: no attribute needs a larger buffer.
 const MAX_XATTR: u32 = 65536;
-/// Flags of an open file that mean something to the host's file. O_APPEND is not among them: see [`Share::write`]. O_DIRECT is
-/// not, because the guest's buffers are not aligned as the host's file system wants them.
-const FILE_FLAGS: i32 = libc::O_ACCMODE | libc::O_NONBLOCK | libc::O_DSYNC | libc::O_SYNC | libc::O_NOATIME;
+/// Flags of an open file that mean something to the host's file. O_DIRECT is not among them, because the guest's buffers are not
+/// aligned as the host's file system wants them.
+const FILE_FLAGS: i32 =
+    libc::O_ACCMODE | libc::O_APPEND | libc::O_NONBLOCK | libc::O_DSYNC | libc::O_SYNC | libc::O_NOATIME;
 /// Flags that act when a file is opened. O_PATH and O_TMPFILE must never pass: the first would follow a symbolic link.
 const OPEN_FLAGS: i32 = FILE_FLAGS | libc::O_TRUNC | libc::O_EXCL;
 
 type Inode = u64;
 type Handle = u64;
 
+/// Locks that handles share: enough that two of the few threads seldom meet at one without need.
+const LOCKS: usize = 16;
+
 /// The passthrough file system behind its limits.
 pub(super) struct Share {
     inner: PassthroughFs<()>,
-    /// Held from the look at a file's size to the end of an append.
-    append: Mutex<()>,
+    /// A handle's by its number. The file system behind sets the descriptor's O_APPEND as a request has it and then acts, which
+    /// is not one step: pages written back, which want it clear, go alone, reads and appends with it set beside each other.
+    appends: [RwLock<()>; LOCKS],
     /// The files whose pages the guest may still hold, as they were when it opened them last.
     opened: Mutex<HashMap<Inode, Version>>,
     /// Set by the first request of a mount.
@@ -88,7 +93,7 @@ impl Share {
             ..Config::default()
         };
         let inner = PassthroughFs::new(config)?;
-        Ok(Self { inner, append: Mutex::new(()), opened: Mutex::default(), mounted })
+        Ok(Self { inner, appends: Default::default(), opened: Mutex::default(), mounted })
     }
 
     /// Whether the pages that the guest has of a file, if any, are those on the host. A file that changed just now is not
@@ -101,6 +106,24 @@ impl Share {
         let mut opened = lock(&self.opened);
         let before = if settled { opened.insert(inode, version) } else { opened.remove(&inode) };
         before == Some(version)
+    }
+
+    /// Does something over a handle whose file has these flags. `delayed` are pages that the guest writes back: they belong at
+    /// their offset, whatever handle of the file they travel over, and Linux puts such at its end where O_APPEND is set.
+    fn with_flags<T>(
+        &self,
+        handle: Handle,
+        file_flags: u32,
+        delayed: bool,
+        act: impl FnOnce(u32) -> io::Result<T>,
+    ) -> io::Result<T> {
+        let passed = flags(file_flags, if delayed { FILE_FLAGS & !libc::O_APPEND } else { FILE_FLAGS })?;
+        let appends = &self.appends[handle as usize % LOCKS];
+        let alone = delayed.then(|| appends.write());
+        let beside = (passed.cast_signed() & libc::O_APPEND != 0).then(|| appends.read());
+        let done = act(passed);
+        drop((alone, beside));
+        done
     }
 
     fn device_of(&self, ctx: &Context, directory: Inode) -> io::Result<libc::dev_t> {
@@ -300,11 +323,13 @@ impl FileSystem for Share {
         lock_owner: Option<u64>,
         file_flags: u32,
     ) -> io::Result<usize> {
-        self.inner.read(ctx, inode, handle, to, size, offset, lock_owner, flags(file_flags, FILE_FLAGS)?)
+        self.with_flags(handle, file_flags, false, |passed| {
+            self.inner.read(ctx, inode, handle, to, size, offset, lock_owner, passed)
+        })
     }
 
-    /// Appends go to the file's end as the host sees it, as another pod may write to the same file. The host's O_APPEND cannot
-    /// do that: pages that the guest writes back later (`delayed`) travel over the same handles and belong at their offset.
+    /// Appends go to the file's end as the host's kernel sees it in that moment, by the descriptor's O_APPEND: another pod may
+    /// write to the same file or empty it, and the guest's offset is then wrong.
     fn write(
         &self,
         ctx: &Context,
@@ -318,16 +343,9 @@ impl FileSystem for Share {
         file_flags: u32,
         fuse_flags: u32,
     ) -> io::Result<usize> {
-        let passed = flags(file_flags, FILE_FLAGS)?;
-        let appends = file_flags.cast_signed() & libc::O_APPEND != 0 && !delayed;
-        let _one_at_a_time = appends.then(|| lock(&self.append));
-        let offset = if appends {
-            let (stat, _) = self.inner.getattr(ctx, inode, Some(handle))?;
-            offset.max(stat.st_size.cast_unsigned())
-        } else {
-            offset
-        };
-        self.inner.write(ctx, inode, handle, from, size, offset, lock_owner, delayed, passed, fuse_flags)
+        self.with_flags(handle, file_flags, delayed, |passed| {
+            self.inner.write(ctx, inode, handle, from, size, offset, lock_owner, delayed, passed, fuse_flags)
+        })
     }
 
     fn flush(&self, ctx: &Context, inode: Inode, handle: Handle, lock_owner: u64) -> io::Result<()> {

@@ -1,6 +1,6 @@
 //! A small FUSE client: builds requests as Linux does, sends them through the device's queue, takes the answers apart.
 
-use std::{ffi::CString, fs, os::unix::ffi::OsStrExt, path::Path};
+use std::{ffi::CString, fs, os::unix::ffi::OsStrExt, path::Path, sync::Arc};
 
 use fuse_backend_rs::abi::fuse_abi::{
     Attr, AttrOut, CreateIn, EntryOut, InHeader, InitIn, InitOut, Opcode, OpenIn, OpenOut, OutHeader, ReadIn,
@@ -23,7 +23,7 @@ const ANSWER_SIZE: u32 = (1 << 20) + 4096;
 
 /// The device, its driver and the shared directory.
 pub(super) struct Client {
-    pub(super) share: TempDir,
+    pub(super) share: Arc<TempDir>,
     device: Fs,
     driver: Option<Driver>,
     unique: u64,
@@ -42,7 +42,17 @@ impl Client {
     }
 
     pub(super) fn unmounted() -> Self {
-        let share = TempDir::new().unwrap();
+        Self::of(Arc::new(TempDir::new().unwrap()))
+    }
+
+    /// Another pod that has the same directory, mounted.
+    pub(super) fn beside(&self) -> Self {
+        let mut client = Self::of(Arc::clone(&self.share));
+        client.init();
+        client
+    }
+
+    fn of(share: Arc<TempDir>) -> Self {
         let mut device = Fs::new("share", share.path()).unwrap();
         let features = device.features();
         let driver = Driver::new(&mut device, features);
@@ -86,6 +96,22 @@ impl Client {
         let (_, written) = driver.wait_used(queue);
         assert!(written <= answer, "the device claims more than the chain holds");
         driver.read(ANSWER, written as usize)
+    }
+
+    /// Sends requests that all are there before the first is answered, each with room for a header and a little; waits for all.
+    pub(super) fn send_together(&mut self, requests: &[Vec<u8>]) {
+        const STRIDE: u64 = 0x10000;
+        let driver = self.driver();
+        for (request, at) in requests.iter().zip(0u16..) {
+            let (from, to) = (BUFFERS + u64::from(at) * STRIDE, ANSWER + u64::from(at) * STRIDE);
+            driver.write(from, request);
+            driver.chain(REQUESTS, 2 * at, &[(from, request.len() as u32)], &[(to, 256)]);
+            driver.put_available(REQUESTS, 2 * at);
+        }
+        driver.publish(REQUESTS);
+        for _ in requests {
+            driver.wait_used(REQUESTS);
+        }
     }
 
     pub(super) fn request(&mut self, opcode: u32, node: u64, body: &[u8]) -> Vec<u8> {

@@ -191,6 +191,78 @@ fn appends_go_to_the_end_that_the_host_sees_and_written_back_pages_to_their_plac
 }
 
 #[test]
+fn an_append_after_the_host_emptied_the_file_leaves_no_hole() {
+    let mut client = Client::new();
+    let append = libc::O_RDWR | libc::O_APPEND;
+    let (entry, fh) = client.create(ROOT, "log", append, 0o600).unwrap();
+    client.write(entry.nodeid, fh, 0, b"before rotation", append).unwrap();
+    write_host(&client.host("log"), "");
+    // The guest still takes the file for as long as it was, and sends that as the offset.
+    client.write(entry.nodeid, fh, 15, b"after", append).unwrap();
+    assert_eq!(fs::read(client.host("log")).unwrap(), b"after");
+    // A read over the same handle in between takes nothing from the next append.
+    assert_eq!(client.read(entry.nodeid, fh, 0, 100).unwrap(), b"after");
+    client.write(entry.nodeid, fh, 20, b" all", append).unwrap();
+    assert_eq!(fs::read(client.host("log")).unwrap(), b"after all");
+}
+
+#[test]
+fn two_pods_that_append_to_one_file_lose_nothing() {
+    const EACH: usize = 2000;
+    let append = libc::O_WRONLY | libc::O_APPEND;
+    let mut one = Client::new();
+    let mut other = one.beside();
+    let (entry, fh) = one.create(ROOT, "log", append, 0o600).unwrap();
+    let node = other.lookup(ROOT, "log").unwrap().nodeid;
+    let theirs = other.open(node, append).unwrap();
+    // In turns: neither knows what the other has written.
+    for (text, offset) in [("a1\n", 0), ("a2\n", 3)] {
+        one.write(entry.nodeid, fh, offset, text.as_bytes(), append).unwrap();
+        other.write(node, theirs, offset, text.replace('a', "b").as_bytes(), append).unwrap();
+    }
+    assert_eq!(fs::read(one.host("log")).unwrap(), b"a1\nb1\na2\nb2\n");
+    // And at once.
+    std::thread::scope(|threads| {
+        threads.spawn(|| {
+            (0..EACH).for_each(|_| assert_eq!(other.write(node, theirs, 6, b"theirs\n", append), Ok(7)))
+        });
+        (0..EACH).for_each(|_| assert_eq!(one.write(entry.nodeid, fh, 6, b"ours..\n", append), Ok(7)));
+    });
+    let text = fs::read_to_string(one.host("log")).unwrap();
+    let count = |line| text.lines().filter(|l| *l == line).count();
+    assert_eq!((count("ours.."), count("theirs")), (EACH, EACH));
+}
+
+#[test]
+fn appends_reads_and_written_back_pages_over_one_handle_do_not_mix() {
+    const ROUNDS: usize = 500;
+    const AT_ONCE: usize = 16;
+    let mut client = Client::new();
+    let append = libc::O_RDWR | libc::O_APPEND;
+    let (entry, fh) = client.create(ROOT, "log", append, 0o600).unwrap();
+    client.write(entry.nodeid, fh, 0, b"begin\n", append).unwrap();
+    let flags = append as u32;
+    let mut request = |opcode: Opcode, header: &[u8], data: &[u8]| {
+        client.request(opcode as u32, entry.nodeid, &[header, data].concat())
+    };
+    let line = WriteIn { fh, offset: 6, size: 6, flags, ..WriteIn::default() };
+    // WRITE_CACHE.
+    let page = WriteIn { fh, offset: 0, size: 6, fuse_flags: 1, ..WriteIn::default() };
+    let together = [
+        request(Opcode::Write, line.as_slice(), b"added\n"),
+        request(Opcode::Write, page.as_slice(), b"BEGIN\n"),
+        request(Opcode::Read, ReadIn { fh, size: 64, flags, ..ReadIn::default() }.as_slice(), &[]),
+    ];
+    let together = vec![together; AT_ONCE].concat();
+    for _ in 0..ROUNDS {
+        client.send_together(&together);
+    }
+    let text = fs::read_to_string(client.host("log")).unwrap();
+    let wanted = format!("BEGIN\n{}", "added\n".repeat(ROUNDS * AT_ONCE));
+    assert!(text == wanted, "{} bytes in place of {}", text.len(), wanted.len());
+}
+
+#[test]
 fn user_attributes_pass_and_those_of_the_hosts_kernel_do_not() {
     let mut client = Client::new();
     write_host(&client.host("f"), "");
