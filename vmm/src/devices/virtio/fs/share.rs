@@ -173,10 +173,11 @@ impl FileSystem for Share {
             | FsOptions::ATOMIC_O_TRUNC
             | FsOptions::AUTO_INVAL_DATA
             | FsOptions::PARALLEL_DIROPS
-            | FsOptions::ASYNC_DIO
             | FsOptions::SUBMOUNTS
             | FsOptions::INIT_EXT;
-        let never = FsOptions::PERFILE_DAX | FsOptions::WRITEBACK_CACHE;
+        // ASYNC_DIO is not offered: Linux then sends the requests of one large direct write in parallel, also of one with O_APPEND,
+        // whose parts would come to the file's end in any order.
+        let never = FsOptions::PERFILE_DAX | FsOptions::WRITEBACK_CACHE | FsOptions::ASYNC_DIO;
         Ok((self.inner.init(capable - never)? | ours) - never)
     }
 

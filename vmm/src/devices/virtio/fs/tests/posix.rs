@@ -23,7 +23,8 @@ fn init_agrees_on_large_transfers_and_host_visible_caching() {
     let writeback = 1 << 16;
     let submounts = 1 << 27;
     let auto_invalidate = 1 << 12;
-    assert_eq!(out.flags & (posix_locks_and_flock | writeback), 0);
+    let direct_in_parallel = 1 << 15;
+    assert_eq!(out.flags & (posix_locks_and_flock | writeback | direct_in_parallel), 0);
     assert_ne!(out.flags & submounts, 0);
     assert_ne!(out.flags & auto_invalidate, 0);
 }
