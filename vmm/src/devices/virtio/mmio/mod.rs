@@ -29,6 +29,9 @@ const VENDOR: u32 = u32::from_le_bytes(*b"COFR");
 pub const QUEUE_NOTIFY: u64 = 0x50;
 const CONFIG: u64 = 0x100;
 
+/// Most failures of a window that are told. A guest can have as many as it likes, and the log lies in the host's memory (/run).
+const MOST_FAILURES: u32 = 8;
+
 /// One slot's registers and the device behind them.
 pub struct Window {
     device: Box<dyn VirtioDevice>,
@@ -46,6 +49,8 @@ pub struct Window {
     driver_features: u64,
     queue_select: u32,
     failures: Vec<DeviceError>,
+    /// How many there were, over all resets.
+    failed: u32,
 }
 
 impl Window {
@@ -79,6 +84,7 @@ impl Window {
             driver_features: 0,
             queue_select: 0,
             failures: Vec::new(),
+            failed: 0,
         })
     }
 
@@ -96,7 +102,7 @@ impl Window {
         &self.kicks
     }
 
-    /// Failures since the last call, for the log.
+    /// Failures since the last call, for the log; the first few of the window's.
     pub fn take_failures(&mut self) -> Vec<DeviceError> {
         std::mem::take(&mut self.failures)
     }
@@ -223,7 +229,8 @@ impl Window {
             {
                 self.status |= FEATURES;
             }
-            (FEATURES, OK) => self.activate(),
+            // Where activation failed, the driver must reset the device first (virtio 1.2, 2.1).
+            (FEATURES, OK) if self.status & VIRTIO_CONFIG_S_NEEDS_RESET == 0 => self.activate(),
             _ => {}
         }
     }
@@ -233,7 +240,10 @@ impl Window {
             Ok(()) => self.status |= VIRTIO_CONFIG_S_DRIVER_OK,
             Err(failure) => {
                 self.status |= VIRTIO_CONFIG_S_NEEDS_RESET;
-                self.failures.push(failure);
+                if self.failed < MOST_FAILURES {
+                    self.failed += 1;
+                    self.failures.push(failure);
+                }
             }
         }
     }

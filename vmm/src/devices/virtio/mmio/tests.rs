@@ -142,20 +142,56 @@ fn under_a_tee_a_driver_must_accept_access_platform() {
     }
 }
 
+/// A driver whose queue does not lie in RAM.
+fn start_outside_ram(window: &mut Window) {
+    for status in [1, 3] {
+        put(window, 0x70, status);
+    }
+    put(window, 0x24, 1);
+    put(window, 0x20, 1);
+    put(window, 0x70, 11);
+    put(window, 0x84, 1);
+    put(window, 0x44, 1);
+    put(window, 0x70, 15);
+}
+
 #[test]
 fn a_queue_outside_ram_makes_the_device_ask_for_a_reset() {
     let mut window = window();
-    for status in [1, 3] {
-        put(&mut window, 0x70, status);
-    }
-    put(&mut window, 0x24, 1);
-    put(&mut window, 0x20, 1);
-    put(&mut window, 0x70, 11);
-    put(&mut window, 0x84, 1);
-    put(&mut window, 0x44, 1);
-    put(&mut window, 0x70, 15);
+    start_outside_ram(&mut window);
     assert_eq!(get(&window, 0x70), 11 | VIRTIO_CONFIG_S_NEEDS_RESET);
     assert_eq!(window.take_failures().len(), 1);
+}
+
+#[test]
+fn a_device_that_needs_a_reset_does_not_start_without_one() {
+    let mut window = window();
+    start_outside_ram(&mut window);
+    for _ in 0..3 {
+        put(&mut window, 0x70, 15);
+    }
+    assert_eq!(get(&window, 0x70), 11 | VIRTIO_CONFIG_S_NEEDS_RESET);
+    assert_eq!(window.take_failures().len(), 1);
+    // The queue is a good one now, but the driver has not reset the device.
+    put(&mut window, 0x84, 0);
+    put(&mut window, 0x70, 15);
+    assert_eq!(get(&window, 0x70), 11 | VIRTIO_CONFIG_S_NEEDS_RESET);
+    put(&mut window, 0x70, 0);
+    start(&mut window);
+    assert_eq!(get(&window, 0x70), 15);
+}
+
+#[test]
+fn a_guest_that_fails_for_ever_fills_no_log() {
+    let mut window = window();
+    let mut told = 0;
+    for _ in 0..100 {
+        start_outside_ram(&mut window);
+        assert_eq!(get(&window, 0x70), 11 | VIRTIO_CONFIG_S_NEEDS_RESET);
+        told += window.take_failures().len();
+        put(&mut window, 0x70, 0);
+    }
+    assert_eq!(told, 8);
 }
 
 proptest! {
