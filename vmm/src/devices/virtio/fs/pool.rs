@@ -35,6 +35,9 @@ use crate::memory::Ram;
 
 /// Most bytes of a request, and of an answer: what INIT grants, and a page for headers. The server allocates up to this much.
 const MAX_MESSAGE: usize = MAX_BUFFER_SIZE as usize + 4096;
+/// FUSE_SYNCFS (linux/fuse.h), which `fuse-backend-rs` does not name. It answers ENOSYS, after which Linux never asks again and
+/// takes every sync for done.
+const SYNCFS: u32 = 50;
 /// Requests taken in a row before the leader looks whether it shall stop.
 const BURST: u32 = 64;
 /// Epoll data of the stop event; the queues have their index.
@@ -43,7 +46,8 @@ const STOP: u64 = u64::MAX;
 /// What the threads share.
 pub(super) struct Pool {
     memory: GuestRam,
-    server: Server<Share>,
+    share: Arc<Share>,
+    server: Server<Arc<Share>>,
     queues: Vec<(Mutex<Ring>, EventFd)>,
     intake: Mutex<Intake>,
     interrupt: Interrupt,
@@ -79,7 +83,9 @@ impl Pool {
         let queues =
             queues.into_iter().map(|queue| Mutex::new(Ring::new(queue, features))).zip(kicks).collect();
         let intake = Mutex::new(Intake { epoll, taken: 0 });
-        Ok(Self { memory, server: Server::new(share), queues, intake, interrupt, _stop: stop })
+        let share = Arc::new(share);
+        let server = Server::new(Arc::clone(&share));
+        Ok(Self { memory, share, server, queues, intake, interrupt, _stop: stop })
     }
 
     /// # Errors
@@ -101,7 +107,7 @@ impl Pool {
         own_credentials();
         while let Some((queue, chain)) = self.next() {
             let head = chain.head_index();
-            let written = answer(&self.server, &self.memory, chain);
+            let written = answer(&self.share, &self.server, &self.memory, chain);
             if lock(&self.queues[queue].0).complete(&self.memory, head, written) {
                 self.interrupt.used();
             }
@@ -166,17 +172,20 @@ fn own_credentials() {
 }
 
 /// Serves one request and returns the bytes written into the chain.
-pub(super) fn answer(server: &Server<Share>, memory: &Ram, chain: Chain<'_>) -> u32 {
+fn answer(share: &Share, server: &Server<Arc<Share>>, memory: &Ram, chain: Chain<'_>) -> u32 {
     // Both are made before they are measured: the guest may rewrite its descriptors at any time, the slices stay.
     let (Ok(reader), Ok(writer)) =
         (Reader::from_descriptor_chain(memory, chain.clone()), VirtioFsWriter::new(memory, chain))
     else {
         return 0;
     };
-    let mut failure = writer.clone();
+    let mut header_alone = writer.clone();
     let Ok(header) = reader.clone().read_obj::<InHeader>() else { return 0 };
     let errno = if reader.available_bytes() > MAX_MESSAGE || writer.available_bytes() > MAX_MESSAGE {
         libc::EINVAL
+    } else if header.opcode == SYNCFS {
+        // Its answer is a header alone.
+        share.sync(header.nodeid).map_or_else(|error| error.raw_os_error().unwrap_or(libc::EIO), |()| 0)
     } else {
         match server.handle_message(reader, Writer::VirtioFs(writer), None, None) {
             Ok(written) => return u32::try_from(written).unwrap_or(0),
@@ -189,5 +198,5 @@ pub(super) fn answer(server: &Server<Share>, memory: &Ram, chain: Chain<'_>) -> 
         return 0;
     }
     let out = OutHeader { len: size_of::<OutHeader>() as u32, error: -errno, unique: header.unique };
-    failure.write_all(out.as_slice()).map_or(0, |()| out.len)
+    header_alone.write_all(out.as_slice()).map_or(0, |()| out.len)
 }

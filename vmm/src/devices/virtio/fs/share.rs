@@ -13,7 +13,12 @@
 use std::{
     collections::HashMap,
     ffi::CStr,
+    fs::OpenOptions as HostOptions,
     io,
+    os::{
+        fd::AsRawFd,
+        unix::fs::{MetadataExt, OpenOptionsExt},
+    },
     sync::{
         Arc, Mutex, MutexGuard, PoisonError, RwLock,
         atomic::{AtomicBool, Ordering},
@@ -56,6 +61,8 @@ pub(super) struct Share {
     /// A handle's by its number. The file system behind sets the descriptor's O_APPEND as a request has it and then acts, which
     /// is not one step: pages written back, which want it clear, go alone, reads and appends with it set beside each other.
     appends: [RwLock<()>; LOCKS],
+    /// Held by who writes back all of a host's file system.
+    syncs: Mutex<()>,
     /// The files whose pages the guest may still hold, as they were when it opened them last.
     opened: Mutex<HashMap<Inode, Version>>,
     /// Set by the first request of a mount.
@@ -93,7 +100,13 @@ impl Share {
             ..Config::default()
         };
         let inner = PassthroughFs::new(config)?;
-        Ok(Self { inner, appends: Default::default(), opened: Mutex::default(), mounted })
+        Ok(Self {
+            inner,
+            appends: Default::default(),
+            syncs: Mutex::new(()),
+            opened: Mutex::default(),
+            mounted,
+        })
     }
 
     /// Whether the pages that the guest has of a file, if any, are those on the host. A file that changed just now is not
@@ -124,6 +137,29 @@ impl Share {
         let done = act(passed);
         drop((alone, beside));
         done
+    }
+
+    /// SYNCFS, which the server does not know: the file system of a directory goes to the disk. It has other tenants' files too, so
+    /// one at a time, whatever the guest asks for.
+    ///
+    /// # Errors
+    /// The system's.
+    pub(super) fn sync(&self, directory: Inode) -> io::Result<()> {
+        let device = self.device_of(&Context::default(), directory)?;
+        let path = self.inner.readlinkat_proc_file(directory)?;
+        let flags = libc::O_DIRECTORY | libc::O_NOFOLLOW | libc::O_NONBLOCK;
+        let opened = HostOptions::new().read(true).custom_flags(flags).open(path)?;
+        // Something else may be mounted at the path, or moved there, by now.
+        if opened.metadata()?.dev() != device {
+            return Err(refused(libc::ESTALE));
+        }
+        let _one_at_a_time = lock(&self.syncs);
+        // SAFETY: the descriptor is open, and the call touches no memory.
+        if unsafe { libc::syncfs(opened.as_raw_fd()) } == 0 {
+            Ok(())
+        } else {
+            Err(io::Error::last_os_error())
+        }
     }
 
     fn device_of(&self, ctx: &Context, directory: Inode) -> io::Result<libc::dev_t> {

@@ -6,8 +6,8 @@ use std::{
 };
 
 use fuse_backend_rs::abi::fuse_abi::{
-    EntryOut, FallocateIn, FsyncIn, Kstatfs, LseekIn, LseekOut, MknodIn, Opcode, OpenIn, OpenOut, ReadIn,
-    ReleaseIn, Rename2In, SetattrIn, WriteIn,
+    EntryOut, FallocateIn, FsyncIn, Kstatfs, LseekIn, LseekOut, MknodIn, Opcode, OpenIn, OpenOut, OutHeader,
+    ReadIn, ReleaseIn, Rename2In, SetattrIn, WriteIn,
 };
 use vm_memory::ByteValued;
 
@@ -261,6 +261,27 @@ fn appends_reads_and_written_back_pages_over_one_handle_do_not_mix() {
     let text = fs::read_to_string(client.host("log")).unwrap();
     let wanted = format!("BEGIN\n{}", "added\n".repeat(ROUNDS * AT_ONCE));
     assert!(text == wanted, "{} bytes in place of {}", text.len(), wanted.len());
+}
+
+#[test]
+fn sync_reaches_the_hosts_disk_and_says_so() {
+    const SYNCFS: u32 = 50;
+    let mut client = Client::new();
+    fs::create_dir(client.host("d")).unwrap();
+    write_host(&client.host("f"), "x");
+    let nodes = ["d", "f"].map(|name| client.lookup(ROOT, name).unwrap().nodeid);
+    let mut sync = |node: u64| {
+        let request = client.request(SYNCFS, node, &[0; 8]);
+        let answer = client.send(1, &request, 16);
+        let header: OutHeader = object(&answer);
+        assert_eq!((header.len, header.unique), (16, u64::from_le_bytes(request[8..16].try_into().unwrap())));
+        -header.error
+    };
+    assert_eq!(sync(ROOT), 0);
+    assert_eq!(sync(nodes[0]), 0);
+    // A file system's root is a directory, and only of such a one is this asked.
+    assert_eq!(sync(nodes[1]), libc::ENOTDIR);
+    assert_eq!(sync(12345), libc::EBADF);
 }
 
 #[test]
