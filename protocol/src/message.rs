@@ -70,7 +70,7 @@ pub enum Request {
         /// Container.
         id: String,
     },
-    /// Ends the pod: everything is killed, file systems are synced, the machine powers off.
+    /// Ends the pod: everything is killed, what it wrote is the host's, the machine powers off.
     Shutdown,
 }
 
