@@ -80,7 +80,9 @@ fn copy(image: &str, layout: &Layout, directory: &PathBuf) -> Result<Descriptor,
     let output = command.arg(target).stdin(Stdio::null()).output().map_err(StorageError::Program)?;
     if !output.status.success() {
         let said = String::from_utf8_lossy(&output.stderr);
-        let words = said.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or("skopeo says nothing");
+        let last = said.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or("skopeo says nothing");
+        // Its line begins with a time and a level.
+        let words = last.split_once("msg=").map_or(last, |(_, words)| words);
         return Err(StorageError::Refused { image: image.to_owned(), words: words.to_owned() });
     }
     Ok(Layout::open(directory)?.tagged(Some(TAG))?)
