@@ -441,7 +441,7 @@ mod tests {
             "process": { "cwd": "/", "args": ["sh"], "user": { "uid": 0, "gid": 0 } },
             "mounts": [
                 { "destination": "/proc", "type": "proc", "source": "proc" },
-                { "destination": "/data", "type": "bind", "source": "/srv", "options": ["rbind", "ro"] }
+                { "destination": "/data", "type": "bind", "source": "/no/such/place", "options": ["rbind", "ro"] }
             ],
             "hooks": { "poststop": [{ "path": "/bin/true" }], "startContainer": [{ "path": "/bin/in" }] },
             "linux": { "cgroupsPath": "/x", "namespaces": [{ "type": "network", "path": "/run/netns/a" }] }
@@ -466,8 +466,38 @@ mod tests {
         assert_eq!(plan.binds[0].source, Path::new("/merged"));
         assert_eq!(
             plan.binds[1],
-            Bind { source: "/srv".into(), target: "c1/mounts/1".into(), read_only: true, recursive: true }
+            Bind {
+                source: "/no/such/place".into(),
+                target: "c1/mounts/1".into(),
+                read_only: true,
+                recursive: true
+            }
         );
+    }
+
+    #[test]
+    fn a_directory_has_one_place_for_each_way_of_mounting_it() {
+        let outer = tempfile::tempdir().unwrap();
+        std::fs::create_dir(outer.path().join("d")).unwrap();
+        std::fs::write(outer.path().join("f"), "").unwrap();
+        std::os::unix::fs::symlink("d", outer.path().join("link")).unwrap();
+        let mount = |name: &str, options: &[&str]| json!({ "destination": "/x", "type": "bind", "source": outer.path().join(name), "options": options });
+        let mounts = json!([
+            mount("d", &["rbind", "rw"]),
+            mount("link", &["rbind", "nosuid"]),
+            mount("d", &["bind"]),
+            mount("d", &["rbind", "ro"]),
+            mount("f", &["rbind"]),
+        ]);
+        let places = |id| plan(Path::new("/b"), id, &config(json!({ "mounts": mounts }))).unwrap().binds;
+        let (one, other) = (places("c1"), places("c2"));
+        let targets = |binds: &[Bind]| binds[1..].iter().map(|bind| bind.target.clone()).collect::<Vec<_>>();
+        let (one, other) = (targets(&one), targets(&other));
+        assert_eq!((&one[0], &one[..4]), (&one[1], &other[..4]));
+        let places: BTreeSet<_> = one[1..].iter().collect();
+        assert_eq!(places.len(), 4);
+        assert!(one[..4].iter().all(|target| target.starts_with(VOLUMES)), "{one:?}");
+        assert_eq!((&*one[4], &*other[4]), (Path::new("c1/mounts/4"), Path::new("c2/mounts/4")));
     }
 
     #[test]
