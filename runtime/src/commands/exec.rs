@@ -152,6 +152,7 @@ pub(super) fn exec(call: &Call, root: &Path) -> Result<i32, Error> {
     if word != b"k" {
         return Err(Error::State(format!("set up the stub: {}", String::from_utf8_lossy(&word))));
     }
+    let _raw = own.map(foreground::Raw::new).transpose()?;
     // Not before the stub is there: what runs may end the container at once, and with it every process in the host's namespace of it.
     if let Err(error) = connection.ask(&request) {
         drop(tell_to_go);
@@ -166,7 +167,7 @@ pub(super) fn exec(call: &Call, root: &Path) -> Result<i32, Error> {
     if let Some(path) = call.value("pid-file") {
         state::write_whole(Path::new(path), pid.to_string().as_bytes())?;
     }
-    signals.map_or(Ok(0), |signals| foreground::wait(pid, own, &signals))
+    signals.map_or(Ok(0), |signals| foreground::wait(pid, &signals))
 }
 
 /// The cgroup below the container's that `--cgroup` names. The hierarchy has one tree, so that no controller is named with it.

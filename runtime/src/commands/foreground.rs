@@ -28,11 +28,11 @@ pub(super) fn terminal() -> Result<Option<OwnedFd>, Error> {
     io::stdin().as_fd().try_clone_to_owned().map(Some).map_err(host("take this terminal"))
 }
 
-/// Every key goes to the guest until this is dropped.
-struct Raw(File, Termios);
+/// Every key goes to the guest until this is dropped. Made before the process runs: whoever sees its first word may type at once.
+pub(super) struct Raw(File, Termios);
 
 impl Raw {
-    fn new(terminal: OwnedFd) -> Result<Self, Error> {
+    pub(super) fn new(terminal: OwnedFd) -> Result<Self, Error> {
         let terminal = File::from(terminal);
         let before = tcgetattr(&terminal).map_err(host("read the terminal's settings"))?;
         let mut raw = before.clone();
@@ -59,9 +59,8 @@ impl Signals {
     }
 }
 
-/// Waits for the stub, our child, with its signals and its terminal; gives its code as a shell would.
-pub(super) fn wait(stub: i32, terminal: Option<OwnedFd>, signals: &Signals) -> Result<i32, Error> {
-    let _raw = terminal.map(Raw::new).transpose()?;
+/// Waits for the stub, our child, with its signals; gives its code as a shell would.
+pub(super) fn wait(stub: i32, signals: &Signals) -> Result<i32, Error> {
     loop {
         match waitpid(Pid::from_raw(stub), Some(WaitPidFlag::WNOHANG)) {
             Ok(WaitStatus::Exited(_, code)) => return Ok(code),

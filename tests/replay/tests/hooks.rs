@@ -1,6 +1,10 @@
 //! The six hooks: where each runs, with which state, and what its failure does.
 
-use std::{fs, os::unix::fs::PermissionsExt, path::Path};
+use std::{
+    fs,
+    os::unix::{fs::PermissionsExt, process::CommandExt},
+    path::Path,
+};
 
 use coffer_replay::{Bench, config, until};
 use serde_json::{Value, json};
@@ -211,6 +215,13 @@ fn slow_create(bench: &Bench, id: &str, seconds: u32) -> std::process::Child {
     let mut command = bench.command(&["create", "--bundle"]);
     let files = ["out", "err"].map(|end| fs::File::create(bench.path(&format!("slow.{end}"))).unwrap());
     let [out, err] = files;
+    // SAFETY: changes what the child does upon a signal, which a shell in the background may have told this process to ignore.
+    unsafe {
+        command.pre_exec(|| {
+            libc::signal(libc::SIGINT, libc::SIG_DFL);
+            Ok(())
+        });
+    }
     let child = command.arg(bundle).arg(id).stdout(out).stderr(err).spawn().unwrap();
     until(|| bench.path("began").exists());
     child

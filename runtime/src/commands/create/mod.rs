@@ -134,27 +134,37 @@ pub(super) fn run(call: &Call, root: &Path) -> Result<i32, Error> {
     create(call, root)?;
     let id = call.id()?;
     let detached = call.has("detach");
-    let held = if detached { Ok(None) } else { foreground::Signals::hold().map(Some) };
     let waits = if detached { Ready::Awaited } else { Ready::Behind };
-    let started =
-        held.and_then(|held| wanted().and_then(|()| start_container(root, id, waits)).map(|()| held));
+    let in_front = || Ok((foreground::Signals::hold()?, own_terminal(call, &Directory::of(root, id)?)?));
+    let held = if detached { Ok(None) } else { in_front().map(Some) };
+    let started = held.and_then(|held| {
+        wanted()?;
+        start_container(root, id, waits)?;
+        Ok(held)
+    });
     let record = Directory::of(root, id)?.read()?;
-    let signals = match started {
+    let (signals, raw) = match started {
         Err(error) => {
             let _ = delete(root, id, true);
             return Err(error);
         }
         Ok(None) => return Ok(0),
-        Ok(Some(signals)) => signals,
+        Ok(Some(held)) => held,
     };
-    let wants_terminal =
-        plan::wants_terminal(&config(&Directory::of(root, id)?)?) && call.value("console-socket").is_none();
-    let terminal = if wants_terminal { foreground::terminal()? } else { None };
-    let code = record.stub.map_or(Ok(0), |stub| foreground::wait(stub.pid, terminal, &signals));
+    let code = record.stub.map_or(Ok(0), |stub| foreground::wait(stub.pid, &signals));
+    drop(raw);
     if !call.has("keep") {
         delete(root, id, true)?;
     }
     code
+}
+
+/// This process's own terminal, for a container that wants one.
+fn own_terminal(call: &Call, directory: &Directory) -> Result<Option<foreground::Raw>, Error> {
+    if !plan::wants_terminal(&config(directory)?) || call.value("console-socket").is_some() {
+        return Ok(None);
+    }
+    foreground::terminal()?.map(foreground::Raw::new).transpose()
 }
 
 /// A container that is being made.
