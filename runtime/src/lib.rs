@@ -34,3 +34,4 @@ pub mod support;
 pub mod systemd;
 pub mod template;
 mod title;
+pub mod volumes;

@@ -4,8 +4,6 @@
 
 use std::{
     collections::BTreeSet,
-    ffi::CString,
-    os::unix::ffi::OsStrExt,
     path::{Path, PathBuf},
 };
 
@@ -19,7 +17,7 @@ use crate::{
     error::Error,
     image,
     notify::{self, Notify},
-    scratch, support,
+    scratch, support, volumes,
 };
 
 /// MiB of a guest without a memory limit.
@@ -35,8 +33,6 @@ pub(crate) const MOST_VCPUS: u32 = 64;
 pub(crate) const VCPUS_ANNOTATION: &str = "io.coffer.vcpus";
 /// Names the processors that a VM can have, when it boots with fewer.
 pub(crate) const MOST_VCPUS_ANNOTATION: &str = "io.coffer.vcpus-max";
-/// Below the shared directory: directories that containers mount.
-pub const VOLUMES: &str = "volumes";
 /// As many as resolv.conf(5) has.
 const MOST_NAME_SERVERS: usize = 3;
 
@@ -195,7 +191,7 @@ fn rewrite(
         }
         sources.push(BindSource { mount: index, directory: source.is_dir() });
         let (read_only, recursive) = (has("ro") || has("rro"), has("rbind"));
-        let target = volume(&source, read_only, recursive)
+        let target = volumes::place(&source, read_only, recursive)
             .unwrap_or_else(|| PathBuf::from(id).join("mounts").join(index.to_string()));
         value["mounts"][index]["source"] = Value::from(format!("{SHARE_DIR}/{}", target.display()));
         binds.push(Bind { source, target, read_only, recursive });
@@ -229,33 +225,6 @@ fn rewrite(
         }
     }
     (binds, sources)
-}
-
-/// The place of a directory that is one for all containers of a VM which mount it in this way: what is mounted at two places is two file systems for the
-/// guest, in which sockets, pipes, locks and shared memory of one are not those of the other. `None`: it is no directory, or cannot be told from others.
-///
-/// The device's number is nobody else's as long as a VMM has it mounted.
-fn volume(source: &Path, read_only: bool, recursive: bool) -> Option<PathBuf> {
-    let name = CString::new(source.as_os_str().as_bytes()).ok()?;
-    // SAFETY: statx is plain data for which zero is valid.
-    let mut found: libc::statx = unsafe { std::mem::zeroed() };
-    let wanted = libc::STATX_TYPE | libc::STATX_INO | libc::STATX_MNT_ID;
-    // SAFETY: both pointers outlive the call.
-    let done = unsafe { libc::statx(libc::AT_FDCWD, name.as_ptr(), 0, wanted, &raw mut found) };
-    let is_directory = u32::from(found.stx_mode) & libc::S_IFMT == libc::S_IFDIR;
-    // Which mount: what is mounted below differs from one to the next.
-    if done < 0 || found.stx_mask & wanted != wanted || !is_directory {
-        return None;
-    }
-    let how = match (read_only, recursive) {
-        (false, false) => "",
-        (false, true) => ".all",
-        (true, false) => ".ro",
-        (true, true) => ".all.ro",
-    };
-    let (major, minor) = (found.stx_dev_major, found.stx_dev_minor);
-    let name = format!("{major:x}.{minor:x}.{:x}.{:x}{how}", found.stx_ino, found.stx_mnt_id);
-    Some(Path::new(VOLUMES).join(name))
 }
 
 /// Whether a configuration asks for a terminal.
@@ -473,31 +442,6 @@ mod tests {
                 recursive: true
             }
         );
-    }
-
-    #[test]
-    fn a_directory_has_one_place_for_each_way_of_mounting_it() {
-        let outer = tempfile::tempdir().unwrap();
-        std::fs::create_dir(outer.path().join("d")).unwrap();
-        std::fs::write(outer.path().join("f"), "").unwrap();
-        std::os::unix::fs::symlink("d", outer.path().join("link")).unwrap();
-        let mount = |name: &str, options: &[&str]| json!({ "destination": "/x", "type": "bind", "source": outer.path().join(name), "options": options });
-        let mounts = json!([
-            mount("d", &["rbind", "rw"]),
-            mount("link", &["rbind", "nosuid"]),
-            mount("d", &["bind"]),
-            mount("d", &["rbind", "ro"]),
-            mount("f", &["rbind"]),
-        ]);
-        let places = |id| plan(Path::new("/b"), id, &config(json!({ "mounts": mounts }))).unwrap().binds;
-        let (one, other) = (places("c1"), places("c2"));
-        let targets = |binds: &[Bind]| binds[1..].iter().map(|bind| bind.target.clone()).collect::<Vec<_>>();
-        let (one, other) = (targets(&one), targets(&other));
-        assert_eq!((&one[0], &one[..4]), (&one[1], &other[..4]));
-        let places: BTreeSet<_> = one[1..].iter().collect();
-        assert_eq!(places.len(), 4);
-        assert!(one[..4].iter().all(|target| target.starts_with(VOLUMES)), "{one:?}");
-        assert_eq!((&*one[4], &*other[4]), (Path::new("c1/mounts/4"), Path::new("c2/mounts/4")));
     }
 
     #[test]

@@ -37,9 +37,10 @@ use crate::{
     cgroup,
     error::{Error, host},
     pid::Pid,
-    plan::{Bind, VOLUMES, namespace},
+    plan::{Bind, namespace},
     spawn::{clone, make_read_only},
     state::{self, Directory, Record},
+    volumes::VOLUMES,
 };
 
 /// Annotations that name the sandbox a container belongs to: CRI-O's and podman's, containerd's, dockershim's.
