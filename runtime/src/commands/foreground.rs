@@ -1,6 +1,6 @@
 //! In front of the user: `run` and `exec` without `--detach` wait for the stub and hand signals on to it.
 //!
-//! Owns: this process's own terminal, raw while it waits. Does not own: relaying bytes, which the stub does.
+//! Owns: this process's own terminal, raw from before the process runs until it has ended. Does not own: relaying bytes, which the stub does.
 
 use std::{
     fs::File,

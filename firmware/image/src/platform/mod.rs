@@ -4,7 +4,7 @@
 
 pub(crate) mod native;
 mod pieces;
-pub(crate) mod snp;
+pub mod snp;
 
 use coffer_layout::PAGE;
 use igvm::IgvmDirectiveHeader;

@@ -141,8 +141,9 @@ pub(crate) fn context(c_bit: u32) -> IgvmDirectiveHeader {
     }
 }
 
-/// As on a plain VM, with what KVM adds or needs: SVME, MCE, the debug registers' fixed bits, x87 and SSE as after reset.
-fn entry_state(c_bit: u32) -> SevVmsa {
+/// The first processor's VMSA, a page of the launch digest: as on a plain VM, with what KVM adds or needs: SVME, MCE, the debug registers' fixed bits, x87 and SSE as after reset.
+#[must_use]
+pub fn entry_state(c_bit: u32) -> SevVmsa {
     let segment = |selector, attrib, limit| SevSelector { selector, attrib, limit, base: 0 };
     let data = segment(0x18, 0xc93, u32::MAX);
     SevVmsa {

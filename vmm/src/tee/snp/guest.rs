@@ -253,31 +253,10 @@ pub fn terminated(msr: u64) -> End {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use igvm::snp_defs::{SevSelector, SevVmsa};
+    use igvm::snp_defs::SevSelector;
     use kvm_bindings::kvm_segment;
     use std::cell::Cell;
-    use zerocopy::{FromZeros, IntoBytes};
-
-    /// The entry state of `coffer-image` (`platform/snp.rs`), whose page goes into the digest that it computes.
-    fn of_the_image() -> SevVmsa {
-        let segment = |selector, attrib, limit| SevSelector { selector, attrib, limit, base: 0 };
-        let data = segment(0x18, 0xc93, u32::MAX);
-        SevVmsa {
-            es: data,
-            cs: segment(0x10, 0xa9b, u32::MAX),
-            ss: data,
-            ds: data,
-            fs: data,
-            gs: data,
-            ldtr: segment(0, 0x82, 0xffff),
-            tr: segment(0, 0x83, 0xffff),
-            efer: 0x1500,
-            cr4: 0x660,
-            cr3: 0xc000 | 1 << 51,
-            cr0: 0x8001_0033,
-            ..SevVmsa::new_zeroed()
-        }
-    }
+    use zerocopy::IntoBytes;
 
     /// As svm_set_segment of Linux (arch/x86/kvm/svm/svm.c), whose result sev_es_sync_vmsa copies into the VMSA.
     fn as_kvm_writes_it(segment: &kvm_segment) -> SevSelector {
@@ -295,7 +274,7 @@ mod tests {
 
     #[test]
     fn kvm_makes_the_images_vmsa_of_the_registers_that_it_is_given() {
-        let image = of_the_image();
+        let image = coffer_image::platform::snp::entry_state(51);
         let vmsa = Vmsa::new(image.as_bytes()[..PAGE as usize].try_into().unwrap());
         let mut sregs = kvm_sregs::default();
         set_sregs(&vmsa, &mut sregs);
