@@ -7,10 +7,9 @@
 //! with `--network none` therefore gets no secrets.
 
 use std::{
-    cell::RefCell,
     net::{IpAddr, TcpListener},
     path::PathBuf,
-    rc::Rc,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use coffer_attestation::{
@@ -31,8 +30,8 @@ use crate::{container::ContainerError, image::Owner, owner, secrets};
 
 /// A pod that was set up.
 pub struct Confidential {
-    /// The keys of images come through it too.
-    guest: Rc<RefCell<Guest>>,
+    /// The keys of images come through it too, while one is unpacked by its thread.
+    guest: Arc<Mutex<Guest>>,
     policy: Policy,
     /// The owner's files are there.
     has_credentials: bool,
@@ -42,7 +41,16 @@ fn refused(error: impl std::fmt::Display) -> ContainerError {
     ContainerError::new(ErrorKind::Invalid, error.to_string())
 }
 
+/// Nobody panics while he has it, and PID 1 does not live on if anybody does.
+pub(crate) fn hold(guest: &Mutex<Guest>) -> MutexGuard<'_, Guest> {
+    guest.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 impl Confidential {
+    fn guest(&self) -> MutexGuard<'_, Guest> {
+        hold(&self.guest)
+    }
+
     /// Checks initdata against the launch. Whatever is wrong ends the pod's making.
     ///
     /// # Errors
@@ -57,13 +65,13 @@ impl Confidential {
     pub(crate) fn with(initdata: Option<&str>, attesters: Attesters) -> Result<Self, ContainerError> {
         let guest = Guest::new(initdata.map(str::as_bytes), attesters).map_err(refused)?;
         let policy = guest.policy().map_err(refused)?;
-        Ok(Self { guest: Rc::new(RefCell::new(guest)), policy, has_credentials: false })
+        Ok(Self { guest: Arc::new(Mutex::new(guest)), policy, has_credentials: false })
     }
 
     /// Takes the host's word for who knows addresses of names; what is not an address is none of them.
     pub fn ask_for_names(&mut self, servers: &[String]) {
         let servers: Vec<IpAddr> = servers.iter().filter_map(|s| s.parse().ok()).take(MOST_SERVERS).collect();
-        self.guest.borrow_mut().ask_for_names(&servers);
+        self.guest().ask_for_names(&servers);
     }
 
     /// Which images run, and their keys.
@@ -95,7 +103,7 @@ impl Confidential {
         spec: &Value,
         image: Option<&ImageSource>,
     ) -> Result<(), ContainerError> {
-        if self.guest.borrow().has_owner() {
+        if self.guest().has_owner() {
             unseen(spec).map_err(refused)?;
             // No policy speaks of clocks.
             let offsets = spec.pointer("/linux/timeOffsets").and_then(Value::as_object);
@@ -146,8 +154,7 @@ impl Confidential {
         if !environment.iter().any(|pair| pair.contains("=sealed.")) {
             return Ok(());
         }
-        self.guest
-            .borrow_mut()
+        self.guest()
             .unseal_environment(&mut environment)
             .map_err(|e| ContainerError::new(ErrorKind::Guest, e.to_string()))?;
         *list = environment.into_iter().map(Value::from).collect();
@@ -157,7 +164,7 @@ impl Confidential {
     /// Keeps a process of an owner's pod from leaving a core, whatever the host's limits say: the kernel would write its memory into its
     /// directory, which may be a volume of the host's.
     pub fn forbid_cores(&self, process: &mut Value) {
-        if !self.guest.borrow().has_owner() {
+        if !self.guest().has_owner() {
             return;
         }
         let Some(process) = process.as_object_mut() else { return };
@@ -177,7 +184,7 @@ impl Confidential {
     /// [`ContainerError`], naming the file.
     pub fn open_files(&mut self, id: &str, spec: &mut Value) -> Result<(), ContainerError> {
         let failed = |e: &dyn std::fmt::Display| ContainerError::new(ErrorKind::Guest, e.to_string());
-        let mut guest = self.guest.borrow_mut();
+        let mut guest = hold(&self.guest);
         if guest.config().kbs.is_some() {
             secrets::open_volumes(id, spec, &mut |text| guest.unseal(text).map_err(|e| e.to_string()))
                 .map_err(|e| failed(&e))?;
@@ -207,7 +214,7 @@ impl Confidential {
     /// [`ContainerError`] of kind `Guest`.
     pub fn serve_workload(&mut self) -> Result<(), ContainerError> {
         let wanted = {
-            let guest = self.guest.borrow();
+            let guest = self.guest();
             guest.config().kbs.is_some() || guest.config().coffer.attestation_api
         };
         if !wanted {
@@ -222,7 +229,7 @@ impl Confidential {
                 // SAFETY: asks the kernel to end this process along with its parent.
                 unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
                 if let Ok(listener) = TcpListener::bind(api::ADDRESS) {
-                    api::serve(&listener, &mut self.guest.borrow_mut());
+                    api::serve(&listener, &mut self.guest());
                 }
                 std::process::exit(1)
             }

@@ -6,7 +6,7 @@
 use std::{
     cell::{OnceCell, RefCell},
     collections::HashMap,
-    rc::Rc,
+    sync::{Arc, Mutex},
 };
 
 use coffer_attestation::{guest::Guest, kbs::ResourceUri};
@@ -18,7 +18,10 @@ use coffer_layers::{
 use thiserror::Error;
 use zeroize::Zeroizing;
 
-use crate::image::{Owner, SignaturePolicy};
+use crate::{
+    confidential::hold,
+    image::{Owner, SignaturePolicy},
+};
 
 /// What initdata says of images cannot be used.
 #[derive(Debug, Error)]
@@ -35,8 +38,11 @@ pub enum OwnerError {
 ///
 /// # Errors
 /// [`OwnerError`].
-pub fn of(guest: &Rc<RefCell<Guest>>) -> Result<Owner, OwnerError> {
-    let (config, confidential) = (guest.borrow().config().clone(), guest.borrow().is_tee());
+pub fn of(guest: &Arc<Mutex<Guest>>) -> Result<Owner, OwnerError> {
+    let (config, confidential) = {
+        let guest = hold(guest);
+        (guest.config().clone(), guest.is_tee())
+    };
     let allowed =
         config.coffer.images.iter().map(|text| text.parse::<Digest>()).collect::<Result<Vec<_>, _>>()?;
     let keys = FromKbs {
@@ -51,7 +57,7 @@ pub fn of(guest: &Rc<RefCell<Guest>>) -> Result<Owner, OwnerError> {
         (text, at) => {
             let policy = text.map(OnceCell::from).unwrap_or_default();
             let at = at.unwrap_or_default();
-            Some(Box::new(Signatures { guest: guest.clone(), at, policy }) as Box<dyn SignaturePolicy>)
+            Some(Box::new(Signatures { guest: guest.clone(), at, policy }) as Box<dyn SignaturePolicy + Send>)
         }
     };
     let allowed = (!allowed.is_empty()).then_some(allowed);
@@ -60,7 +66,7 @@ pub fn of(guest: &Rc<RefCell<Guest>>) -> Result<Owner, OwnerError> {
 
 /// The signature policy: it is asked for once, and holds for the pod's life.
 struct Signatures {
-    guest: Rc<RefCell<Guest>>,
+    guest: Arc<Mutex<Guest>>,
     /// Where it is, unless it came with initdata.
     at: String,
     policy: OnceCell<Policy>,
@@ -71,20 +77,20 @@ impl SignaturePolicy for Signatures {
         if let Some(policy) = self.policy.get() {
             return Ok(policy.clone());
         }
-        let text = self.guest.borrow_mut().document(&self.at).map_err(|e| e.to_string())?;
+        let text = hold(&self.guest).document(&self.at).map_err(|e| e.to_string())?;
         let policy = Policy::parse(&text).map_err(|e| format!("{}: {e}", self.at))?;
         Ok(self.policy.get_or_init(|| policy).clone())
     }
 
     fn key(&self, path: &str) -> Result<Vec<u8>, String> {
-        let key = self.guest.borrow_mut().document(path).map_err(|e| e.to_string())?;
+        let key = hold(&self.guest).document(path).map_err(|e| e.to_string())?;
         Ok(key.to_vec())
     }
 }
 
 /// Keys from a KBS: the guest attests when the first is needed.
 struct FromKbs {
-    guest: Rc<RefCell<Guest>>,
+    guest: Arc<Mutex<Guest>>,
     /// Resources that hold private keys for JWE wraps.
     private: Vec<String>,
     /// One key opens many layers; it is asked for once.
@@ -97,7 +103,7 @@ impl KeySource for FromKbs {
             return Ok(key.clone());
         }
         let uri: ResourceUri = kid.parse().map_err(|e| format!("{e}"))?;
-        let key = self.guest.borrow_mut().fetch(&uri).map_err(|e| e.to_string())?;
+        let key = hold(&self.guest).fetch(&uri).map_err(|e| e.to_string())?;
         self.had.borrow_mut().insert(kid.to_owned(), key.clone());
         Ok(key)
     }
@@ -120,7 +126,7 @@ mod tests {
     fn owner(entries: &str) -> Result<Owner, OwnerError> {
         let text = format!("version = \"0.1.0\"\nalgorithm = \"sha256\"\n[data]\n{entries}");
         let guest = Guest::new(Some(text.as_bytes()), Attesters::of(Sample)).unwrap();
-        of(&Rc::new(RefCell::new(guest)))
+        of(&Arc::new(Mutex::new(guest)))
     }
 
     #[test]

@@ -156,6 +156,8 @@ pub mod confidential {
 
 /// No images but what the host shows as a directory.
 pub mod image {
+    use std::os::fd::{AsFd, BorrowedFd};
+
     use coffer_protocol::ImageSource;
     use serde_json::Value;
     use thiserror::Error;
@@ -185,6 +187,26 @@ pub mod image {
     #[derive(Debug)]
     pub enum Unpacked {}
 
+    /// Nor this.
+    #[derive(Debug)]
+    pub enum Unpacking {}
+
+    impl Unpacking {
+        /// Cannot be called.
+        ///
+        /// # Errors
+        /// None.
+        pub fn end(self) -> Result<Unpacked, ImageError> {
+            match self {}
+        }
+    }
+
+    impl AsFd for Unpacking {
+        fn as_fd(&self) -> BorrowedFd<'_> {
+            match *self {}
+        }
+    }
+
     impl Images {
         /// Without an owner.
         #[must_use]
@@ -196,7 +218,7 @@ pub mod image {
         ///
         /// # Errors
         /// [`ImageError`].
-        pub fn unpack(&mut self, _: &str, source: &ImageSource) -> Result<Unpacked, ImageError> {
+        pub fn unpack(&mut self, _: &str, source: &ImageSource) -> Result<Unpacking, ImageError> {
             Err(ImageError(source.digest.clone()))
         }
 

@@ -38,6 +38,8 @@ pub(crate) struct Session {
     /// Whose process that is.
     pub(crate) container: String,
     streams: Streams,
+    /// Its request waits, and whatever it has sent behind that.
+    pub(crate) paused: bool,
     /// Everything was said: close once it is written.
     pub(crate) finishing: bool,
     /// The host is gone, or broke the protocol.
@@ -67,6 +69,7 @@ impl Session {
             process: None,
             container: String::new(),
             streams: Streams { stdin: true, output: true },
+            paused: false,
             finishing: false,
             dead: false,
         }
@@ -92,7 +95,8 @@ impl Session {
     pub(crate) fn interests(&self) -> Vec<(Part, i32, i16)> {
         let mut list = Vec::with_capacity(4);
         let out = if self.waiting() > 0 { libc::POLLOUT } else { 0 };
-        list.push((Part::Host, self.fd.as_raw_fd(), libc::POLLIN | out));
+        let requests = if self.paused { 0 } else { libc::POLLIN };
+        list.push((Part::Host, self.fd.as_raw_fd(), requests | out));
         let Some(process) = &self.process else { return list };
         let reads = if self.waiting() < OUTPUT_LIMIT { libc::POLLIN } else { 0 };
         let writes = |waiting: usize| if waiting == 0 { 0 } else { libc::POLLOUT };
@@ -119,6 +123,11 @@ impl Session {
 
     /// Reads from the host. Frames come from [`Self::next_frame`].
     pub(crate) fn read_host(&mut self) {
+        if self.paused {
+            // Nothing was waited for but its end.
+            self.dead = true;
+            return;
+        }
         match read_some(&self.fd, self.decoder.space(CHUNK)) {
             Ok(Some(0)) | Err(_) => self.dead = true,
             Ok(Some(count)) => self.decoder.filled(count),

@@ -39,7 +39,7 @@ pub struct EvidenceError {
 }
 
 /// Makes evidence for one TEE or device.
-pub trait Attester {
+pub trait Attester: Send {
     /// Its name in the protocol.
     fn tee(&self) -> &'static str;
 

@@ -110,11 +110,11 @@ impl Url {
 }
 
 /// A connection: plain or under TLS, a test's or a socket.
-pub trait Stream: Read + Write {}
-impl<T: Read + Write> Stream for T {}
+pub trait Stream: Read + Write + Send {}
+impl<T: Read + Write + Send> Stream for T {}
 
 /// Makes connections to the KBS.
-pub trait Connect {
+pub trait Connect: Send {
     /// One more.
     ///
     /// # Errors

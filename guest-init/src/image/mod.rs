@@ -10,9 +10,13 @@ pub use user::user;
 
 use std::{
     fs, io,
-    os::{fd::OwnedFd, unix::fs::PermissionsExt},
+    os::{
+        fd::{AsFd, BorrowedFd, OwnedFd},
+        unix::fs::PermissionsExt,
+    },
     path::{Path, PathBuf},
-    sync::atomic::AtomicU64,
+    sync::{Arc, Mutex, PoisonError, atomic::AtomicU64},
+    thread::{self, JoinHandle},
 };
 
 use coffer_layers::{
@@ -29,7 +33,11 @@ use coffer_layers::{
     unpack::{Options, UnpackError, make_in},
 };
 use coffer_protocol::{ImageSource, signal};
-use nix::mount::{MsFlags, mount};
+use nix::{
+    fcntl::OFlag,
+    mount::{MsFlags, mount},
+    unistd::pipe2,
+};
 use serde_json::{Value, json};
 use thiserror::Error;
 
@@ -96,9 +104,9 @@ pub struct Owner {
     /// The processor keeps this machine's memory from the host, whose word on an image's digest then counts for nothing.
     pub confidential: bool,
     /// Opens encrypted layers.
-    pub keys: Box<dyn KeySource>,
+    pub keys: Box<dyn KeySource + Send>,
     /// Decides on signatures; `None` when the owner did not say.
-    pub signatures: Option<Box<dyn SignaturePolicy>>,
+    pub signatures: Option<Box<dyn SignaturePolicy + Send>>,
 }
 
 /// Where the owner's signature policy and its keys come from.
@@ -118,9 +126,23 @@ pub trait SignaturePolicy {
 
 /// The images of the pod.
 pub struct Images {
+    work: Arc<Mutex<Work>>,
+    /// One was asked for, so there may be trees.
+    any: bool,
+}
+
+/// What one thread at a time has: the one that unpacks.
+struct Work {
     owner: Owner,
     room: Room,
     mounted: bool,
+}
+
+/// An image on its way to a tree, by a thread of its own: keys and blobs may take their time, and the pod goes on.
+pub struct Unpacking {
+    thread: JoinHandle<Result<Unpacked, ImageError>>,
+    /// Ends when the thread does.
+    end: OwnedFd,
 }
 
 /// What trees lie in.
@@ -153,14 +175,55 @@ impl Images {
     /// With an owner's word.
     #[must_use]
     pub fn new(owner: Owner, room: Room) -> Self {
-        Self { owner, room, mounted: false }
+        Self { work: Arc::new(Mutex::new(Work { owner, room, mounted: false })), any: false }
     }
 
-    /// Unpacks a container's image. Nothing of it can be seen by anybody before all of it held.
+    /// Begins to unpack a container's image. Nothing of it can be seen by anybody before all of it held.
+    ///
+    /// # Errors
+    /// [`ImageError`] without a thread; what is wrong with the image its end says.
+    pub fn unpack(&mut self, id: &str, source: &ImageSource) -> Result<Unpacking, ImageError> {
+        let failed = |e| ImageError::System("unpack beside the pod's containers", e);
+        let (end, open) = pipe2(OFlag::O_CLOEXEC).map_err(|e| failed(e.into()))?;
+        let (work, id, source) = (self.work.clone(), id.to_owned(), source.clone());
+        self.any = true;
+        let unpack = move || {
+            let _open = open;
+            work.lock().unwrap_or_else(PoisonError::into_inner).unpack(&id, &source)
+        };
+        let thread = thread::Builder::new().name("image".into()).spawn(unpack).map_err(failed)?;
+        Ok(Unpacking { thread, end })
+    }
+
+    /// Forgets a container's tree.
+    pub fn remove(&self, id: &str) {
+        if self.any {
+            // It may have had no image. What cannot be removed ends with the pod.
+            let _ = fs::remove_dir_all(Path::new(PLACE).join(id));
+        }
+    }
+}
+
+impl Unpacking {
+    /// What the image became. Waits, unless [`Self::as_fd`] can be read.
     ///
     /// # Errors
     /// [`ImageError`].
-    pub fn unpack(&mut self, id: &str, source: &ImageSource) -> Result<Unpacked, ImageError> {
+    pub fn end(self) -> Result<Unpacked, ImageError> {
+        let panicked = || ImageError::System("unpack", io::Error::other("the thread panicked"));
+        self.thread.join().map_err(|_| panicked())?
+    }
+}
+
+impl AsFd for Unpacking {
+    /// Readable once there is an end.
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.end.as_fd()
+    }
+}
+
+impl Work {
+    fn unpack(&mut self, id: &str, source: &ImageSource) -> Result<Unpacked, ImageError> {
         let digest: Digest = source.digest.parse()?;
         let blobs = Path::new(&source.blobs);
         if !is_in_share(blobs) {
@@ -239,14 +302,6 @@ impl Images {
             .map_err(|e| ImageError::System("mount a place", e.into()))?;
         self.mounted = true;
         Ok(())
-    }
-
-    /// Forgets a container's tree.
-    pub fn remove(&self, id: &str) {
-        if self.mounted {
-            // It may have had no image. What cannot be removed ends with the pod.
-            let _ = fs::remove_dir_all(Path::new(PLACE).join(id));
-        }
     }
 }
 
@@ -327,16 +382,17 @@ mod tests {
 
     #[test]
     fn only_allowed_images_of_the_share() {
+        let of = |images: &mut Images, source| images.unpack("a", &source).and_then(Unpacking::end);
         let mut images = Images::default();
         for blobs in ["/etc", "/run/coffer/share/../../etc", "/run/coffer//share/a/image", "relative"] {
-            assert!(matches!(images.unpack("a", &source(blobs)), Err(ImageError::Place(_))), "{blobs}");
+            assert!(matches!(of(&mut images, source(blobs)), Err(ImageError::Place(_))), "{blobs}");
         }
         let allowed = Some(vec![Digest::sha256(b"y")]);
         let mut images = Images::new(
             Owner { allowed, confidential: false, keys: Box::new(NoKeys), signatures: None },
             Room::Memory,
         );
-        let refused = images.unpack("a", &source("/run/coffer/share/a/image"));
+        let refused = of(&mut images, source("/run/coffer/share/a/image"));
         assert!(matches!(refused, Err(ImageError::NotAllowed(_))));
     }
 

@@ -7,17 +7,17 @@ use std::io;
 
 use coffer_layout::mark;
 use coffer_protocol::{
-    CreateContainer, Ended, ErrorKind, Exec, ImageSource, NamespaceKind, Request, SharedNamespace,
+    CreateContainer, Ended, ErrorKind, Exec, ImageSource, NamespaceKind, Reply, Request, SharedNamespace,
     SignalTarget, signal,
 };
 use oci_spec::runtime::Spec;
 use serde_json::Value;
 
-use super::Server;
+use super::{Server, unpacking::Unpacking};
 use crate::{
     boot,
     container::{self, Cgroup, ContainerError, Files, Sync},
-    image,
+    image::{self, Unpacked},
     session::Streams,
     stdio::{Process, Stdio},
 };
@@ -47,7 +47,7 @@ struct Prepared {
     stop_signal: Option<u32>,
 }
 
-fn image_error(error: &image::ImageError) -> ContainerError {
+pub(super) fn image_error(error: &image::ImageError) -> ContainerError {
     ContainerError::new(ErrorKind::Guest, error.to_string())
 }
 
@@ -60,7 +60,12 @@ impl Server {
         self.containers.get(id).ok_or_else(|| no_container(id))
     }
 
-    pub(super) fn create(&mut self, key: u64, create: CreateContainer) -> Result<(), ContainerError> {
+    /// Makes a container, or begins to unpack its image: then `None`, and the answer comes when that has ended.
+    pub(super) fn create(
+        &mut self,
+        key: u64,
+        create: CreateContainer,
+    ) -> Result<Option<Reply>, ContainerError> {
         let id = create.id.clone();
         if !container::is_id(&id) {
             return Err(ContainerError::new(ErrorKind::Invalid, format!("invalid container ID {id:?}")));
@@ -71,14 +76,36 @@ impl Server {
                 format!("container {id:?} exists already"),
             ));
         }
-        // What was unpacked and opened for one that is not made would stay for the pod's life.
-        self.make(key, create).inspect_err(|_| self.clear(&id))
+        if let Some(source) = &create.image {
+            self.confidential()?;
+            let image = self.images.unpack(&id, source).map_err(|e| image_error(&e))?;
+            self.unpacking = Some(Unpacking::new(key, create, image));
+            return Ok(None);
+        }
+        self.make(key, create, None).map(|()| Some(Reply::Done))
     }
 
-    fn make(&mut self, key: u64, create: CreateContainer) -> Result<(), ContainerError> {
+    /// Makes a container, whose image is there if it has one.
+    pub(super) fn make(
+        &mut self,
+        key: u64,
+        create: CreateContainer,
+        unpacked: Option<Unpacked>,
+    ) -> Result<(), ContainerError> {
+        let id = create.id.clone();
+        // What was unpacked and opened for one that is not made would stay for the pod's life.
+        self.launch(key, create, unpacked).inspect_err(|_| self.clear(&id))
+    }
+
+    fn launch(
+        &mut self,
+        key: u64,
+        create: CreateContainer,
+        unpacked: Option<Unpacked>,
+    ) -> Result<(), ContainerError> {
         let CreateContainer { id, spec, window, binds: _, shared, image, notify, streams } = create;
         let Prepared { spec, stop_signal } =
-            self.prepare(&id, spec, image.as_ref(), &shared, notify.is_some())?;
+            self.prepare(&id, spec, image.as_ref().zip(unpacked), &shared, notify.is_some())?;
         let shared = shared
             .iter()
             .map(|s| match self.get(&s.container)? {
@@ -124,12 +151,12 @@ impl Server {
         Ok(())
     }
 
-    /// From what the host sent to what may run: the image unpacked, the owner asked, secrets opened.
+    /// From what the host sent to what may run: the image's words put in, the owner asked, secrets opened.
     fn prepare(
         &mut self,
         id: &str,
         mut spec: Value,
-        image: Option<&ImageSource>,
+        image: Option<(&ImageSource, Unpacked)>,
         shared: &[SharedNamespace],
         notify: bool,
     ) -> Result<Prepared, ContainerError> {
@@ -142,14 +169,14 @@ impl Server {
             list.retain(|namespace| namespace["type"] != "pid");
         }
         let mut stop_signal = None;
-        if let Some(source) = image {
-            let unpacked = self.images.unpack(id, source).map_err(|e| image_error(&e))?;
+        let source = image.as_ref().map(|(source, _)| *source);
+        if let Some((source, unpacked)) = image {
             stop_signal = unpacked.stop_signal(&spec);
             let hosts_process = self.confidential()?.allows_host_process(id, &spec, source);
             unpacked.apply(&mut spec, hosts_process).map_err(|e| image_error(&e))?;
         }
         let confidential = self.confidential()?;
-        confidential.check_container(id, &spec, image)?;
+        confidential.check_container(id, &spec, source)?;
         places?;
         if notify {
             confidential.check_notify(id)?;
@@ -164,7 +191,7 @@ impl Server {
     }
 
     /// Forgets the image and the secrets of a container that is not, or no longer.
-    fn clear(&self, id: &str) {
+    pub(super) fn clear(&self, id: &str) {
         self.images.remove(id);
         if let Some(confidential) = &self.confidential {
             confidential.close_files(id);

@@ -1,10 +1,11 @@
-//! The control protocol's guest side: one thread, one loop.
+//! The control protocol's guest side: one loop. It is PID 1's only thread but while an image is unpacked.
 //!
 //! Owns: connections, waiting, which frame goes where, the decision that the pod is over. Does not own: what a request does
-//! (`requests`), the pod's containers and their states (`containers`).
+//! (`requests`), the pod's containers and their states (`containers`), what waits for an image (`unpacking`).
 
 mod containers;
 mod requests;
+mod unpacking;
 
 use std::{
     collections::BTreeMap,
@@ -23,6 +24,7 @@ use nix::{
     unistd::Pid,
 };
 use thiserror::Error;
+use unpacking::Unpacking;
 
 use crate::{
     confidential::Confidential,
@@ -67,6 +69,9 @@ pub struct Server {
     /// From the first request on, which sets the pod up.
     confidential: Option<Confidential>,
     images: Images,
+    unpacking: Option<Unpacking>,
+    /// Requests that wait for its end, as they came.
+    waiting: Vec<(u64, Request)>,
     /// A container was there once: without one now the pod is over.
     had_container: bool,
     /// A container's process was let go: what is in the machine may be its doing.
@@ -94,6 +99,8 @@ impl Server {
             containers: BTreeMap::new(),
             confidential: None,
             images: Images::default(),
+            unpacking: None,
+            waiting: Vec::new(),
             had_container: false,
             had_start: false,
             over: false,
@@ -117,6 +124,8 @@ impl Server {
         let mut waits = vec![
             entry(self.listener.as_raw_fd(), libc::POLLIN),
             entry(self.signals.as_raw_fd(), libc::POLLIN),
+            // poll passes over what is no descriptor.
+            entry(self.unpacking.as_ref().map_or(-1, Unpacking::fd), libc::POLLIN),
         ];
         let mut owners = Vec::new();
         for (key, session) in &self.sessions {
@@ -131,7 +140,7 @@ impl Server {
             let error = io::Error::last_os_error();
             return if error.kind() == io::ErrorKind::Interrupted { Ok(()) } else { Err(at("poll")(error)) };
         }
-        for ((key, part), wait) in owners.iter().zip(&waits[2..]) {
+        for ((key, part), wait) in owners.iter().zip(&waits[3..]) {
             if wait.revents != 0 {
                 self.handle(*key, *part, wait.revents);
             }
@@ -142,6 +151,9 @@ impl Server {
         if waits[1].revents != 0 {
             while let Ok(Some(_)) = self.signals.read_signal() {}
             self.reap();
+        }
+        if waits[2].revents != 0 {
+            self.unpacked();
         }
         for session in self.sessions.values_mut() {
             session.finish_process();
@@ -196,7 +208,7 @@ impl Server {
 
     fn frames(&mut self, key: u64) {
         loop {
-            let Some(session) = self.sessions.get_mut(&key) else { return };
+            let Some(session) = self.sessions.get_mut(&key).filter(|s| !s.paused) else { return };
             match session.next_frame() {
                 Ok(Some(frame)) => self.frame(key, &frame),
                 Ok(None) => return,
@@ -220,14 +232,7 @@ impl Server {
             return;
         }
         match Request::from_payload(&frame.payload) {
-            Ok(request) => {
-                let reply = self
-                    .request(key, request)
-                    .unwrap_or_else(|e| Reply::Failed { kind: e.kind, message: e.message });
-                if let Some(session) = self.sessions.get_mut(&key) {
-                    session.reply(&reply);
-                }
-            }
+            Ok(request) => self.ask(key, request),
             Err(error) => {
                 session.reply(&Reply::Failed { kind: ErrorKind::Invalid, message: error.to_string() })
             }
@@ -250,6 +255,7 @@ impl Server {
         }
         if self.had_container
             && self.containers.is_empty()
+            && self.unpacking.is_none()
             && self.sessions.values().all(|s| s.process.is_none() && !s.finishing)
         {
             self.over = true;

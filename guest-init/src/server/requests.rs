@@ -21,8 +21,8 @@ use crate::{
 };
 
 impl Server {
-    /// Does it. The answer is the reply, or what becomes one.
-    pub(super) fn request(&mut self, key: u64, request: Request) -> Result<Reply, ContainerError> {
+    /// Does it. The answer is the reply, or what becomes one; `None` is one that comes later.
+    pub(super) fn request(&mut self, key: u64, request: Request) -> Result<Option<Reply>, ContainerError> {
         let request = self.admit(request)?;
         match request {
             Request::Sandbox(sandbox) => {
@@ -34,7 +34,7 @@ impl Server {
                 let applied = if self.had_start { network::apply(&wanted) } else { network::renew(&wanted) };
                 applied.map_err(|e| ContainerError::new(ErrorKind::Guest, e.to_string()))?;
             }
-            Request::Create(create) => self.create(key, *create)?,
+            Request::Create(create) => return self.create(key, *create),
             Request::Start { id } => self.start(&id)?,
             Request::Exec(exec) => self.exec(key, *exec)?,
             Request::Signal { target, signal } => self.signal(&target, signal)?,
@@ -52,9 +52,11 @@ impl Server {
             Request::TakeMemory => memory::take()?,
             Request::Processors { online } => processors::set_online(online)?,
             Request::Processes { id } => {
-                return Ok(Reply::Processes { list: self.get(&id)?.cgroup.list() });
+                return Ok(Some(Reply::Processes { list: self.get(&id)?.cgroup.list() }));
             }
-            Request::Stats { id } => return Ok(Reply::Stats(Box::new(self.get(&id)?.cgroup.stats()))),
+            Request::Stats { id } => {
+                return Ok(Some(Reply::Stats(Box::new(self.get(&id)?.cgroup.stats()))));
+            }
             Request::Delete { id } => {
                 let container = self.containers.get(&id).ok_or_else(|| no_container(&id))?;
                 if !container.ended {
@@ -67,7 +69,7 @@ impl Server {
             }
             Request::Shutdown => self.over = true,
         }
-        Ok(Reply::Done)
+        Ok(Some(Reply::Done))
     }
 
     /// Lets a request in: after the pod's setting up, and when the owner's policy allows it. The owner's word holds for the

@@ -1,12 +1,10 @@
 //! A guest with a KBS: what the workload asks for over its socket, sealed secrets in envelopes, private keys of images.
 
 use std::{
-    cell::RefCell,
     collections::BTreeMap,
     io::{Read, Write},
     net::{SocketAddr, TcpListener, TcpStream},
-    rc::Rc,
-    sync::Arc,
+    sync::{Arc, Mutex},
     thread,
 };
 
@@ -160,7 +158,7 @@ fn layers_for_an_owners_private_keys_open_in_a_guest_that_attests() {
         ])
     };
     let server = server(&[("images/private/p256", P256.as_bytes()), ("images/private/rsa", RSA.as_bytes())]);
-    let keys = owner::of(&Rc::new(RefCell::new(guest(server.address)))).unwrap().keys;
+    let keys = owner::of(&Arc::new(Mutex::new(guest(server.address)))).unwrap().keys;
     let opened = LayerKey::unwrap(&annotations(RSA_PUBLIC), &*keys).unwrap();
     assert_eq!(*opened.private_options(""), *layer.private_options(""));
     let refused = LayerKey::unwrap(&annotations(P521_PUBLIC), &*keys).err().unwrap().to_string();
@@ -168,7 +166,7 @@ fn layers_for_an_owners_private_keys_open_in_a_guest_that_attests() {
     // What the KBS has there need not be a key.
     for (bytes, words) in [(b"-----BEGIN".as_slice(), "no private key"), (&[0xff], "not PEM")] {
         let server = self::server(&[("images/private/p256", bytes), ("images/private/rsa", RSA.as_bytes())]);
-        let keys = owner::of(&Rc::new(RefCell::new(guest(server.address)))).unwrap().keys;
+        let keys = owner::of(&Arc::new(Mutex::new(guest(server.address)))).unwrap().keys;
         let refused = LayerKey::unwrap(&annotations(RSA_PUBLIC), &*keys).err().unwrap().to_string();
         assert!(refused.contains("kbs:///images/private/p256: ") && refused.contains(words), "{refused}");
     }

@@ -1,14 +1,15 @@
 //! An encrypted image in a guest with a KBS: what goes over the wire for it, and that its layers come meanwhile.
 
 use std::{
-    cell::RefCell,
     collections::BTreeMap,
     fs,
     io::{self, Read, Write},
     net::{SocketAddr, TcpListener, TcpStream},
     process::Command,
-    rc::Rc,
-    sync::{Arc, Condvar, Mutex, atomic::AtomicU64},
+    sync::{
+        Arc, Condvar, Mutex,
+        atomic::{AtomicU64, AtomicUsize, Ordering},
+    },
     thread,
     time::Duration,
 };
@@ -102,7 +103,7 @@ fn reluctant(kbs: SocketAddr, events: Events) -> SocketAddr {
 }
 
 /// Sample evidence, counted.
-struct Counted(Rc<RefCell<usize>>);
+struct Counted(Arc<AtomicUsize>);
 
 impl Attester for Counted {
     fn tee(&self) -> &'static str {
@@ -110,7 +111,7 @@ impl Attester for Counted {
     }
 
     fn evidence(&mut self, report_data: &[u8]) -> Result<Value, EvidenceError> {
-        *self.0.borrow_mut() += 1;
+        self.0.fetch_add(1, Ordering::Relaxed);
         Sample.evidence(report_data)
     }
 }
@@ -150,9 +151,9 @@ fn one_report_and_two_round_trips_while_the_first_layer_comes() {
          \"coffer.toml\" = '''\nallow_plain_http = true\n'''\n",
         reluctant(kbs.address, events.clone())
     );
-    let reports = Rc::<RefCell<usize>>::default();
+    let reports = Arc::<AtomicUsize>::default();
     let guest = Guest::new(Some(initdata.as_bytes()), Attesters::of(Counted(reports.clone()))).unwrap();
-    let owner = owner::of(&Rc::new(RefCell::new(guest))).unwrap();
+    let owner = owner::of(&Arc::new(Mutex::new(guest))).unwrap();
 
     let image = Image::load(&layout, &made.digest, Trust::Pinned).unwrap();
     let layers = image.manifest.layers.iter().map(|layer| layer.digest.clone()).collect();
@@ -162,7 +163,7 @@ fn one_report_and_two_round_trips_while_the_first_layer_comes() {
 
     let last = format!("root/file{}", LAYERS - 1);
     assert_eq!(fs::read_to_string(dir.path().join(last)).unwrap(), format!("layer {}", LAYERS - 1));
-    assert_eq!(*reports.borrow(), 1);
+    assert_eq!(reports.load(Ordering::Relaxed), 1);
     let all = events.all();
     // The handshake's two, and the key, which the layers share.
     assert_eq!(
