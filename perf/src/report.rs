@@ -246,8 +246,19 @@ fn stage_bars(group: &Group, runtimes: &Runtimes<'_>) -> Vec<Bar> {
             let samples = Samples::new(list.iter().filter_map(length).collect())?;
             parts.push((work_before(stage).0.to_owned(), samples.median()));
         }
+        // Who watches by KVM's tracepoint learns of PID 1, and our VMM's own trace ends where its part does.
+        let rest = |r: &&Record| Some(r.windows.get(&Window::Pid1)? - r.stages.last()?.ms);
+        let rest = list.iter().filter_map(rest).collect();
+        if let Some(rest) = Samples::new(rest).filter(|_| names.last() == Some(&"kernel-entry")) {
+            parts.push((work_before("init-entry").0.to_owned(), rest.median()));
+        }
         if parts.is_empty() {
-            let which = if group.image.is_empty() { Window::Output } else { Window::Pid1 };
+            let up_to = if group.image.is_empty() {
+                [Window::Output; 2]
+            } else {
+                [Window::Pid1, Window::KernelEntry]
+            };
+            let which = up_to.into_iter().find(|which| window(list, *which).is_some())?;
             parts.push((which.words().to_owned(), window(list, which)?.median()));
         }
         Some(Bar { name, parts })
@@ -357,6 +368,24 @@ mod tests {
         plots(directory.path(), &records).unwrap();
         let plot = fs::read_to_string(directory.path().join("cdf-up-warm-128mib-1vcpu-1.svg")).unwrap();
         assert!(plot.contains("old") && plot.contains("new"), "{plot}");
+    }
+
+    #[test]
+    fn a_bar_reaches_to_pid_1_for_everybody() {
+        let mut ours = record(Kind::CofferVmm, 1, 1, 50.0);
+        ours.stages = vec![
+            Stage { stage: "process-entry".into(), ms: 3.0 },
+            Stage { stage: "kernel-entry".into(), ms: 10.0 },
+        ];
+        let mut theirs = record(Kind::Alioth, 1, 1, 60.0);
+        theirs.stages.clear();
+        let records = [ours, theirs];
+        let directory = tempfile::tempdir().unwrap();
+        plots(directory.path(), &records).unwrap();
+        let plot = fs::read_to_string(directory.path().join("stages.svg")).unwrap();
+        for part in ["exec: 3.0", "shim: 7.0", "kernel: 40.0", "exec → PID 1: 60.0"] {
+            assert!(plot.contains(&format!("<title>{part}</title>")), "{part}: {plot}");
+        }
     }
 
     #[test]
