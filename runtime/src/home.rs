@@ -15,7 +15,8 @@ impl Home {
     /// When this program's own path cannot be read.
     pub fn find() -> Result<Self, Error> {
         if let Some(home) = std::env::var_os("COFFER_HOME") {
-            return Ok(Self(home.into()));
+            // The VMM is started in another directory.
+            return std::path::absolute(home).map(Self).map_err(crate::error::host("find COFFER_HOME"));
         }
         let program =
             std::fs::read_link("/proc/self/exe").map_err(crate::error::host("read /proc/self/exe"))?;

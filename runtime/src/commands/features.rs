@@ -15,6 +15,7 @@ const MOUNT_OPTIONS: &[&str] = &[
     "dirsync",
     "exec",
     "lazytime",
+    "loud",
     "mand",
     "noatime",
     "nodev",
@@ -75,7 +76,7 @@ pub(super) fn features() -> Value {
         "linux": {
             "namespaces": ["cgroup", "ipc", "mount", "network", "pid", "time", "user", "uts"],
             "capabilities": capabilities,
-            "cgroup": { "v1": false, "v2": true, "systemd": false, "systemdUser": false, "rdma": false },
+            "cgroup": { "v1": false, "v2": true, "systemd": true, "systemdUser": false, "rdma": false },
             "seccomp": {
                 "enabled": true,
                 "actions": [
@@ -161,6 +162,20 @@ mod tests {
         assert_eq!(parsed.oci_version_max(), SPECIFICATION);
         assert_eq!(CAPABILITIES.len(), 41);
         assert!(MOUNT_OPTIONS.is_sorted());
+        assert_eq!(features()["linux"]["cgroup"]["systemd"], true);
+    }
+
+    #[test]
+    fn mount_options_are_runcs_but_for_those_that_a_guest_has_not() {
+        // As `runc features` of Debian's runc 1.1.5 lists them.
+        let runcs = "acl async atime bind defaults dev diratime dirsync exec iversion lazytime loud mand noacl noatime nodev \
+            nodiratime noexec noiversion nolazytime nomand norelatime nostrictatime nosuid nosymfollow private ratime rbind rdev \
+            rdiratime relatime remount rexec rnoatime rnodev rnodiratime rnoexec rnorelatime rnostrictatime rnosuid rnosymfollow \
+            ro rprivate rrelatime rro rrw rshared rslave rstrictatime rsuid rsymfollow runbindable rw shared silent slave \
+            strictatime suid symfollow sync tmpcopyup unbindable";
+        let gone = ["acl", "iversion", "noacl", "noiversion", "remount"];
+        let wanted: Vec<&str> = runcs.split_whitespace().filter(|word| !gone.contains(word)).collect();
+        assert_eq!(MOUNT_OPTIONS, wanted);
     }
 
     #[test]

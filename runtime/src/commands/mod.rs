@@ -16,6 +16,7 @@ mod pod;
 pub mod policy;
 mod process;
 mod shells;
+mod spec;
 mod templates;
 mod terminal;
 mod update;
@@ -23,13 +24,12 @@ mod update;
 pub(crate) use features::CAPABILITIES;
 use std::{
     io::Write,
-    path::{Path, PathBuf},
+    path::Path,
     time::{Duration, Instant},
 };
 
 use coffer_protocol::{ErrorKind, Request, SignalTarget, signal};
 use nix::sys::signal::SigSet;
-use oci_spec::runtime::Spec;
 
 use crate::{
     cgroup,
@@ -52,7 +52,9 @@ const DEATH_LIMIT: Duration = Duration::from_secs(10);
 /// # Errors
 /// [`Error`]; the caller prints it.
 pub fn run(call: &Call) -> Result<i32, Error> {
-    let root = call.global.root.clone().unwrap_or_else(|| PathBuf::from(DEFAULT_ROOT));
+    let root = call.global.root.as_deref().unwrap_or(Path::new(DEFAULT_ROOT));
+    // Processes that work elsewhere get paths below it.
+    let root = std::path::absolute(root).map_err(error::host("find --root"))?;
     if matches!(call.command.as_str(), "list" | "features" | "spec" | "doctor") {
         call.no_words()?;
     }
@@ -75,7 +77,7 @@ pub fn run(call: &Call) -> Result<i32, Error> {
         "update" => update::update(call, &root).map(|()| 0),
         "features" => print(&features::features()),
         "boot-chart" => boot_chart::boot_chart(call, &root).map(|()| 0),
-        "spec" => spec(call).map(|()| 0),
+        "spec" => spec::spec(call).map(|()| 0),
         "template" => templates::template(call, &root),
         "pool" => shells::pool(call, &root),
         "doctor" => Ok(crate::doctor::run()),
@@ -319,20 +321,6 @@ fn freeze(root: &Path, id: &str, frozen: bool) -> Result<(), Error> {
     }
     client::ask(&directory.socket(), &Request::Freeze { id: id.to_owned(), frozen })?;
     directory.mark("paused", frozen)
-}
-
-fn spec(call: &Call) -> Result<(), Error> {
-    if call.has("rootless") {
-        return Err(Error::Usage(
-            "spec: --rootless is not supported: on the host, coffer runs as root".into(),
-        ));
-    }
-    let path = Path::new(call.value("bundle").unwrap_or(".")).join("config.json");
-    if path.exists() {
-        return Err(Error::State(format!("{} exists: remove it first", path.display())));
-    }
-    let text = serde_json::to_vec_pretty(&Spec::default()).map_err(|e| Error::State(e.to_string()))?;
-    state::write_whole(&path, &text)
 }
 
 #[cfg(test)]

@@ -34,6 +34,25 @@ fn a_container_goes_from_created_to_running_to_stopped_to_gone() {
     let _ = bench.call(&["delete", "--force", "c"]).ok();
 }
 
+#[test]
+fn root_and_installation_may_be_named_from_where_the_caller_is() {
+    let bench = Bench::new();
+    let _ = bench.bundle("c", &config(&["sh", "-c", "echo it runs; sleep 1000"]));
+    let call = |words: &[&str]| {
+        let mut command = bench.command(&["--root", "state"]);
+        command.args(words).env("COFFER_HOME", "home").current_dir(bench.path(""));
+        command.stdout(fs::File::create(bench.path("out")).unwrap());
+        let stderr = fs::File::create(bench.path("err")).unwrap();
+        let code = coffer_replay::finish(&mut command.stderr(stderr).spawn().unwrap());
+        assert_eq!(code, 0, "{words:?}: {}", bench.read("err"));
+    };
+    call(&["run", "--detach", "--bundle", "c", "c"]);
+    until(|| bench.read("out") == "it runs\n");
+    assert_eq!(bench.status("c"), "running");
+    call(&["delete", "--force", "c"]);
+    assert_eq!(fs::read_dir(bench.root()).unwrap().count(), 0);
+}
+
 /// In a namespace of processes of its own it would be that one's first, which such a signal does not end.
 #[test]
 fn a_realtime_signal_ends_a_container_like_any_other() {
