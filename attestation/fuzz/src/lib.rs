@@ -96,19 +96,28 @@ pub fn dns(data: &[u8]) {
     }
 }
 
-/// A client against a server that sends anything: answers are lines, `STATUS COOKIE BODY`. No answer may give a secret,
-/// since nobody here can encrypt to a key that was made a moment ago.
+/// A client against a server that sends anything: answers are lines, `STATUS COOKIE BODY`, or `-` where the connection breaks
+/// off; after the last comes the first again, so that a short input is a long conversation. No answer may give a secret, since
+/// nobody here can encrypt to a key that was made a moment ago.
 pub fn session(data: &[u8]) {
     let mut client =
         Client::new("sample", KeyAlgorithm::P256, None, Credential::Cookie).expect("random bytes");
-    client.fetch("kbs:///a/b/c".parse().expect("a resource"));
-    let mut lines = data.split(|byte| *byte == b'\n');
+    let data = data.strip_suffix(b"\n").unwrap_or(data);
+    let mut lines = data.split(|byte| *byte == b'\n').cycle();
+    // The second begins in the session that the first left.
+    for _ in 0..2 {
+        client.fetch("kbs:///a/b/c".parse().expect("a resource"));
+        converse(&mut client, &mut lines);
+    }
+}
+
+fn converse<'a>(client: &mut Client, lines: &mut impl Iterator<Item = &'a [u8]>) {
     // Bounded by the client itself, or this is the finding.
     for _ in 0..64 {
         match client.step() {
             Step::Send(_) => match lines.next() {
+                Some(b"-") | None => client.failed("the end"),
                 Some(line) => client.received(&answer(line)),
-                None => client.failed("the end"),
             },
             Step::Measure(..) => client
                 .measured(Ok(Composite { primary_evidence: json!({}), additional_evidence: String::new() })),

@@ -95,7 +95,9 @@ pub fn all() -> Vec<Seed> {
     let envelope = json!({ "version": "0.1.0", "type": "envelope", "provider": "kbs", "key_id": SEALED_URI, "encrypted_key": to_base64(&[1; 40]),
         "encrypted_data": to_base64(&[2; 40]), "wrap_type": "A256GCM", "iv": to_base64(&[3; 12]), "provider_settings": {}, "annotations": {} });
     let challenge = json!({ "nonce": to_base64(&[0; 32]), "extra-params": "" }).to_string();
-    let handshake = format!("200 0123abcd {challenge}\n200 0123abcd {}\n", json!({ "token": jwt }));
+    // A client goes no further than to a token whose claims are an object.
+    let claims = token(json!({ "alg": "ES256", "typ": "JWT" }), br#"{"exp":1}"#);
+    let handshake = format!("200 0123abcd {challenge}\n200 0123abcd {}\n", json!({ "token": claims }));
     let resource = String::from_utf8(message.clone()).expect("JSON");
     let refused =
         json!({ "type": "https://github.com/confidential-containers/kbs/errors/PolicyDeny", "detail": "no" });
@@ -111,6 +113,7 @@ pub fn all() -> Vec<Seed> {
         ("dns", "name", NAME.into()),
         ("session", "resource", format!("{handshake}200 0 {resource}\n").into()),
         ("session", "refused", format!("{handshake}401 0 {refused}\n{handshake}404 0 {refused}\n").into()),
+        ("session", "lost", format!("{handshake}-\n").into()),
         ("uri", "resource", SEALED_URI.into()),
         ("uri", "plugin", "kbs+pkcs11:///a/b?c=d".into()),
         ("uri", "url", "https://[fd00::1]:8080/base".into()),

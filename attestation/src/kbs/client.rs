@@ -23,7 +23,8 @@ use crate::{
     key::{KeyAlgorithm, KeyError, TeeKey},
 };
 
-/// Handshakes in a row that may fail, as upstream's client.
+/// Attempts at one request of the caller's that may fail, as upstream's client. A token does not begin them anew: a host that cuts off only what
+/// comes after it would be asked for ever.
 const MOST_HANDSHAKES: u32 = 5;
 /// Handshakes that a refused resource may lead to.
 const MOST_ATTESTATIONS: u32 = 3;
@@ -350,7 +351,6 @@ impl Client {
         let wrong = |message: String| (ClientError::Answer { stage: STAGE, message }, true);
         let body: TokenBody = serde_json::from_slice(&response.body).map_err(|e| wrong(e.to_string()))?;
         check_form(&body.token).map_err(|what| wrong(format!("the token is not one: {what}")))?;
-        self.failures = 0;
         self.token = Some(body.token.clone());
         Ok(match self.goal {
             Some(_) => State::SendResource,

@@ -6,7 +6,7 @@
 use std::{
     io::{self, Read, Write},
     net::{IpAddr, SocketAddr, TcpStream, ToSocketAddrs},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use thiserror::Error;
@@ -16,8 +16,10 @@ use super::{
 };
 use crate::evidence::Attesters;
 
-/// No single wait for the server is longer, as upstream's client.
+/// No single wait for the server is longer, and no answer takes longer from its request to its end, as upstream's client.
 const PATIENCE: Duration = Duration::from_secs(60);
+/// Steps of one run. The client ends by itself long before; a mistake in it must not hold PID 1 for ever.
+const MOST_STEPS: u32 = 128;
 
 /// Why nothing came back.
 #[derive(Debug, Error)]
@@ -181,7 +183,7 @@ impl Transport {
     pub fn exchange(&mut self, request: &Request) -> Result<Response, TransportError> {
         let bytes = request.encode(&self.url.authority(), &self.url.prefix);
         if let Some(mut stream) = self.kept.take()
-            && let Ok(response) = carry(stream.as_mut(), &bytes)
+            && let Ok(response) = carry(stream.as_mut(), &bytes, PATIENCE)
         {
             self.keep(stream, &response);
             return Ok(response);
@@ -190,7 +192,7 @@ impl Transport {
             .connect
             .connect(&self.url)
             .map_err(|source| TransportError::Connect { address: self.url.authority(), source })?;
-        let response = carry(stream.as_mut(), &bytes)?;
+        let response = carry(stream.as_mut(), &bytes, PATIENCE)?;
         self.keep(stream, &response);
         Ok(response)
     }
@@ -205,7 +207,7 @@ impl Transport {
     /// # Errors
     /// The client's.
     pub fn run(&mut self, client: &mut Client, attesters: &mut Attesters) -> Result<Outcome, ClientError> {
-        loop {
+        for _ in 0..MOST_STEPS {
             match client.step() {
                 Step::Send(request) => match self.exchange(&request) {
                     Ok(response) => client.received(&response),
@@ -222,10 +224,14 @@ impl Transport {
                 Step::Finished(result) => return result,
             }
         }
+        let message = format!("no end after {MOST_STEPS} steps");
+        Err(ClientError::Transport { stage: "conversation", message })
     }
 }
 
-fn carry(stream: &mut dyn Stream, request: &[u8]) -> Result<Response, TransportError> {
+/// One exchange. A server that sends a byte now and then is not read for longer than `patience` either.
+fn carry(stream: &mut dyn Stream, request: &[u8], patience: Duration) -> Result<Response, TransportError> {
+    let began = Instant::now();
     stream.write_all(request)?;
     stream.flush()?;
     let mut reader = ResponseReader::default();
@@ -239,6 +245,10 @@ fn carry(stream: &mut dyn Stream, request: &[u8]) -> Result<Response, TransportE
         };
         if let Some(response) = reader.push(&buffer[..count])? {
             return Ok(response);
+        }
+        if began.elapsed() > patience {
+            let message = format!("the answer was not whole after {} s", patience.as_secs());
+            return Err(io::Error::new(io::ErrorKind::TimedOut, message).into());
         }
     }
 }
@@ -269,6 +279,41 @@ mod tests {
         ] {
             assert!(Url::parse(wrong).is_err(), "{wrong}");
         }
+    }
+
+    /// A server that says this and then a byte every other millisecond, and never the last.
+    struct Dribble(&'static [u8]);
+
+    impl Read for Dribble {
+        fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+            let head = std::mem::take(&mut self.0);
+            if head.is_empty() {
+                std::thread::sleep(Duration::from_millis(2));
+                buffer[0] = b'x';
+                return Ok(1);
+            }
+            buffer[..head.len()].copy_from_slice(head);
+            Ok(head.len())
+        }
+    }
+
+    impl Write for Dribble {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn an_answer_that_never_ends_is_not_read_for_ever() {
+        let began = Instant::now();
+        let mut server = Dribble(b"HTTP/1.1 200 OK\r\nContent-Length: 4000000\r\n\r\n");
+        let error = carry(&mut server, b"GET", Duration::from_millis(50)).unwrap_err();
+        assert!(error.to_string().contains("was not whole"), "{error}");
+        assert!(began.elapsed() < Duration::from_secs(20));
     }
 
     proptest! {

@@ -283,19 +283,74 @@ fn a_cookie_that_would_write_headers_is_not_taken() {
     }
 }
 
+/// A host that lets handshakes through and cuts, or spoils, only what comes after them: the caller gets an answer in the end.
+#[test]
+fn a_resource_that_never_comes_ends_after_five_handshakes() {
+    for credential in [Credential::Cookie, Credential::Bearer] {
+        let mut client = client(credential);
+        client.fetch(uri());
+        let (asked, result) = drive(&mut client, |request, client| {
+            if request.path.contains("resource") {
+                return Err("connection: unexpected end of file".into());
+            }
+            honest(request, client)
+        });
+        assert_eq!(asked.iter().filter(|p| p.contains("auth")).count(), 5, "{asked:?}");
+        assert_eq!(result.unwrap_err().to_string(), "KBS: resource: connection: unexpected end of file");
+        // Another request of the caller's has all its attempts again.
+        client.fetch(uri());
+        let mut lost = 4;
+        let (_, result) = drive(&mut client, |request, client| {
+            if request.path.contains("resource") && lost > 0 {
+                lost -= 1;
+                return Err("connection: unexpected end of file".into());
+            }
+            honest(request, client)
+        });
+        assert_eq!(result, Ok(Outcome::Resource(b"secret".to_vec().into())));
+    }
+}
+
+/// What a server, or a host in its place, may do with one request.
+#[derive(Clone, Debug)]
+enum Turn {
+    Honest,
+    Lost,
+    Refused,
+    Any(u16, bool, String),
+}
+
+fn turn() -> impl Strategy<Value = Turn> {
+    let status = prop::sample::select(vec![200u16, 401, 404, 500]);
+    prop_oneof![
+        4 => Just(Turn::Honest),
+        1 => Just(Turn::Lost),
+        1 => Just(Turn::Refused),
+        1 => (status, any::<bool>(), "\\PC{0,60}").prop_map(|(s, cookie, body)| Turn::Any(s, cookie, body)),
+    ]
+}
+
 proptest! {
     #[test]
-    fn no_answers_make_it_panic_or_go_on_for_ever(
-        answers in prop::collection::vec((prop::sample::select(vec![200u16, 401, 404, 500]), "\\PC{0,60}"), 1..8),
-    ) {
-        let mut client = client(Credential::Cookie);
-        client.fetch(uri());
-        let mut next = answers.iter().cycle();
-        let (asked, result) = drive(&mut client, |_, _| {
-            let (status, body) = next.next().unwrap();
-            Ok(Response { status: *status, headers: Vec::new(), body: body.clone().into_bytes() })
-        });
-        prop_assert!(asked.len() < 60);
-        prop_assert!(result.is_err());
+    fn no_answers_make_it_panic_or_go_on_for_ever(turns in prop::collection::vec(turn(), 1..12), bearer in any::<bool>()) {
+        let mut client = client(if bearer { Credential::Bearer } else { Credential::Cookie });
+        for _ in 0..2 {
+            client.fetch(uri());
+            let mut next = turns.iter().cycle();
+            let (asked, result) = drive(&mut client, |request, client| match next.next().unwrap() {
+                Turn::Honest => honest(request, client),
+                Turn::Lost => Err("nothing".into()),
+                Turn::Refused => Ok(refusal("PolicyDeny", "no")),
+                Turn::Any(status, cookie, body) => {
+                    let mut answer = challenge();
+                    answer.headers.truncate(usize::from(*cookie));
+                    Ok(Response { status: *status, body: body.clone().into_bytes(), ..answer })
+                }
+            });
+            // Five handshakes that fail and three that a refused resource led to, of three requests and a pause each.
+            prop_assert!(asked.len() <= 8 * 4, "{asked:?}");
+            let secret = Outcome::Resource(b"secret".to_vec().into());
+            prop_assert!(result.is_err() || result == Ok(secret));
+        }
     }
 }
