@@ -396,7 +396,7 @@ impl Session {
 mod tests {
     use super::*;
     use crate::stdio::{Stdio, unblock};
-    use coffer_protocol::Ended;
+    use coffer_protocol::Exit;
     use std::os::unix::net::UnixStream;
 
     #[test]
@@ -405,7 +405,7 @@ mod tests {
         unblock(&ours).unwrap();
         let mut session = Session::new(ours.into());
         session.process = Some(Process::new(4711, Stdio::default()));
-        session.process.as_mut().unwrap().ended = Some(Ended::Exited(3));
+        session.process.as_mut().unwrap().ended = Some(Exit::Code(3).into());
         session.finish_process();
         session.write_host();
         assert!(session.finishing && session.waiting() == 0 && !session.is_done());
@@ -449,7 +449,7 @@ mod tests {
             for part in [Part::Stdout, Part::Stderr, Part::Further(0)] {
                 session.read_output(part);
             }
-            session.process.as_mut().unwrap().ended = Some(Ended::Exited(0));
+            session.process.as_mut().unwrap().ended = Some(Exit::Code(0).into());
             session.finish_process();
             session.write_host();
             let _ = host.read_to_end(&mut received);
@@ -487,7 +487,7 @@ mod tests {
         let mut session = Session::new(ours.into());
         let stdio = Stdio { stdout: Some(stdout.into()), ..Stdio::default() };
         session.attach("c", Process::new(4711, stdio), Streams { stdin: true, output: false });
-        session.process.as_mut().unwrap().ended = Some(Ended::Exited(0));
+        session.process.as_mut().unwrap().ended = Some(Exit::Code(0).into());
         // Until nobody can read it.
         let writer = std::thread::spawn(move || while left.write_all(&[0; CHUNK]).is_ok() {});
         session.finish_process();

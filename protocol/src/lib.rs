@@ -19,12 +19,12 @@ pub mod vm;
 pub use account::{CpuStats, Device, MemoryStats, ProcessInfo, Stats};
 pub use frame::{Decoder, Frame, FrameError, Kind, MAX_PAYLOAD, Outbox, encode};
 pub use message::{
-    BindSource, CreateContainer, Ended, ErrorKind, Exec, ImageSource, Interface, NamespaceKind, Neighbour,
-    Network, Reply, Request, Route, Sandbox, SharedNamespace, SignalTarget, Stream, WindowSize,
+    BindSource, CreateContainer, Ended, ErrorKind, Exec, Exit, ImageSource, Interface, NamespaceKind,
+    Neighbour, Network, Reply, Request, Route, Sandbox, SharedNamespace, SignalTarget, Stream, WindowSize,
 };
 
 /// Version of everything in this crate; sent in [`Sandbox`] and refused by init when it differs.
-pub const VERSION: u32 = 3;
+pub const VERSION: u32 = 4;
 
 /// Guest port on which init listens for the host.
 pub const CONTROL_PORT: u32 = 1024;

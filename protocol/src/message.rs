@@ -319,24 +319,39 @@ pub enum ErrorKind {
 /// How a process ended.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize, PartialEq, Eq)]
 #[serde(rename_all = "kebab-case")]
-pub enum Ended {
-    /// It exited with this code.
-    Exited(u8),
-    /// This signal killed it.
-    Signalled(u8),
-    /// The kernel killed it for want of memory.
-    OutOfMemory,
+pub struct Ended {
+    /// Its own end.
+    pub exit: Exit,
+    /// Said of a container's first process: the kernel has killed something in the container for want of memory, not necessarily this
+    /// process.
+    pub out_of_memory: bool,
 }
 
-impl Ended {
+/// What a parent is told of a process's end.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize, PartialEq, Eq)]
+#[serde(rename_all = "kebab-case")]
+pub enum Exit {
+    /// It exited with this code.
+    Code(u8),
+    /// This signal killed it.
+    Signal(u8),
+}
+
+impl Exit {
     /// The code that runc and a shell give: the exit code, or 128 and the signal.
     #[must_use]
-    pub fn exit_code(self) -> u8 {
+    pub fn code(self) -> u8 {
         match self {
-            Self::Exited(code) => code,
-            Self::Signalled(signal) => 128u8.wrapping_add(signal),
-            Self::OutOfMemory => 137,
+            Self::Code(code) => code,
+            Self::Signal(signal) => 128u8.wrapping_add(signal),
         }
+    }
+}
+
+impl From<Exit> for Ended {
+    /// With memory enough.
+    fn from(exit: Exit) -> Self {
+        Self { exit, out_of_memory: false }
     }
 }
 
@@ -379,9 +394,8 @@ mod tests {
 
     #[test]
     fn exit_codes_are_a_shells() {
-        assert_eq!(Ended::Exited(42).exit_code(), 42);
-        assert_eq!(Ended::Signalled(15).exit_code(), 143);
-        assert_eq!(Ended::OutOfMemory.exit_code(), 137);
+        assert_eq!(Exit::Code(42).code(), 42);
+        assert_eq!(Exit::Signal(15).code(), 143);
     }
 
     proptest! {

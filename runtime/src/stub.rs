@@ -219,7 +219,7 @@ impl Relay {
     /// The exit code. podman takes a container's end for want of memory from a file, which conmon writes when the host's
     /// cgroup says so; here the guest's does.
     fn ended(&self, ended: Ended) -> i32 {
-        let places = if ended == Ended::OutOfMemory { self.oom.as_slice() } else { &[] };
+        let places = if ended.out_of_memory { self.oom.as_slice() } else { &[] };
         for directory in places {
             let flags = libc::O_CREAT | libc::O_WRONLY | libc::O_CLOEXEC | libc::O_NOFOLLOW;
             // SAFETY: the name is a C string; the directory is open.
@@ -229,7 +229,7 @@ impl Relay {
                 drop(unsafe { OwnedFd::from_raw_fd(fd) });
             }
         }
-        i32::from(ended.exit_code())
+        i32::from(ended.exit.code())
     }
 
     fn send(&mut self, kind: Kind, payload: &[u8]) {
@@ -422,6 +422,43 @@ fn write(fd: RawFd, mut bytes: &[u8]) {
                 }
                 _ => return,
             },
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixStream;
+
+    use coffer_protocol::{Decoder, Exit, encode};
+
+    use super::*;
+
+    #[test]
+    fn that_memory_ran_out_is_in_a_file_beside_the_processes_own_exit_code() {
+        for (ended, code, there) in [
+            (Ended { exit: Exit::Signal(9), out_of_memory: true }, 137, true),
+            (Ended { exit: Exit::Code(3), out_of_memory: true }, 3, true),
+            (Ended { exit: Exit::Signal(9), out_of_memory: false }, 137, false),
+        ] {
+            let directory = tempfile::tempdir().unwrap();
+            let (stream, mut guest) = UnixStream::pair().unwrap();
+            let mut bytes = Vec::new();
+            encode(Kind::Ended, &ended.to_payload(), &mut bytes);
+            guest.write_all(&bytes).unwrap();
+            let relay = Relay {
+                out: Outbox::default(),
+                connection: Connection { stream, decoder: Decoder::default() },
+                signals: SignalFd::with_flags(&SigSet::empty(), SfdFlags::SFD_NONBLOCK).unwrap(),
+                terminal: None,
+                reports: None,
+                vmm: None,
+                oom: vec![File::open(directory.path()).unwrap()],
+                teller: None,
+                further: Vec::new(),
+            };
+            assert_eq!(relay.run(), code);
+            assert_eq!(directory.path().join("oom").exists(), there);
         }
     }
 }

@@ -128,6 +128,12 @@ impl Cgroup {
         Ok(Self(path))
     }
 
+    /// Any directory, in place of one.
+    #[cfg(test)]
+    pub(crate) fn at(path: &Path) -> Self {
+        Self(path.to_owned())
+    }
+
     /// Where it is.
     #[must_use]
     pub fn path(&self) -> &std::path::Path {

@@ -7,8 +7,8 @@ use std::io;
 
 use coffer_layout::mark;
 use coffer_protocol::{
-    CreateContainer, Ended, ErrorKind, Exec, ImageSource, NamespaceKind, Reply, Request, SharedNamespace,
-    SignalTarget, signal,
+    CreateContainer, Ended, ErrorKind, Exec, Exit, ImageSource, NamespaceKind, Reply, Request,
+    SharedNamespace, SignalTarget, signal,
 };
 use oci_spec::runtime::Spec;
 use serde_json::Value;
@@ -292,21 +292,27 @@ impl Server {
             if pid <= 0 {
                 break;
             }
-            let Some(mut ended) = ended(status) else { continue };
-            if let Some(container) = self.containers.values_mut().find(|c| c.pid == pid && !c.ended) {
-                container.ended = true;
-                if ended == Ended::Signalled(9) && container.cgroup.ran_out_of_memory() {
-                    ended = Ended::OutOfMemory;
-                }
+            if let Some(exit) = exit(status) {
+                self.end(pid, exit);
             }
-            let owner = self
-                .sessions
-                .values_mut()
-                .filter_map(|s| s.process.as_mut())
-                .find(|p| p.pid == pid && p.ended.is_none());
-            if let Some(process) = owner {
-                process.ended = Some(ended);
-            }
+        }
+    }
+
+    /// A process has ended. Whether its container ran out of memory is told with the first one's end, whichever process the kernel has
+    /// chosen to kill, and whatever became of this one: as conmon tells it of a cgroup of the host's.
+    fn end(&mut self, pid: i32, exit: Exit) {
+        let mut ended = Ended::from(exit);
+        if let Some(container) = self.containers.values_mut().find(|c| c.pid == pid && !c.ended) {
+            container.ended = true;
+            ended.out_of_memory = container.cgroup.ran_out_of_memory();
+        }
+        let owner = self
+            .sessions
+            .values_mut()
+            .filter_map(|s| s.process.as_mut())
+            .find(|p| p.pid == pid && p.ended.is_none());
+        if let Some(process) = owner {
+            process.ended = Some(ended);
         }
     }
 
@@ -320,11 +326,11 @@ impl Server {
 }
 
 /// What wait(2) says of a process that has ended.
-fn ended(status: i32) -> Option<Ended> {
+fn exit(status: i32) -> Option<Exit> {
     if libc::WIFEXITED(status) {
-        Some(Ended::Exited(libc::WEXITSTATUS(status) as u8))
+        Some(Exit::Code(libc::WEXITSTATUS(status) as u8))
     } else {
-        libc::WIFSIGNALED(status).then(|| Ended::Signalled(libc::WTERMSIG(status) as u8))
+        libc::WIFSIGNALED(status).then(|| Exit::Signal(libc::WTERMSIG(status) as u8))
     }
 }
 
@@ -348,9 +354,53 @@ pub(super) fn send_signal(pid: i32, signal: u32) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use std::{os::unix::process::ExitStatusExt, process::Command};
+    use std::{
+        fs,
+        os::unix::{
+            net::{UnixListener, UnixStream},
+            process::ExitStatusExt,
+        },
+        process::Command,
+    };
 
     use super::*;
+    use crate::session::Session;
+
+    /// `--init` reports its child's end as its own, and a shell that of its last command; a killed worker may be nobody's last.
+    #[test]
+    fn a_container_whose_memory_ran_out_says_so_whichever_process_was_killed() {
+        for (events, exit, out_of_memory) in [
+            ("oom 1\noom_kill 1\n", Exit::Signal(9), true),
+            ("oom 1\noom_kill 1\n", Exit::Code(137), true),
+            ("oom 4\noom_kill 2\n", Exit::Code(0), true),
+            ("oom 3\noom_kill 0\n", Exit::Signal(9), false),
+        ] {
+            let directory = tempfile::tempdir().unwrap();
+            fs::write(directory.path().join("memory.events"), events).unwrap();
+            let listener = UnixListener::bind(directory.path().join("s")).unwrap();
+            let mut server = Server::new(listener.into()).unwrap();
+            for (key, pid) in [(0, 4711), (1, 4712)] {
+                let mut session = Session::new(UnixStream::pair().unwrap().0.into());
+                session.process = Some(Process::new(pid, Stdio::default()));
+                server.sessions.insert(key, session);
+            }
+            let first = Container {
+                pid: 4711,
+                spec: Spec::default(),
+                cgroup: Cgroup::at(directory.path()),
+                sync: None,
+                ended: false,
+                stop_signal: None,
+            };
+            server.containers.insert("c".into(), first);
+            let told = |server: &Server, key| server.sessions[&key].process.as_ref().unwrap().ended;
+            // One of `exec`, whose end is not the container's.
+            server.end(4712, exit);
+            assert_eq!(told(&server, 1), Some(exit.into()), "{events} {exit:?}");
+            server.end(4711, exit);
+            assert_eq!(told(&server, 0), Some(Ended { exit, out_of_memory }), "{events} {exit:?}");
+        }
+    }
 
     #[test]
     fn one_that_has_ended_keeps_no_signal_from_the_others() {
