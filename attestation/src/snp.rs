@@ -16,6 +16,7 @@ const MEASUREMENT: usize = 0x90;
 const HOST_DATA: usize = 0xc0;
 const CHIP_ID: usize = 0x1a0;
 const FAMILY: usize = 0x188;
+const MODEL: usize = 0x189;
 /// Turin, whose TCB version has another layout.
 const FAMILY_TURIN: u8 = 0x1a;
 
@@ -61,7 +62,7 @@ const NUMBERS: [(&str, usize, usize, u32); 12] = [
     ("plat_info", 0x40, 8, 0),
     ("key_info", 0x48, 4, 0),
     ("cpuid_fam_id", FAMILY, 1, 3),
-    ("cpuid_mod_id", 0x189, 1, 3),
+    ("cpuid_mod_id", MODEL, 1, 3),
     ("cpuid_step", 0x18a, 1, 3),
     ("launch_mit_vector", 0x1f8, 8, 5),
     ("current_mit_vector", 0x200, 8, 5),
@@ -164,6 +165,12 @@ impl Report {
     #[must_use]
     pub fn family(&self) -> Option<u8> {
         (self.version() >= 3).then(|| self.0[FAMILY])
+    }
+
+    /// CPU model, from version 3.
+    #[must_use]
+    pub fn model(&self) -> Option<u8> {
+        (self.version() >= 3).then(|| self.0[MODEL])
     }
 
     /// What the signature covers.
