@@ -1,6 +1,6 @@
 //! The owner's calls, as upstream's `kbs-client` makes them.
 
-use coffer_attestation::encoding::{from_base64, from_base64url, from_hex, to_base64url};
+use coffer_attestation::encoding::{from_base64, from_base64url, to_base64url};
 use serde_json::{Map, Value, json};
 
 use crate::{
@@ -54,15 +54,12 @@ impl Kbs {
                 let payload: Map<String, Value> =
                     serde_json::from_slice(&payload.map_err(|e| wrong(format!("payload: {e}")))?)
                         .map_err(|e| wrong(format!("payload: {e}")))?;
-                for (name, value) in payload {
-                    if name == "measurement" || name == "snp_launch_measurement" {
-                        state.measurements = measurements(&value).map_err(wrong)?;
-                    }
-                    state.values.insert(name, value);
-                }
+                // All of them or none.
+                let new = state.reference.with(payload);
+                state.reference = new.map_err(|e| Answer::error("RvpsError", e))?;
             }
             ("GET", ["reference-value", id]) => {
-                return Ok(Answer::json(&state.values.get(*id).cloned().unwrap_or_default()));
+                return Ok(Answer::json(&state.reference.value(id).cloned().unwrap_or_default()));
             }
             _ => return Err(Answer::error("InvalidRequestPath", "no such call")),
         }
@@ -70,23 +67,14 @@ impl Kbs {
     }
 }
 
-fn measurements(value: &Value) -> Result<Vec<[u8; 48]>, String> {
-    let list = match value {
-        Value::Array(list) => list.clone(),
-        one => vec![one.clone()],
-    };
-    let read = |value: &Value| {
-        let bytes = from_hex(value.as_str().unwrap_or_default()).map_err(|e| format!("measurement: {e}"))?;
-        bytes.try_into().map_err(|_| "measurement: not 48 bytes".to_owned())
-    };
-    list.iter().map(read).collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::session::Config;
-    use coffer_attestation::encoding::{to_base64, to_hex};
+    use coffer_attestation::{
+        encoding::{to_base64, to_hex},
+        snp::{REPORT_SIZE, Report},
+    };
 
     fn call(kbs: &Kbs, method: &str, path: &str, body: &str) -> Answer {
         let path = format!("/kbs/v0/{path}");
@@ -100,27 +88,64 @@ mod tests {
         json!({ "message": message.to_string() }).to_string()
     }
 
+    /// What a launch has to be, `tests/snp.rs` has by reports that are signed.
+    fn is_good(kbs: &Kbs, measurement: u8) -> bool {
+        let mut raw = [0; REPORT_SIZE];
+        raw[0] = 3;
+        raw[0x90..0xc0].fill(measurement);
+        kbs.state().reference.check(&Report::from_bytes(&raw).unwrap()).is_ok()
+    }
+
     #[test]
     fn reference_values_say_which_measurements_are_good() {
         let kbs = Kbs::new(Config { admin: true, ..Config::default() }).unwrap();
-        assert!(kbs.is_good(&[1; 48]), "a KBS that knows none takes any");
-        let two = json!({ "snp_launch_measurement": [to_hex(&[1; 48]), to_hex(&[2; 48])], "other": 7 });
+        assert!(is_good(&kbs, 1), "a KBS that knows none takes any");
+        let two = json!({ "snp_launch_measurement": [to_hex(&[1; 48]), to_hex(&[2; 48])] });
         assert_eq!(call(&kbs, "POST", "reference-value", &message(&two)).status, 200);
-        assert!(kbs.is_good(&[1; 48]) && kbs.is_good(&[2; 48]) && !kbs.is_good(&[3; 48]));
-        assert_eq!(call(&kbs, "GET", "reference-value/other", "").body, b"7");
+        assert!(is_good(&kbs, 1) && is_good(&kbs, 2) && !is_good(&kbs, 3));
+        let given = call(&kbs, "GET", "reference-value/snp_launch_measurement", "").body;
+        assert_eq!(given, two["snp_launch_measurement"].to_string().as_bytes());
         // Without the text around the message as well.
         let payload = to_base64(json!({ "measurement": to_hex(&[3; 48]) }).to_string().as_bytes());
         assert_eq!(
             call(&kbs, "POST", "reference-value", &json!({ "payload": payload }).to_string()).status,
             200
         );
-        assert!(kbs.is_good(&[3; 48]) && !kbs.is_good(&[1; 48]));
-        for wrong in [json!({ "measurement": "00" }), json!({ "measurement": [7] }), json!([])] {
+        assert!(is_good(&kbs, 3) && !is_good(&kbs, 1));
+        let known = json!({ "measurement": to_hex(&[1; 48]), "coffer_snp_cpuid_family": 300 });
+        let twice = json!({ "measurement": to_hex(&[1; 48]), "snp_launch_measurement": to_hex(&[2; 48]) });
+        for wrong in [
+            json!({ "measurement": "00" }),
+            json!({ "measurement": [7] }),
+            json!({ "coffer_snp_minimum_snp": [1] }),
+            json!([]),
+            known,
+            twice,
+        ] {
             assert_eq!(call(&kbs, "POST", "reference-value", &message(&wrong)).status, 401, "{wrong}");
         }
-        assert!(kbs.is_good(&[3; 48]) && !kbs.is_good(&[0; 48]), "what is refused changes nothing");
+        assert!(
+            is_good(&kbs, 3) && !is_good(&kbs, 0) && !is_good(&kbs, 1),
+            "what is refused changes nothing"
+        );
+        // Nothing is good once its owner says that nothing is.
+        let none = json!({ "measurement": [] });
+        assert_eq!(call(&kbs, "POST", "reference-value", &message(&none)).status, 200);
+        assert!(!is_good(&kbs, 3));
         let closed = Kbs::new(Config::default()).unwrap();
         assert_eq!(call(&closed, "POST", "reference-value", &message(&two)).status, 401);
+    }
+
+    /// A value that nothing is compared with would be a check that its owner believes in and that nobody makes.
+    #[test]
+    fn a_reference_value_that_nothing_is_compared_with_is_refused_by_name() {
+        let kbs = Kbs::new(Config { admin: true, ..Config::default() }).unwrap();
+        for name in ["other", "snp_launch_measurment", "coffer_snp_minimum_fmc", "tdx_mr_td"] {
+            let answer = call(&kbs, "POST", "reference-value", &message(&json!({ name: to_hex(&[1; 48]) })));
+            assert_eq!(answer.status, 401, "{name}");
+            let words = String::from_utf8(answer.body).unwrap();
+            assert!(words.contains("errors/RvpsError") && words.contains(name), "{words}");
+        }
     }
 
     #[test]

@@ -8,6 +8,7 @@
 mod admin;
 mod answer;
 mod policy;
+mod reference;
 mod serve;
 mod session;
 

@@ -24,6 +24,7 @@ use serde_json::{Map, Value, json};
 use crate::{
     answer::{Answer, Query},
     policy::{ALLOW_ALL, Policy},
+    reference::Reference,
 };
 
 const SESSION: Duration = Duration::from_secs(5 * 60);
@@ -60,8 +61,7 @@ pub(crate) struct State {
     sessions: HashMap<String, Session>,
     pub(crate) resources: BTreeMap<String, Vec<u8>>,
     pub(crate) policy: Policy,
-    pub(crate) measurements: Vec<[u8; 48]>,
-    pub(crate) values: BTreeMap<String, Value>,
+    pub(crate) reference: Reference,
 }
 
 /// The server's mind.
@@ -100,8 +100,7 @@ impl Kbs {
                 sessions: HashMap::new(),
                 resources: config.resources,
                 policy,
-                measurements: config.measurements,
-                values: BTreeMap::new(),
+                reference: Reference::new(config.measurements),
             }),
         })
     }
@@ -218,12 +217,8 @@ impl Kbs {
                 let expected = Expected { report_data: fit(&digest), host_data };
                 let report = verify_snp(&evidence.primary_evidence, trust, &expected)
                     .map_err(|e| failed(e.to_string()))?;
-                if !self.is_good(&report.measurement()) {
-                    let measurement = to_hex(&report.measurement());
-                    return Err(failed(format!(
-                        "SNP evidence: measurement {measurement} is no reference value"
-                    )));
-                }
+                let checked = self.state().reference.check(&report);
+                checked.map_err(|e| failed(format!("SNP evidence: {e}")))?;
                 claims.insert(
                     "snp".into(),
                     json!({
@@ -247,11 +242,6 @@ impl Kbs {
         }
         claims.insert("report_data".into(), to_hex(&digest).into());
         Ok(claims)
-    }
-
-    pub(crate) fn is_good(&self, measurement: &[u8; 48]) -> bool {
-        let good = &self.state().measurements;
-        good.is_empty() || good.contains(measurement)
     }
 
     fn token(
