@@ -161,12 +161,19 @@ pub(super) fn exec(call: &Call, root: &Path) -> Result<i32, Error> {
     }
     // A stub that hears nothing has ended so by now: whoever waits for it sees that it was killed.
     let _ = File::from(tell_to_go).write_all(&[&[GO], connection.decoder.rest()].concat());
-    if let (Some(master), Some(console)) = (master, console) {
-        terminal::give(&console, &master)?;
-    }
-    if let Some(path) = call.value("pid-file") {
-        state::write_whole(Path::new(path), pid.to_string().as_bytes())?;
-    }
+    let told = || {
+        if let (Some(master), Some(console)) = (master, console) {
+            terminal::give(&console, &master)?;
+        }
+        let path = call.value("pid-file");
+        path.map_or(Ok(()), |path| state::write_whole(Path::new(path), pid.to_string().as_bytes()))
+    };
+    told().inspect_err(|_| {
+        // The process runs, and nobody would know of it: it ends with its stub.
+        // SAFETY: signals our own child, which was not reaped.
+        unsafe { libc::kill(pid, libc::SIGKILL) };
+        let _ = waitpid(Pid::from_raw(pid), None);
+    })?;
     signals.map_or(Ok(0), |signals| foreground::wait(pid, &signals))
 }
 

@@ -86,8 +86,7 @@ pub(super) fn ps(call: &Call, root: &Path) -> Result<i32, Error> {
         return Err(Error::NotRunning);
     }
     if json_wanted {
-        let pids: Vec<i32> = record.stub.iter().map(|p| p.pid).collect();
-        return print(&json!(pids));
+        return print(&json!(record.stub.map(|stub| stubs(stub.pid)).unwrap_or_default()));
     }
     let reply = client::ask(&directory.socket(), &Request::Processes { id: record.id.clone() })?;
     let Reply::Processes { list, .. } = reply else {
@@ -97,6 +96,22 @@ pub(super) fn ps(call: &Call, root: &Path) -> Result<i32, Error> {
     let text = table(std::iter::once(head).chain(list.iter().map(row)).collect());
     let _ = std::io::stdout().write_all(text.as_bytes());
     Ok(0)
+}
+
+/// A container's stubs: that of its first process, then those of further ones by number. They are the processes named as it in its namespace
+/// of mounts, which is no other container's; a tool that has entered there has another name.
+fn stubs(first: i32) -> Vec<i32> {
+    let of = |pid: i32| {
+        let place = std::fs::read_link(format!("/proc/{pid}/ns/mnt")).ok()?;
+        Some((place, std::fs::read_to_string(format!("/proc/{pid}/comm")).ok()?))
+    };
+    let Some(wanted) = of(first) else { return vec![first] };
+    let names = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+    let numbers = names.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    let mut further: Vec<i32> =
+        numbers.filter(|pid| *pid != first && of(*pid).as_ref() == Some(&wanted)).collect();
+    further.sort_unstable();
+    [vec![first], further].concat()
 }
 
 /// Characters of a command that are shown: what init sends, and no more from a guest that has another.

@@ -109,6 +109,54 @@ fn what_cannot_be_executed_writes_no_pid_file() {
     assert!(detached(&bench, "e", &wrong).failed(255).contains("cwd"));
 }
 
+/// Whoever called takes it for one that never ran.
+#[test]
+fn a_process_of_which_the_caller_cannot_be_told_does_not_stay() {
+    let bench = Bench::new();
+    bench.start("c", &config(&["sleep", "1000"]));
+    let sleep = ["c", "sleep", "4324"];
+    for (flags, said) in [
+        (&["exec", "--detach", "--pid-file", "/no/such/directory/pid"][..], "/no/such/directory/pid"),
+        (&["exec", "--detach", "--tty", "--console-socket", "/no/such/socket"], "/no/such/socket"),
+    ] {
+        let mut command = bench.command(&[flags, &sleep].concat());
+        command.stdout(Stdio::null()).stderr(fs::File::create(bench.path("said")).unwrap());
+        assert_eq!(finish(&mut command.spawn().unwrap()), 255);
+        assert!(bench.read("said").contains(said), "{}", bench.read("said"));
+        until(|| !bench.call(&["ps", "c"]).ok().contains("sleep 4324"));
+    }
+    assert_eq!(bench.status("c"), "running");
+}
+
+#[test]
+fn ps_as_json_has_the_stub_of_every_process() {
+    let bench = Bench::new();
+    bench.start("c", &config(&["sleep", "1000"]));
+    let bundle = bench.bundle("other", &config(&["sleep", "1000"]));
+    let _ = bench.create("other", &bundle).ok();
+    for name in ["e", "f"] {
+        let _ = detached(&bench, name, &process(&["sleep", "1000"])).ok();
+    }
+    // As `podman top` does, whose `ps` is no process of the container.
+    let own = bench.pid("c").to_string();
+    let mut entered = std::process::Command::new("nsenter")
+        .args(["-m", "-t", &own, "/bin/busybox", "sleep", "60"])
+        .spawn()
+        .unwrap();
+    let mounts = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/mnt")).unwrap();
+    until(|| mounts(&entered.id().to_string()) == mounts(&own));
+    let listed =
+        || -> Vec<i32> { serde_json::from_str(&bench.call(&["ps", "--format", "json", "c"]).ok()).unwrap() };
+    let mut wanted = [bench.pid("e"), bench.pid("f")];
+    wanted.sort_unstable();
+    assert_eq!(listed(), [bench.pid("c"), wanted[0], wanted[1]]);
+    // SAFETY: kills a process of this test's own container.
+    assert_eq!(unsafe { libc::kill(bench.pid("e"), libc::SIGKILL) }, 0);
+    until(|| listed() == [bench.pid("c"), bench.pid("f")]);
+    entered.kill().unwrap();
+    entered.wait().unwrap();
+}
+
 #[test]
 fn in_the_foreground_its_code_is_execs() {
     let bench = Bench::new();
