@@ -128,9 +128,11 @@ fn a_life_by_the_shims_words() {
     assert_eq!(all, format!("/srv\n{what}"));
 
     let pid = fs::read_to_string(&pid_file).unwrap();
-    let listed = whole_output(shim(&bench, &bundle, &["ps", "--format", "json", "c"]));
-    let listed: Vec<i32> = serde_json::from_str(&listed).unwrap();
-    assert_eq!(listed, [pid.parse::<i32>().unwrap()]);
+    // The stub of exec ends right after its output has.
+    until(|| {
+        let listed = whole_output(shim(&bench, &bundle, &["ps", "--format", "json", "c"]));
+        serde_json::from_str::<Vec<i32>>(&listed).unwrap() == [pid.parse::<i32>().unwrap()]
+    });
     assert_eq!(whole_output(shim(&bench, &bundle, &["pause", "c"])), "");
     assert_eq!(bench.status("c"), "paused");
     assert_eq!(whole_output(shim(&bench, &bundle, &["resume", "c"])), "");
