@@ -18,6 +18,7 @@ use coffer_protocol::{
     vm::{LONGEST_ANSWER, Line, NetAnswer, SizeAnswer, VmSize, parse_mac},
 };
 use nix::sys::socket::{ControlMessage, MsgFlags, UnixAddr, sendmsg};
+use oci_spec::runtime::Hook;
 use serde_json::Value;
 
 use crate::error::{Error, host};
@@ -44,6 +45,13 @@ fn limit(request: &Request) -> Duration {
     let environment = create.spec["process"]["env"].as_array().into_iter().flatten();
     let sealed = environment.filter_map(Value::as_str).any(|pair| pair.contains("=sealed."));
     if create.image.is_some() || sealed { LONG_ANSWER_LIMIT } else { ANSWER_LIMIT }
+}
+
+/// How long a container with these hooks of its own may take to start: what they may take themselves, which is no limit for one that has
+/// none, and what a start takes.
+pub fn hooks_limit(hooks: &[Hook]) -> Option<Duration> {
+    let of = |hook: &Hook| hook.timeout().and_then(|t| u64::try_from(t).ok()).filter(|t| *t > 0);
+    hooks.iter().try_fold(ANSWER_LIMIT, |sum, hook| sum.checked_add(Duration::from_secs(of(hook)?)))
 }
 
 fn no_answer(limit: Duration) -> Error {
@@ -103,10 +111,17 @@ impl Connection {
     /// # Errors
     /// [`Error::Guest`] when init refuses, [`Error::Vm`] when there is no answer, [`Error::VmGone`] when there is no VM.
     pub fn ask(&mut self, request: &Request) -> Result<Reply, Error> {
+        self.ask_within(request, Some(limit(request)))
+    }
+
+    /// The same with another limit, or with none.
+    ///
+    /// # Errors
+    /// As [`Self::ask`].
+    pub fn ask_within(&mut self, request: &Request, limit: Option<Duration>) -> Result<Reply, Error> {
         let mut bytes = Vec::new();
         encode(Kind::Request, &request.to_payload(), &mut bytes);
         self.stream.write_all(&bytes).map_err(|_| gone())?;
-        let limit = limit(request);
         let frame = self.frame(limit)?.ok_or_else(gone)?;
         let wrong = |e: coffer_protocol::FrameError| Error::Vm(format!("the guest's answer: {e}"));
         if frame.kind != Kind::Reply {
@@ -122,8 +137,9 @@ impl Connection {
     }
 
     /// The next frame; `None` at the end. The limit is for all of it: a guest may send a byte now and then.
-    fn frame(&mut self, limit: Duration) -> Result<Option<Frame>, Error> {
-        let deadline = Instant::now() + limit;
+    fn frame(&mut self, limit: Option<Duration>) -> Result<Option<Frame>, Error> {
+        // One past the end of all time is none.
+        let deadline = limit.and_then(|limit| Some((limit, Instant::now().checked_add(limit)?)));
         let mut buffer = [0; 16 * 1024];
         loop {
             if let Some(frame) =
@@ -131,11 +147,11 @@ impl Connection {
             {
                 return Ok(Some(frame));
             }
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
+            let left = deadline.map(|(limit, end)| (limit, end.saturating_duration_since(Instant::now())));
+            if let Some((limit, Duration::ZERO)) = left {
                 return Err(no_answer(limit));
             }
-            self.stream.set_read_timeout(Some(left)).map_err(host("set a time limit"))?;
+            self.stream.set_read_timeout(left.map(|(_, left)| left)).map_err(host("set a time limit"))?;
             match self.stream.read(&mut buffer) {
                 Ok(0) => return Ok(None),
                 Ok(count) => self.decoder.push(&buffer[..count]),
@@ -201,5 +217,25 @@ fn question(socket: &Path, line: Line, descriptor: Option<RawFd>) -> Result<Stri
         Err(e) if e.kind() == io::ErrorKind::WouldBlock => Err(no_answer(ANSWER_LIMIT)),
         Err(_) | Ok(0) => Err(gone()),
         Ok(_) => Ok(text),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn a_start_may_take_as_long_as_its_hooks_may() {
+        let of = |list: &Value| {
+            let hooks: Vec<Hook> = serde_json::from_value(list.clone()).unwrap();
+            hooks_limit(&hooks).map(|limit| limit.as_secs())
+        };
+        let hook = |timeout: i64| json!({ "path": "/h", "timeout": timeout });
+        assert_eq!(of(&json!([])), Some(60));
+        assert_eq!(of(&json!([hook(100), hook(7)])), Some(167));
+        for without in [json!({ "path": "/h" }), hook(0), hook(-1)] {
+            assert_eq!(of(&json!([hook(100), without])), None);
+        }
     }
 }

@@ -20,8 +20,10 @@ use nix::{
 use oci_spec::runtime::{Process, Spec};
 
 use super::{
-    ContainerError, clocks, hooks, mounts, notify,
-    process::{Shared, Theirs, fork, message},
+    ContainerError, clocks, hooks,
+    making::message,
+    mounts, notify,
+    process::{Shared, Theirs, fork},
     scheduling, security, user,
 };
 
@@ -200,6 +202,8 @@ fn become_program(
     if let Some(id) = first {
         hooks::start_container(spec, id)?;
     }
+    // Before the filter, which need not allow it. What fails from here on is said instead of the socket's end.
+    say(sync, message::LAST, "", None);
     if late {
         security::filter(spec, process)?;
     }

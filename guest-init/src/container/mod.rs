@@ -14,6 +14,7 @@ mod devices;
 #[cfg(feature = "fuzz")]
 pub mod fuzz;
 mod hooks;
+mod making;
 mod mounts;
 mod notify;
 mod options;
@@ -28,9 +29,10 @@ mod user;
 
 pub use cgroup::Cgroup;
 pub(crate) use child::set_window;
+pub use making::{Making, Stage};
 #[cfg(feature = "confidential")]
 pub(crate) use places::is_in_share;
-pub use process::{Files, Launched, Shared, Sync, SyncError, exec, launch};
+pub use process::{Files, Shared, exec, launch};
 
 use coffer_protocol::ErrorKind;
 use oci_spec::runtime::{Process, Spec};

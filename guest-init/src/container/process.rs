@@ -1,38 +1,25 @@
 //! Starting processes: clone, a socket between PID 1 and the child, stdio.
 //!
-//! Owns: what PID 1 does around `child`. The child tells over the socket that it is ready, or why not; PID 1 tells it
-//! to go; the socket closes by itself when the program runs.
+//! Owns: what PID 1 does before there is a `child`. Does not own: what is said over the socket from then on (`making`).
 
 use std::{
-    io::{self, IoSliceMut},
-    os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd},
+    io,
+    os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd},
 };
 
 use coffer_protocol::{ErrorKind, MAX_STREAMS, NamespaceKind, STDIN_WINDOW, Stream, WindowSize};
 use nix::{
     sched::{CloneFlags, setns},
-    sys::socket::{
-        AddressFamily, ControlMessageOwned, MsgFlags, SockFlag, SockType, UnixAddr, recvmsg, send, socketpair,
-    },
+    sys::socket::{AddressFamily, SockFlag, SockType, socketpair},
     unistd::pipe2,
 };
 use oci_spec::runtime::{LinuxNamespaceType, Process, Spec};
 
-use super::{Cgroup, ContainerError, child, notify, user};
+use super::{Cgroup, ContainerError, Making, child, notify, user};
 use crate::stdio::{Further, Input, Stdio, unblock};
 
 /// From <linux/sched.h>; libc's constant is of a type that cannot hold it.
 const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
-/// Longest message of a child.
-const LONGEST: usize = 4096;
-
-/// The child's end is a program once this reads its end.
-#[derive(Debug)]
-pub struct Sync(pub(super) OwnedFd, i32);
-
-/// The socket to a child failed: the child is gone.
-#[derive(Debug)]
-pub struct SyncError;
 
 /// A namespace of another container.
 #[derive(Debug)]
@@ -76,16 +63,6 @@ impl Shared {
     }
 }
 
-/// A process that waits to be let go.
-#[derive(Debug)]
-pub struct Launched {
-    /// In PID 1's namespace.
-    pub pid: i32,
-    /// To let it go.
-    pub sync: Sync,
-    pub(crate) stdio: Stdio,
-}
-
 /// What a process's open files are to be, beside stdin, stdout and stderr.
 #[derive(Debug, Default)]
 pub struct Files {
@@ -108,20 +85,7 @@ pub(super) struct Theirs {
     pub(super) sync: OwnedFd,
 }
 
-/// What a child says: one byte of kind, then text.
-pub(super) mod message {
-    pub(in super::super) const READY: u8 = b'r';
-    pub(in super::super) const PID: u8 = b'p';
-    /// In a new user namespace, whose maps are to be written.
-    pub(in super::super) const MAP: u8 = b'm';
-    /// With the notification socket.
-    pub(in super::super) const NOTIFY: u8 = b's';
-    pub(in super::super) const NOT_FOUND: u8 = b'n';
-    pub(in super::super) const NOT_EXECUTABLE: u8 = b'x';
-    pub(in super::super) const FAILED: u8 = b'f';
-}
-
-fn system(stage: &str) -> impl FnOnce(nix::Error) -> ContainerError {
+pub(super) fn system(stage: &str) -> impl FnOnce(nix::Error) -> ContainerError {
     move |e| ContainerError::guest(stage, io::Error::from(e))
 }
 
@@ -229,22 +193,22 @@ pub(super) fn fork(flags: i32, cgroup: Option<RawFd>, signal: i32) -> io::Result
     }
 }
 
-fn socket_pair() -> Result<(OwnedFd, OwnedFd), ContainerError> {
+pub(super) fn socket_pair() -> Result<(OwnedFd, OwnedFd), ContainerError> {
     socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
         .map_err(system("make a socket pair"))
 }
 
-/// Makes the container's first process, up to its program.
+/// Begins to make the container's first process.
 ///
 /// # Errors
-/// [`ContainerError`], of kind `NotFound` or `NotExecutable` for the program; the child is gone then.
+/// [`ContainerError`]; there is no process then.
 pub fn launch(
     id: &str,
     spec: &Spec,
     cgroup: &Cgroup,
     shared: &[Shared],
     wanted: &Files,
-) -> Result<Launched, ContainerError> {
+) -> Result<Making, ContainerError> {
     let process = spec
         .process()
         .as_ref()
@@ -283,14 +247,13 @@ pub fn launch(
         }
         Some(pid) => {
             drop(theirs);
-            let mut stdio = stdio;
-            let terminal = wait_ready(&ours, pid, spec, &mut stdio.notify)?;
-            finish(pid, ours, stdio, terminal)
+            let maps = user::wanted(spec).then(|| user::Maps::of(spec));
+            Ok(Making::first(ours, pid, stdio, maps))
         }
     }
 }
 
-/// Makes one more process in the namespaces of `target`, in the container's cgroup or one `below` it.
+/// Begins to make one more process in the namespaces of `target`, in the container's cgroup or one `below` it.
 ///
 /// # Errors
 /// As [`launch`].
@@ -301,7 +264,7 @@ pub fn exec(
     spec: &Spec,
     below: Option<&str>,
     wanted: &Files,
-) -> Result<Launched, ContainerError> {
+) -> Result<Making, ContainerError> {
     let (stdio, ours, theirs) = files(process.terminal().unwrap_or(false), wanted)?;
     let directory = cgroup.open(below)?;
     let mut forked = fork(0, Some(directory.as_raw_fd()), libc::SIGCHLD);
@@ -316,179 +279,7 @@ pub fn exec(
         }
         Some(middle) => {
             drop(theirs);
-            let (pid, terminal) = wait_child(&ours, middle)?;
-            finish(pid, ours, stdio, terminal)
-        }
-    }
-}
-
-/// The number of a child's child from the one, and that it is ready from the other. Either may be first.
-fn wait_child(socket: &OwnedFd, middle: i32) -> Result<(i32, Option<OwnedFd>), ContainerError> {
-    let (mut pid, mut ready) = (None, None);
-    loop {
-        match receive(socket, pid.unwrap_or(middle))? {
-            (message::PID, text, _) => pid = text.parse().ok(),
-            (message::READY, _, terminal) => ready = Some(terminal),
-            (kind, text, _) => return Err(refusal(kind, text)),
-        }
-        if let (Some(pid), Some(_)) = (pid, &ready) {
-            return Ok((pid, ready.flatten()));
-        }
-    }
-}
-
-fn finish(
-    pid: i32,
-    sync: OwnedFd,
-    mut stdio: Stdio,
-    terminal: Option<OwnedFd>,
-) -> Result<Launched, ContainerError> {
-    if let Some(fd) = &terminal {
-        unblock(fd).map_err(system("make the terminal non-blocking"))?;
-    }
-    stdio.terminal = terminal;
-    Ok(Launched { pid, sync: Sync(sync, pid), stdio })
-}
-
-/// How often a child that says nothing is looked at, in milliseconds.
-const LOOK: u8 = 250;
-
-/// Waits until a child says something or is gone. In its container it can be stopped, by a signal or by the freezing of a cgroup; nobody
-/// would let it go on again as long as PID 1 waits for it, so that it is ended.
-fn wait(socket: &OwnedFd, pid: i32) -> Result<(), ContainerError> {
-    use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-    loop {
-        let mut entry = [PollFd::new(socket.as_fd(), PollFlags::POLLIN)];
-        match poll(&mut entry, PollTimeout::from(LOOK)) {
-            Ok(0) if is_stopped(pid) || Cgroup::stops(pid) => {
-                // SAFETY: signals a child of this process that it has not reaped yet.
-                unsafe { libc::kill(pid, libc::SIGKILL) };
-                let message = format!("process {pid} was stopped in its container while it was made");
-                return Err(ContainerError::new(ErrorKind::WrongState, message));
-            }
-            Ok(0) | Err(nix::Error::EINTR) => {}
-            Ok(_) => return Ok(()),
-            Err(error) => return Err(system("wait for the child")(error)),
-        }
-    }
-}
-
-/// By a signal (proc(5), the third field of `/proc/PID/stat`).
-fn is_stopped(pid: i32) -> bool {
-    let text = std::fs::read(format!("/proc/{pid}/stat")).unwrap_or_default();
-    let text = String::from_utf8_lossy(&text);
-    text.rsplit_once(')')
-        .is_some_and(|(_, after)| matches!(after.trim_start().chars().next(), Some('T' | 't')))
-}
-
-/// One message of the child, and the descriptor that came with it.
-fn receive(socket: &OwnedFd, pid: i32) -> Result<(u8, String, Option<OwnedFd>), ContainerError> {
-    wait(socket, pid)?;
-    let mut bytes = [0; LONGEST];
-    let mut space = nix::cmsg_space!(RawFd);
-    let gone = || ContainerError::new(ErrorKind::Guest, format!("process {pid} died while it was made"));
-    let (count, fd) = loop {
-        let mut buffers = [IoSliceMut::new(&mut bytes)];
-        match recvmsg::<UnixAddr>(
-            socket.as_raw_fd(),
-            &mut buffers,
-            Some(&mut space),
-            MsgFlags::MSG_CMSG_CLOEXEC,
-        ) {
-            Ok(received) => {
-                let fds = received.cmsgs().ok().and_then(|mut list| match list.next() {
-                    Some(ControlMessageOwned::ScmRights(fds)) => fds.first().copied(),
-                    _ => None,
-                });
-                break (received.bytes, fds);
-            }
-            Err(nix::Error::EINTR) => {}
-            Err(_) => return Err(gone()),
-        }
-    };
-    // SAFETY: the kernel made this descriptor for us with the message.
-    let fd = fd.map(|fd| unsafe { OwnedFd::from_raw_fd(fd) });
-    let (kind, text) = bytes[..count].split_first().ok_or_else(gone)?;
-    Ok((*kind, String::from_utf8_lossy(text).into_owned(), fd))
-}
-
-fn refusal(kind: u8, text: String) -> ContainerError {
-    let kind = match kind {
-        message::NOT_FOUND => ErrorKind::NotFound,
-        message::NOT_EXECUTABLE => ErrorKind::NotExecutable,
-        _ => ErrorKind::Guest,
-    };
-    ContainerError::new(kind, text)
-}
-
-fn wait_ready(
-    socket: &OwnedFd,
-    pid: i32,
-    spec: &Spec,
-    notify: &mut Option<OwnedFd>,
-) -> Result<Option<OwnedFd>, ContainerError> {
-    loop {
-        match receive(socket, pid)? {
-            (message::READY, _, terminal) => return Ok(terminal),
-            (message::NOTIFY, _, socket) => *notify = socket,
-            (message::MAP, ..) => {
-                user::write_maps(spec, pid)?;
-                send(socket.as_raw_fd(), b"m", MsgFlags::MSG_NOSIGNAL).map_err(system("answer the child"))?;
-            }
-            (kind, text, _) => return Err(refusal(kind, text)),
-        }
-    }
-}
-
-impl Sync {
-    /// Lets the process go and waits until its program runs.
-    ///
-    /// # Errors
-    /// [`ContainerError`] when the program cannot be run after all.
-    pub fn go(self) -> Result<(), ContainerError> {
-        let gone = |_| ContainerError::new(ErrorKind::WrongState, "the container's process has ended");
-        send(self.0.as_raw_fd(), b"g", MsgFlags::MSG_NOSIGNAL).map_err(gone)?;
-        wait(&self.0, self.1)?;
-        match receive(&self.0, self.1) {
-            // The end of the socket: exec closed it.
-            Err(_) => Ok(()),
-            Ok((kind, text, _)) => Err(refusal(kind, text)),
-        }
-    }
-}
-
-impl AsFd for Sync {
-    fn as_fd(&self) -> std::os::fd::BorrowedFd<'_> {
-        self.0.as_fd()
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_child_that_is_stopped_in_its_container_is_not_waited_for() {
-        let (ours, theirs) = socket_pair().unwrap();
-        match fork(0, None, libc::SIGCHLD).unwrap() {
-            None => {
-                // SAFETY: stops this process, then ends it without more ado.
-                unsafe {
-                    libc::raise(libc::SIGSTOP);
-                    libc::_exit(0)
-                }
-            }
-            Some(pid) => {
-                drop(theirs);
-                let message = receive(&ours, pid).unwrap_err().message;
-                // The other end is open in the child as long as that lives.
-                assert!(message.contains("was stopped in its container"), "{message}");
-                let ended = nix::sys::wait::waitpid(nix::unistd::Pid::from_raw(pid), None).unwrap();
-                assert!(
-                    matches!(ended, nix::sys::wait::WaitStatus::Signaled(_, nix::sys::signal::SIGKILL, _)),
-                    "{ended:?}"
-                );
-            }
+            Ok(Making::further(ours, middle, stdio))
         }
     }
 }

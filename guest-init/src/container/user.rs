@@ -70,16 +70,26 @@ pub(super) fn lines(list: &[LinuxIdMapping]) -> String {
     })
 }
 
-/// Writes the maps of a child that waits in its new namespace.
-pub(super) fn write_maps(spec: &Spec, pid: i32) -> Result<(), ContainerError> {
-    for (file, list) in ["uid_map", "gid_map"].into_iter().zip(mappings(spec)) {
-        fs::write(format!("/proc/{pid}/{file}"), lines(list))
-            .map_err(|e| ContainerError::guest(&format!("write {file} of the user namespace"), e))?;
+/// The texts of both files, users first.
+#[derive(Debug)]
+pub(super) struct Maps([String; 2]);
+
+impl Maps {
+    pub(super) fn of(spec: &Spec) -> Self {
+        Self(mappings(spec).map(lines))
     }
-    // The pod's network belongs to the guest's first user namespace, not to this one as it would on a host: its root may
-    // listen on ports below 1024 all the same.
-    let _ = fs::write("/proc/sys/net/ipv4/ip_unprivileged_port_start", "0");
-    Ok(())
+
+    /// Writes them for a child that waits in its new namespace.
+    pub(super) fn write(&self, pid: i32) -> Result<(), ContainerError> {
+        for (file, text) in ["uid_map", "gid_map"].into_iter().zip(&self.0) {
+            fs::write(format!("/proc/{pid}/{file}"), text)
+                .map_err(|e| ContainerError::guest(&format!("write {file} of the user namespace"), e))?;
+        }
+        // The pod's network belongs to the guest's first user namespace, not to this one as it would on a host: its root may
+        // listen on ports below 1024 all the same.
+        let _ = fs::write("/proc/sys/net/ipv4/ip_unprivileged_port_start", "0");
+        Ok(())
+    }
 }
 
 /// The identifier outside that a user of the container has.

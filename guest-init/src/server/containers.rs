@@ -7,19 +7,23 @@ use std::io;
 
 use coffer_layout::mark;
 use coffer_protocol::{
-    CreateContainer, Ended, ErrorKind, Exec, Exit, ImageSource, NamespaceKind, Reply, Request,
-    SharedNamespace, SignalTarget, signal,
+    CreateContainer, Ended, ErrorKind, Exec, Exit, ImageSource, NamespaceKind, Request, SharedNamespace,
+    SignalTarget, signal,
 };
 use oci_spec::runtime::Spec;
 use serde_json::Value;
 
-use super::{Server, unpacking::Unpacking};
+use super::{
+    Server,
+    beginning::{As, Beginning},
+    unpacking::Unpacking,
+};
 use crate::{
     boot,
-    container::{self, Cgroup, ContainerError, Files, Sync},
+    container::{self, Cgroup, ContainerError, Files, Making},
     image::{self, Unpacked},
     session::Streams,
-    stdio::{Process, Stdio},
+    stdio::Process,
 };
 
 /// A container, from its making to its end.
@@ -28,7 +32,7 @@ pub(super) struct Container {
     spec: Spec,
     pub(super) cgroup: Cgroup,
     /// Until it is started.
-    sync: Option<Sync>,
+    making: Option<Making>,
     pub(super) ended: bool,
     /// What its verified image wants in place of `TERM`.
     stop_signal: Option<u32>,
@@ -39,6 +43,13 @@ impl Container {
     pub(super) fn signal(&self, sent: u32) -> u32 {
         if sent == signal::TERM { self.stop_signal.unwrap_or(sent) } else { sent }
     }
+}
+
+/// A container whose first process is being made.
+pub(super) struct New {
+    spec: Spec,
+    cgroup: Cgroup,
+    stop_signal: Option<u32>,
 }
 
 /// What a container is made of.
@@ -60,17 +71,13 @@ impl Server {
         self.containers.get(id).ok_or_else(|| no_container(id))
     }
 
-    /// Makes a container, or begins to unpack its image: then `None`, and the answer comes when that has ended.
-    pub(super) fn create(
-        &mut self,
-        key: u64,
-        create: CreateContainer,
-    ) -> Result<Option<Reply>, ContainerError> {
+    /// Begins to make a container, or to unpack its image. The answer comes when that has ended.
+    pub(super) fn create(&mut self, key: u64, create: CreateContainer) -> Result<(), ContainerError> {
         let id = create.id.clone();
         if !container::is_id(&id) {
             return Err(ContainerError::new(ErrorKind::Invalid, format!("invalid container ID {id:?}")));
         }
-        if self.containers.contains_key(&id) {
+        if self.containers.contains_key(&id) || self.is_made(&id) {
             return Err(ContainerError::new(
                 ErrorKind::WrongState,
                 format!("container {id:?} exists already"),
@@ -80,12 +87,12 @@ impl Server {
             self.confidential()?;
             let image = self.images.unpack(&id, source).map_err(|e| image_error(&e))?;
             self.unpacking = Some(Unpacking::new(key, create, image));
-            return Ok(None);
+            return Ok(());
         }
-        self.make(key, create, None).map(|()| Some(Reply::Done))
+        self.make(key, create, None)
     }
 
-    /// Makes a container, whose image is there if it has one.
+    /// Begins to make a container, whose image is there if it has one.
     pub(super) fn make(
         &mut self,
         key: u64,
@@ -128,27 +135,32 @@ impl Server {
             container::launch(&id, &spec, &cgroup, &shared, &Files { window, streams, notify })
         })();
         self.had_container = true;
-        let launched = match made {
-            Ok(launched) => launched,
-            Err(error) => {
-                cgroup.remove();
-                return Err(error);
-            }
-        };
-        boot::tell(mark::CONTAINER_CREATED);
-        self.attach(key, &id, launched.pid, launched.stdio)?;
-        self.containers.insert(
-            id,
-            Container {
-                pid: launched.pid,
-                spec,
-                cgroup,
-                sync: Some(launched.sync),
-                ended: false,
-                stop_signal,
-            },
-        );
+        let making = made.inspect_err(|_| cgroup.remove())?;
+        let new = As::First(Box::new(New { spec, cgroup, stop_signal }));
+        self.beginnings.insert(key, Beginning::new(id, new, making));
         Ok(())
+    }
+
+    /// A container's first process waits to be let go.
+    pub(super) fn created(
+        &mut self,
+        key: u64,
+        id: String,
+        new: New,
+        mut making: Making,
+    ) -> Result<(), ContainerError> {
+        let New { spec, cgroup, stop_signal } = new;
+        let pid = making.pid().unwrap_or_default();
+        self.attach(key, &id, Process::new(pid, making.take_stdio()))?;
+        let container = Container { pid, spec, cgroup, making: Some(making), ended: false, stop_signal };
+        self.containers.insert(id, container);
+        Ok(())
+    }
+
+    /// Forgets a container that does not come to be.
+    pub(super) fn undo(&self, id: &str, new: &New) {
+        new.cgroup.remove();
+        self.clear(id);
     }
 
     /// From what the host sent to what may run: the image's words put in, the owner asked, secrets opened.
@@ -198,31 +210,35 @@ impl Server {
         }
     }
 
-    pub(super) fn start(&mut self, id: &str) -> Result<(), ContainerError> {
-        let container = self.containers.get_mut(id).ok_or_else(|| no_container(id))?;
+    /// Lets a container's process go. The answer comes when its hooks have run and it is its program.
+    pub(super) fn start(&mut self, key: u64, id: String) -> Result<(), ContainerError> {
+        let container = self.containers.get_mut(&id).ok_or_else(|| no_container(&id))?;
         let wrong = |what: &str| {
             ContainerError::new(ErrorKind::WrongState, format!("cannot start a container that has {what}"))
         };
         if container.ended {
             return Err(wrong("stopped"));
         }
-        let sync = container.sync.take().ok_or_else(|| wrong("been started"))?;
+        let mut making = container.making.take().ok_or_else(|| wrong("been started"))?;
         self.had_start = true;
         boot::tell(mark::CONTAINER_STARTED);
-        sync.go()
+        making.go()?;
+        self.beginnings.insert(key, Beginning::new(id, As::Started, making));
+        Ok(())
     }
 
     /// Gives a process to its connection, with the streams that the owner's policy allows.
-    fn attach(&mut self, key: u64, id: &str, pid: i32, stdio: Stdio) -> Result<(), ContainerError> {
+    pub(super) fn attach(&mut self, key: u64, id: &str, process: Process) -> Result<(), ContainerError> {
         let confidential = self.confidential()?;
         let streams =
             Streams { stdin: confidential.allows_stdin(id), output: confidential.allows_output(id) };
         if let Some(session) = self.sessions.get_mut(&key) {
-            session.attach(id, Process::new(pid, stdio), streams);
+            session.attach(id, process, streams);
         }
         Ok(())
     }
 
+    /// Begins to make one more process of a container. The answer comes when it is its program.
     pub(super) fn exec(&mut self, key: u64, mut exec: Exec) -> Result<(), ContainerError> {
         let confidential = self.confidential()?;
         confidential.unseal(&mut exec.process)?;
@@ -231,7 +247,7 @@ impl Server {
         if container.ended {
             return Err(ContainerError::new(ErrorKind::WrongState, "cannot exec in a stopped container"));
         }
-        // It would be stopped before it is made, and this process wait for it.
+        // It would be stopped before it is made.
         if container.cgroup.is_frozen() {
             return Err(ContainerError::new(ErrorKind::WrongState, "cannot exec in a paused container"));
         }
@@ -239,7 +255,7 @@ impl Server {
             .map_err(|e| ContainerError::new(ErrorKind::Invalid, format!("process: {e}")))?;
         container::check_process(&process)?;
         let files = Files { window: exec.window, streams: exec.streams, notify: None };
-        let launched = container::exec(
+        let making = container::exec(
             &process,
             container.pid,
             &container.cgroup,
@@ -247,8 +263,8 @@ impl Server {
             exec.cgroup.as_deref(),
             &files,
         )?;
-        launched.sync.go()?;
-        self.attach(key, &exec.id, launched.pid, launched.stdio)
+        self.beginnings.insert(key, Beginning::new(exec.id, As::Further, making));
+        Ok(())
     }
 
     pub(super) fn signal(&self, target: &SignalTarget, signal: u32) -> Result<(), ContainerError> {
@@ -311,8 +327,9 @@ impl Server {
             .values_mut()
             .filter_map(|s| s.process.as_mut())
             .find(|p| p.pid == pid && p.ended.is_none());
-        if let Some(process) = owner {
-            process.ended = Some(ended);
+        match owner {
+            Some(process) => process.ended = Some(ended),
+            None => self.ended_early(pid, exit),
         }
     }
 
@@ -364,7 +381,7 @@ mod tests {
     };
 
     use super::*;
-    use crate::session::Session;
+    use crate::{session::Session, stdio::Stdio};
 
     /// `--init` reports its child's end as its own, and a shell that of its last command; a killed worker may be nobody's last.
     #[test]
@@ -388,7 +405,7 @@ mod tests {
                 pid: 4711,
                 spec: Spec::default(),
                 cgroup: Cgroup::at(directory.path()),
-                sync: None,
+                making: None,
                 ended: false,
                 stop_signal: None,
             };

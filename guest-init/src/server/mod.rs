@@ -1,8 +1,10 @@
 //! The control protocol's guest side: one loop. It is PID 1's only thread but while an image is unpacked.
 //!
 //! Owns: connections, waiting, which frame goes where, the decision that the pod is over. Does not own: what a request does
-//! (`requests`), the pod's containers and their states (`containers`), what waits for an image (`unpacking`).
+//! (`requests`), the pod's containers and their states (`containers`), processes that are not their programs yet (`beginning`), what waits
+//! for an image (`unpacking`).
 
+mod beginning;
 mod containers;
 mod requests;
 mod unpacking;
@@ -13,6 +15,7 @@ use std::{
     os::fd::{AsRawFd, OwnedFd},
 };
 
+use beginning::Beginning;
 use coffer_protocol::{ErrorKind, Frame, Kind, Reply, Request};
 use containers::Container;
 use nix::{
@@ -66,6 +69,8 @@ pub struct Server {
     sessions: BTreeMap<u64, Session>,
     next_session: u64,
     containers: BTreeMap<String, Container>,
+    /// By the connection that waits for the answer.
+    beginnings: BTreeMap<u64, Beginning>,
     /// From the first request on, which sets the pod up.
     confidential: Option<Confidential>,
     images: Images,
@@ -97,6 +102,7 @@ impl Server {
             sessions: BTreeMap::new(),
             next_session: 0,
             containers: BTreeMap::new(),
+            beginnings: BTreeMap::new(),
             confidential: None,
             images: Images::default(),
             unpacking: None,
@@ -134,8 +140,11 @@ impl Server {
                 waits.push(entry(fd, events));
             }
         }
+        let begun: Vec<(u64, i32)> = self.beginnings().collect();
+        waits.extend(begun.iter().map(|(_, fd)| entry(*fd, libc::POLLIN)));
+        let patience = self.patience();
         // SAFETY: `waits` is a vector of valid entries of this length.
-        let ready = unsafe { libc::poll(waits.as_mut_ptr(), waits.len() as libc::nfds_t, -1) };
+        let ready = unsafe { libc::poll(waits.as_mut_ptr(), waits.len() as libc::nfds_t, patience) };
         if ready < 0 {
             let error = io::Error::last_os_error();
             return if error.kind() == io::ErrorKind::Interrupted { Ok(()) } else { Err(at("poll")(error)) };
@@ -152,6 +161,13 @@ impl Server {
             while let Ok(Some(_)) = self.signals.read_signal() {}
             self.reap();
         }
+        // Behind their ends, so that one that has ended is not taken for one that goes on.
+        for ((key, _), wait) in begun.iter().zip(&waits[3 + owners.len()..]) {
+            if wait.revents != 0 {
+                self.heard(*key);
+            }
+        }
+        self.look();
         if waits[2].revents != 0 {
             self.unpacked();
         }
@@ -244,6 +260,7 @@ impl Server {
         let done: Vec<u64> = self.sessions.iter().filter(|(_, s)| s.is_done()).map(|(k, _)| *k).collect();
         for key in done {
             let Some(session) = self.sessions.remove(&key) else { continue };
+            self.give_up(key);
             let Some(process) = session.process else { continue };
             if process.ended.is_none() {
                 let _ = kill(Pid::from_raw(process.pid), Signal::SIGKILL);
@@ -255,6 +272,7 @@ impl Server {
         }
         if self.had_container
             && self.containers.is_empty()
+            && self.beginnings.is_empty()
             && self.unpacking.is_none()
             && self.sessions.values().all(|s| s.process.is_none() && !s.finishing)
         {

@@ -34,9 +34,9 @@ impl Server {
                 let applied = if self.had_start { network::apply(&wanted) } else { network::renew(&wanted) };
                 applied.map_err(|e| ContainerError::new(ErrorKind::Guest, e.to_string()))?;
             }
-            Request::Create(create) => return self.create(key, *create),
-            Request::Start { id } => self.start(&id)?,
-            Request::Exec(exec) => self.exec(key, *exec)?,
+            Request::Create(create) => return self.create(key, *create).map(|()| None),
+            Request::Start { id } => return self.start(key, id).map(|()| None),
+            Request::Exec(exec) => return self.exec(key, *exec).map(|()| None),
             Request::Signal { target, signal } => self.signal(&target, signal)?,
             Request::Freeze { id, frozen } => {
                 self.get(&id)?

@@ -39,26 +39,21 @@ impl Server {
     /// Does what a request says, now or later.
     pub(super) fn ask(&mut self, key: u64, request: Request) {
         if self.unpacking.is_some() && waits(&request) {
-            self.pause(key, true);
+            self.answer(key, Ok(None));
             self.waiting.push((key, request));
             return;
         }
-        match self.request(key, request).transpose() {
-            None => self.pause(key, true),
-            Some(answer) => self.answer(key, answer),
-        }
+        let answer = self.request(key, request);
+        self.answer(key, answer);
     }
 
-    fn answer(&mut self, key: u64, answer: Result<Reply, ContainerError>) {
-        let reply = answer.unwrap_or_else(|e| Reply::Failed { kind: e.kind, message: e.message });
-        if let Some(session) = self.sessions.get_mut(&key) {
+    /// Answers a request; with `None` its connection waits.
+    pub(super) fn answer(&mut self, key: u64, answer: Result<Option<Reply>, ContainerError>) {
+        let Some(session) = self.sessions.get_mut(&key) else { return };
+        let reply = answer.unwrap_or_else(|e| Some(Reply::Failed { kind: e.kind, message: e.message }));
+        session.paused = reply.is_none();
+        if let Some(reply) = reply {
             session.reply(&reply);
-        }
-    }
-
-    fn pause(&mut self, key: u64, paused: bool) {
-        if let Some(session) = self.sessions.get_mut(&key) {
-            session.paused = paused;
         }
     }
 
@@ -68,23 +63,19 @@ impl Server {
         match image.end() {
             Ok(image) if self.sessions.contains_key(&key) => {
                 let made = self.make(key, create, Some(image));
-                self.answer(key, made.map(|()| Reply::Done));
+                self.answer(key, made.map(|()| None));
             }
             // Whoever wanted it is gone.
             Ok(_) => self.clear(&create.id),
             Err(error) => self.answer(key, Err(image_error(&error))),
         }
-        let waiting = std::mem::take(&mut self.waiting);
-        for key in std::iter::once(key).chain(waiting.iter().map(|(key, _)| *key)) {
-            self.pause(key, false);
-        }
-        for (key, request) in waiting {
+        self.frames(key);
+        for (key, request) in std::mem::take(&mut self.waiting) {
             // One that was given up meanwhile is not done for nobody.
             if self.sessions.contains_key(&key) {
                 self.ask(key, request);
                 self.frames(key);
             }
         }
-        self.frames(key);
     }
 }

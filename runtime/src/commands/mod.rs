@@ -160,7 +160,9 @@ fn start(root: &Path, id: &str, waits: Ready) -> Result<(), Error> {
     }
     let (_, spec) = plan::read(&config(&directory)?)?;
     network::renew(&directory, &record)?;
-    client::ask(&directory.socket(), &Request::Start { id: id.to_owned() })?;
+    let inside = spec.hooks().as_ref().and_then(|h| h.start_container().as_deref()).unwrap_or_default();
+    client::Connection::open(&directory.socket(), || false)?
+        .ask_within(&Request::Start { id: id.to_owned() }, client::hooks_limit(inside))?;
     directory.mark("started", true)?;
     let poststart = spec.hooks().as_ref().and_then(|h| h.poststart().as_ref());
     hooks::run(poststart, &record, Status::Running).inspect_err(|_| {

@@ -2,7 +2,7 @@
 
 use std::{fs, os::unix::fs::symlink, process::Stdio};
 
-use coffer_replay::{Bench, config};
+use coffer_replay::{Bench, config, until};
 use serde_json::json;
 
 /// CVE-2024-21626 of runc: a working directory by way of an open file of the runtime's.
@@ -118,4 +118,32 @@ fn a_container_that_stops_what_is_made_in_it_holds_nobody_up() {
     assert_eq!(bench.status("c"), "running");
     let _ = bench.call(&["kill", "c", "KILL"]).ok();
     bench.wait_stopped("c");
+}
+
+/// A file system that the container itself is to serve, and never does.
+#[test]
+fn a_file_system_that_does_not_answer_holds_nobody_up_but_who_asks_it() {
+    let bench = Bench::new();
+    let script = "trap 'echo asked' USR1; exec 3<>/dev/fuse; \
+        mount -t fuse -o fd=3,rootmode=40000,user_id=0,group_id=0 none /srv && echo mounted; while :; do sleep 0.1; done";
+    let mut config = config(&["sh", "-c", script]);
+    for set in ["bounding", "effective", "permitted"] {
+        config["process"]["capabilities"][set].as_array_mut().unwrap().push(json!("CAP_SYS_ADMIN"));
+    }
+    config["linux"]["devices"] = json!([{ "path": "/dev/fuse", "type": "c", "major": 10, "minor": 229 }]);
+    bench.start("c", &config);
+    until(|| bench.read("c.out") == "mounted\n");
+    let mut exec = bench.command(&["exec", "--cwd", "/srv/x", "c", "true"]).spawn().unwrap();
+    // What is made in it is not its program yet.
+    let is_made = || bench.call(&["ps", "c"]).ok().contains("coffer-vmm");
+    until(is_made);
+    let _ = bench.call(&["kill", "c", "USR1"]).ok();
+    until(|| bench.read("c.out") == "mounted\nasked\n");
+    assert_eq!(bench.call(&["exec", "c", "echo", "there"]).ok(), "there\n");
+    // Whose caller has gone does not come to be.
+    assert!(is_made());
+    exec.kill().unwrap();
+    let _ = exec.wait().unwrap();
+    until(|| !is_made());
+    assert_eq!(bench.status("c"), "running");
 }

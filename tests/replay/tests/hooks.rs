@@ -3,7 +3,7 @@
 use std::{
     fs,
     os::unix::{fs::PermissionsExt, process::CommandExt},
-    path::Path,
+    path::{Path, PathBuf},
 };
 
 use coffer_replay::{Bench, config, until};
@@ -255,4 +255,58 @@ fn a_create_whose_container_was_deleted_meanwhile_does_nothing_to_the_next_of_it
     std::thread::sleep(std::time::Duration::from_secs(4));
     assert_eq!(bench.status("c"), "running");
     assert_eq!(bench.call(&["exec", "c", "echo", "there"]).ok(), "there\n");
+}
+
+/// A container whose startContainer hook is this script, in the pod of `beside`, which answers USR1.
+fn with_a_hook(bench: &Bench, script: &str) -> PathBuf {
+    let waits = "trap 'echo asked' USR1; while :; do sleep 0.1; done";
+    bench.start("beside", &config(&["sh", "-c", waits]));
+    let mut member = config(&["echo", "program"]);
+    member["annotations"]["io.kubernetes.cri-o.SandboxID"] = json!("beside");
+    member["hooks"]["startContainer"] =
+        json!([{ "path": "/bin/sh", "args": ["sh", "-c", script], "env": ["PATH=/bin"] }]);
+    let bundle = bench.bundle("m", &member);
+    let _ = bench.create("m", &bundle).ok();
+    bundle
+}
+
+#[test]
+fn a_hook_in_the_container_holds_nobody_up() {
+    let bench = Bench::new();
+    // More than a pipe holds.
+    let script = "head -c 400000 /dev/zero; until test -e /srv/go; do sleep 0.05; done";
+    let bundle = with_a_hook(&bench, script);
+    std::thread::scope(|scope| {
+        let start = scope.spawn(|| bench.call(&["start", "m"]));
+        until(|| bench.read("m.out").len() == 400_000);
+        let _ = bench.call(&["kill", "beside", "USR1"]).ok();
+        until(|| bench.read("beside.out") == "asked\n");
+        assert_eq!(bench.call(&["exec", "beside", "echo", "there"]).ok(), "there\n");
+        assert_eq!(bench.call(&["exec", "m", "echo", "here"]).ok(), "here\n");
+        // As long as its engine likes.
+        let _ = bench.call(&["pause", "m"]).ok();
+        fs::write(bundle.join("rootfs/srv/go"), "").unwrap();
+        std::thread::sleep(std::time::Duration::from_millis(700));
+        assert!(!start.is_finished());
+        let _ = bench.call(&["resume", "m"]).ok();
+        let _ = start.join().unwrap().ok();
+    });
+    bench.wait_stopped("m");
+    assert!(bench.read("m.out").ends_with("\0program\n"));
+}
+
+#[test]
+fn a_container_that_is_killed_during_its_hook_was_not_started() {
+    let bench = Bench::new();
+    let _ = with_a_hook(&bench, "exec sleep 1000");
+    std::thread::scope(|scope| {
+        let start = scope.spawn(|| bench.call(&["start", "m"]));
+        until(|| bench.call(&["ps", "m"]).ok().contains("sleep 1000"));
+        let _ = bench.call(&["kill", "m", "KILL"]).ok();
+        let said = start.join().unwrap().failed(1);
+        assert!(said.contains("died while it was made"), "{said}");
+    });
+    bench.wait_stopped("m");
+    let _ = bench.call(&["delete", "m"]).ok();
+    assert_eq!(bench.call(&["exec", "beside", "echo", "there"]).ok(), "there\n");
 }

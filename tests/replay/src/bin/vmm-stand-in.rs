@@ -270,6 +270,11 @@ fn connection(
     thread::spawn(move || {
         relay(&mut from_host, &mut to_guest);
         let _ = to_guest.shutdown(Shutdown::Write);
+        // A host that says nothing more may still listen; one that has closed does not, which the guest is told, too.
+        let mut wait = libc::pollfd { fd: from_host.as_raw_fd(), events: 0, revents: 0 };
+        // SAFETY: one valid entry.
+        unsafe { libc::poll(&raw mut wait, 1, -1) };
+        let _ = to_guest.shutdown(Shutdown::Both);
     });
     relay(&mut guest, &mut host);
     let _ = host.shutdown(Shutdown::Both);
