@@ -33,27 +33,68 @@ trust_claims := {
 	"sourced-data": sourced_data,
 }
 
-# Trustee nests the report's fields under `evidence`.
-report := input.snp.evidence
+# Trustee's verifier has written claims in two shapes, and this policy reads both: the report's own fields under `evidence`, or
+# flat names without the processor and the privilege level, which it had checked itself.
 
-executables := 3 if report.measurement in query_reference_value("coffer_snp_launch_measurement")
+executables := 3 if measurement in query_reference_value("coffer_snp_launch_measurement")
+
+measurement := m if {
+	m := input.snp.evidence.measurement
+} else := m if {
+	m := input.snp.measurement
+}
 
 # The verifier has checked the signature up to AMD's root. Here: it is the generation that the digest was computed for,
 # and its firmware is not older than asked for.
 hardware := 2 if {
-	report.cpuid_fam_id in query_reference_value("coffer_snp_cpuid_family")
-	report.cpuid_mod_id in query_reference_value("coffer_snp_cpuid_model")
-	report.reported_tcb.bootloader >= query_reference_value("coffer_snp_minimum_bootloader")
-	report.reported_tcb.tee >= query_reference_value("coffer_snp_minimum_tee")
-	report.reported_tcb.snp >= query_reference_value("coffer_snp_minimum_snp")
-	report.reported_tcb.microcode >= query_reference_value("coffer_snp_minimum_microcode")
+	every family in claimed(["cpuid_fam_id", "cpu_id_fam_id"]) {
+		family in query_reference_value("coffer_snp_cpuid_family")
+	}
+	every model in claimed(["cpuid_mod_id", "cpu_id_mod_id"]) {
+		model in query_reference_value("coffer_snp_cpuid_model")
+	}
+	at_least(tcb.bootloader, query_reference_value("coffer_snp_minimum_bootloader"))
+	at_least(tcb.tee, query_reference_value("coffer_snp_minimum_tee"))
+	at_least(tcb.snp, query_reference_value("coffer_snp_minimum_snp"))
+	at_least(tcb.microcode, query_reference_value("coffer_snp_minimum_microcode"))
+}
+
+# What the report says under one of these names; a report of version 2 says null.
+claimed(names) := {value |
+	some name in names
+	value := input.snp.evidence[name]
+	value != null
+}
+
+tcb := t if {
+	t := input.snp.evidence.reported_tcb
+} else := t if {
+	t := {
+		"bootloader": input.snp.reported_tcb_bootloader,
+		"tee": input.snp.reported_tcb_tee,
+		"snp": input.snp.reported_tcb_snp,
+		"microcode": input.snp.reported_tcb_microcode,
+	}
+}
+
+# In Rego's order every number is more than null, and every text more than every number.
+at_least(found, least) if {
+	is_number(found)
+	is_number(least)
+	found >= least
 }
 
 # A guest that asks for a report does so at VMPL 0: there is nobody below the kernel.
 configuration := 2 if {
-	report.policy.debug_allowed == false
-	report.policy.migrate_ma_allowed == false
-	report.vmpl == 0
+	input.snp.evidence.policy.debug_allowed == false
+	input.snp.evidence.policy.migrate_ma_allowed == false
+	input.snp.evidence.vmpl == 0
+}
+
+configuration := 2 if {
+	not input.snp.evidence
+	input.snp.policy_debug_allowed == false
+	input.snp.policy_migrate_ma == false
 }
 
 extensions := []

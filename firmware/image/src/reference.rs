@@ -118,41 +118,116 @@ mod tests {
         serde_json::from_str(&claims.to_json_str().unwrap()).unwrap()
     }
 
+    /// Claims as Trustee's verifier has written them: by the report's own fields (attestation-service/docs/tcb_claims.md says `cpu_id_fam_id`
+    /// where the `sev` crate says `cpuid_fam_id`), and flat, without the processor and the privilege level. Each with the places of what
+    /// the policy looks at.
+    fn shapes() -> [(&'static str, Value, [&'static str; 4]); 3] {
+        let by_fields = |family: &str, model: &str| {
+            json!({ "snp": { "evidence": {
+                "measurement": "ab".repeat(48),
+                family: 0x19,
+                model: 1,
+                "reported_tcb": { "fmc": null, "bootloader": 3, "tee": 0, "snp": 20, "microcode": 209 },
+                "policy": { "debug_allowed": false, "migrate_ma_allowed": false },
+                "vmpl": 0,
+            } } })
+        };
+        let flat = json!({ "snp": {
+            "measurement": "ab".repeat(48),
+            "reported_tcb_bootloader": 3,
+            "reported_tcb_tee": 0,
+            "reported_tcb_snp": 20,
+            "reported_tcb_microcode": 209,
+            "policy_debug_allowed": false,
+            "policy_migrate_ma": false,
+            "chip_id": "00".repeat(64),
+        } });
+        let places = [
+            "/snp/evidence/measurement",
+            "/snp/evidence/reported_tcb/snp",
+            "/snp/evidence/policy/debug_allowed",
+            "/snp/evidence/policy/migrate_ma_allowed",
+        ];
+        [
+            ("the crate's", by_fields("cpuid_fam_id", "cpuid_mod_id"), places),
+            ("documented", by_fields("cpu_id_fam_id", "cpu_id_mod_id"), places),
+            (
+                "flat",
+                flat,
+                [
+                    "/snp/measurement",
+                    "/snp/reported_tcb_snp",
+                    "/snp/policy_debug_allowed",
+                    "/snp/policy_migrate_ma",
+                ],
+            ),
+        ]
+    }
+
+    fn vector(claims: &Value, known: &Value) -> [i64; 3] {
+        let claims = appraise(claims, known);
+        ["executables", "hardware", "configuration"].map(|name| claims[name].as_i64().unwrap())
+    }
+
     #[test]
     fn the_policy_affirms_the_measured_guest_and_nothing_else() {
-        let evidence = json!({
-            "measurement": "ab".repeat(48),
-            "cpuid_fam_id": 0x19,
-            "cpuid_mod_id": 1,
-            "reported_tcb": { "bootloader": 3, "tee": 0, "snp": 20, "microcode": 209 },
-            "policy": { "debug_allowed": false, "migrate_ma_allowed": false },
-            "vmpl": 0,
-        });
         let known = values(&[0xab; 48], Cpu::Milan);
-        let vector = |change: &[(&str, Value)], known: &Value| {
-            let mut claims = json!({ "snp": { "evidence": evidence } });
-            for (pointer, value) in change {
-                *claims.pointer_mut(&format!("/snp/evidence{pointer}")).unwrap() = value.clone();
+        for (shape, honest, [measurement, snp, debug, migrate]) in shapes() {
+            let with = |place: &str, value: Value| {
+                let mut claims = honest.clone();
+                *claims.pointer_mut(place).unwrap() = value;
+                vector(&claims, &known)
+            };
+            assert_eq!(vector(&honest, &known), [3, 2, 2], "{shape}");
+            assert_eq!(with(measurement, json!("ac".repeat(48))), [33, 2, 2], "{shape}");
+            for place in [debug, migrate] {
+                assert_eq!(with(place, json!(true)), [3, 2, 36], "{shape}");
+                // Trustee of 2024 wrote texts.
+                assert_eq!(with(place, json!("false")), [3, 2, 36], "{shape}");
+                assert_eq!(with(place, Value::Null), [3, 2, 36], "{shape}");
             }
-            let claims = appraise(&claims, known);
-            ["executables", "hardware", "configuration"].map(|name| claims[name].as_i64().unwrap())
-        };
-        assert_eq!(vector(&[], &known), [3, 2, 2]);
-        assert_eq!(vector(&[("/measurement", json!("ac".repeat(48)))], &known), [33, 2, 2]);
-        for (pointer, value) in [("/cpuid_fam_id", 0x1a), ("/cpuid_mod_id", 0x11)] {
-            assert_eq!(vector(&[(pointer, json!(value))], &known), [3, 97, 2], "{pointer}");
+            // In Rego's order every text is more than every number.
+            assert_eq!(with(snp, json!("20")), [3, 97, 2], "{shape}");
+            // An operator raises the least versions.
+            let mut raised = known.clone();
+            raised["coffer_snp_minimum_snp"] = json!(21);
+            assert_eq!(vector(&honest, &raised), [3, 97, 2], "{shape}");
+            // A value that nobody gave is no leave: every number is more than null.
+            for name in known.as_object().unwrap().keys() {
+                let mut fewer = known.clone();
+                fewer.as_object_mut().unwrap().remove(name);
+                let processor = name.contains("cpuid");
+                let wanted = match name.as_str() {
+                    "coffer_snp_launch_measurement" => [33, 2, 2],
+                    _ if processor && shape == "flat" => [3, 2, 2],
+                    _ => [3, 97, 2],
+                };
+                assert_eq!(vector(&honest, &fewer), wanted, "{shape}, without {name}");
+            }
+            // Evidence of another kind has none of it.
+            let mut other = honest.clone();
+            let evidence = other.as_object_mut().unwrap().remove("snp").unwrap();
+            other["sample"] = evidence;
+            assert_eq!(vector(&other, &known), [33, 97, 36], "{shape}");
         }
-        for pointer in ["/policy/debug_allowed", "/policy/migrate_ma_allowed"] {
-            assert_eq!(vector(&[(pointer, json!(true))], &known), [3, 2, 36], "{pointer}");
+    }
+
+    #[test]
+    fn where_a_report_names_its_processor_and_level_they_count() {
+        let known = values(&[0xab; 48], Cpu::Milan);
+        for (shape, honest, _) in shapes().into_iter().take(2) {
+            let with = |place: &str, value: Value| {
+                let mut claims = honest.clone();
+                *claims.pointer_mut(place).unwrap() = value;
+                vector(&claims, &known)
+            };
+            let family = if shape == "documented" { "cpu_id" } else { "cpuid" };
+            for (part, value) in [("fam", 0x1a), ("mod", 0x11)] {
+                let place = format!("/snp/evidence/{family}_{part}_id");
+                assert_eq!(with(&place, json!(value)), [3, 97, 2], "{shape}");
+            }
+            assert_eq!(with("/snp/evidence/vmpl", json!(1)), [3, 2, 36], "{shape}");
         }
-        assert_eq!(vector(&[("/vmpl", json!(1))], &known), [3, 2, 36]);
-        // An operator raises the least versions.
-        let mut raised = known.clone();
-        raised["coffer_snp_minimum_snp"] = json!(21);
-        assert_eq!(vector(&[], &raised), [3, 97, 2]);
-        // Evidence of another kind has none of it.
-        let other = appraise(&json!({ "sample": { "evidence": evidence } }), &known);
-        assert_eq!((&other["executables"], &other["hardware"]), (&json!(33), &json!(97)));
     }
 
     #[test]
