@@ -1,8 +1,10 @@
 //! The stub: the process that callers take for the container's.
 //!
 //! Owns: relaying stdio, signals and window sizes between the caller and the guest's process, its rights on the host, its exit
-//! code. It holds no secrets and can do nothing else. Does not own: which files tools of the host see through it (`root`).
+//! code. It holds no secrets and can do nothing else. Does not own: which files tools of the host see through it (`root`), how something is
+//! written to a reader that may stall (`output`).
 
+pub mod output;
 pub mod root;
 
 use std::{
@@ -19,6 +21,7 @@ use nix::sys::{
 };
 
 use crate::{client::Connection, descriptors::Carried, error::Error, notify::Teller, pid};
+use output::Rest;
 
 /// Exit code when the VM is gone before its process ended, as if it had been killed.
 const VM_GONE: i32 = 137;
@@ -48,6 +51,13 @@ pub fn take_terminal(terminal: &Terminal) {
             unsafe { libc::dup2(slave.as_raw_fd(), stdio) };
         }
     }
+}
+
+/// Has no write wait for a reader: to stdout, stderr, the terminal that was made, and what the process has beside them.
+pub fn take_outputs(terminal: Option<&Terminal>, further: &[Carried]) {
+    let made = terminal.filter(|terminal| matches!(terminal, Terminal::Made(_))).map(AsRawFd::as_raw_fd);
+    let further = further.iter().filter(|carried| carried.stream.write).filter_map(Carried::number);
+    [1, 2].into_iter().chain(made).chain(further).for_each(output::open_anew);
 }
 
 /// Lets go of everything that relaying does not need.
@@ -159,6 +169,7 @@ impl Further {
 }
 
 enum Step {
+    /// All that came is done, or waits for a reader.
     Goes,
     Ended(Ended),
     VmGone,
@@ -171,22 +182,27 @@ impl Relay {
         let _ = self.connection.stream.set_read_timeout(None);
         let mut credit = STDIN_WINDOW;
         let mut stdin_open = true;
+        let mut open = true;
+        let mut rest = None;
         let mut waits = Vec::new();
         loop {
             // The terminal's size may have been set before anybody listened.
-            match self.frames(&mut credit) {
-                Step::Goes => {}
+            match self.frames(&mut credit, &mut rest) {
+                Step::Goes if open || rest.is_some() => {}
                 Step::Ended(ended) => return self.ended(ended),
-                Step::VmGone => return self.vm_gone(),
+                Step::Goes | Step::VmGone => return self.vm_gone(),
             }
             let input = self.terminal.as_ref().map_or(0, AsRawFd::as_raw_fd);
             let entry = |fd, events| libc::pollfd { fd, events, revents: 0 };
             let reads = if stdin_open && credit > 0 { input } else { -1 };
+            // While a reader stalls the guest keeps what it has.
+            let guest = if open && rest.is_none() { self.connection.stream.as_raw_fd() } else { -1 };
             waits.clear();
             waits.extend([
-                entry(self.connection.stream.as_raw_fd(), libc::POLLIN),
+                entry(guest, libc::POLLIN),
                 entry(self.signals.as_raw_fd(), libc::POLLIN),
                 entry(reads, libc::POLLIN),
+                entry(rest.as_ref().map_or(-1, |rest| rest.fd), libc::POLLOUT),
             ]);
             waits.extend(self.further.iter().map(|further| {
                 let fd = further.fd.as_ref().filter(|_| further.credit.is_some_and(|credit| credit > 0));
@@ -203,15 +219,15 @@ impl Relay {
                 stdin_open = self.forward_stdin(input, &mut credit);
             }
             for number in 0..self.further.len() {
-                if waits[3 + number].revents != 0 {
+                if waits[4 + number].revents != 0 {
                     self.forward_further(number);
                 }
             }
-            if waits[0].revents != 0 && !self.read() {
-                return match self.frames(&mut credit) {
-                    Step::Ended(ended) => self.ended(ended),
-                    _ => self.vm_gone(),
-                };
+            if waits[3].revents != 0 && rest.as_mut().is_some_and(Rest::go_on) {
+                rest = None;
+            }
+            if waits[0].revents != 0 {
+                open = self.read();
             }
         }
     }
@@ -255,16 +271,17 @@ impl Relay {
         }
     }
 
-    fn frames(&mut self, credit: &mut usize) -> Step {
+    /// Does what the guest says, up to what its reader has no room for.
+    fn frames(&mut self, credit: &mut usize, rest: &mut Option<Rest>) -> Step {
         let word = |bytes: &[u8]| <[u8; 4]>::try_from(bytes).map_or(0, u32::from_le_bytes) as usize;
-        loop {
+        while rest.is_none() {
             match self.connection.decoder.lend() {
                 Ok(Some((kind, payload))) => match kind {
                     Kind::Stdout => match &self.terminal {
-                        Some(Terminal::Made(slave)) => write(slave.as_raw_fd(), payload),
-                        Some(Terminal::Callers(_)) | None => write(1, payload),
+                        Some(Terminal::Made(slave)) => *rest = output::write(slave.as_raw_fd(), payload),
+                        Some(Terminal::Callers(_)) | None => *rest = output::write(1, payload),
                     },
-                    Kind::Stderr => write(2, payload),
+                    Kind::Stderr => *rest = output::write(2, payload),
                     // Readers of a pipe see its end when a daemon closes what it inherited, though its stub lives on.
                     Kind::StdoutEnd => close(1),
                     Kind::StderrEnd => close(2),
@@ -275,20 +292,20 @@ impl Relay {
                         }
                     }
                     Kind::Stream | Kind::StreamEnd | Kind::StreamCredit => {
-                        let Some((number, rest)) = payload.split_first() else { return Step::VmGone };
+                        let Some((number, payload)) = payload.split_first() else { return Step::VmGone };
                         let Some(further) = self.further.get_mut(usize::from(*number)) else {
                             return Step::VmGone;
                         };
                         match kind {
                             Kind::Stream => {
                                 if let (Some(fd), true) = (&further.fd, further.output) {
-                                    write(fd.as_raw_fd(), rest);
+                                    *rest = output::write(fd.as_raw_fd(), payload);
                                 }
                             }
                             Kind::StreamEnd => further.end_output(),
                             _ => {
                                 if let Some(credit) = &mut further.credit {
-                                    *credit = credit.saturating_add(word(rest)).min(STDIN_WINDOW);
+                                    *credit = credit.saturating_add(word(payload)).min(STDIN_WINDOW);
                                 }
                             }
                         }
@@ -300,6 +317,7 @@ impl Relay {
                 Err(_) => return Step::VmGone,
             }
         }
+        Step::Goes
     }
 
     /// Takes what is there of one of the caller's further files.
@@ -377,7 +395,7 @@ impl Relay {
         let report: serde_json::Value = serde_json::from_str(&text).unwrap_or_default();
         let reason = report["message"].as_str().unwrap_or("the VMM was killed");
         let error = Error::Vm(reason.to_owned());
-        write(2, format!("coffer: {error}\n").as_bytes());
+        output::write_all(2, format!("coffer: {error}\n").as_bytes());
         VM_GONE
     }
 }
@@ -404,61 +422,4 @@ fn read(fd: RawFd, buffer: &mut [u8]) -> Option<usize> {
         io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock => None,
         _ => Some(0),
     })
-}
-
-/// Writes everything; a reader that is gone loses it.
-fn write(fd: RawFd, mut bytes: &[u8]) {
-    while !bytes.is_empty() {
-        // SAFETY: the buffer is as long as is said.
-        let count = unsafe { libc::write(fd, bytes.as_ptr().cast(), bytes.len()) };
-        match usize::try_from(count) {
-            Ok(count) => bytes = &bytes[count..],
-            Err(_) => match io::Error::last_os_error().kind() {
-                io::ErrorKind::Interrupted => {}
-                io::ErrorKind::WouldBlock => {
-                    let mut wait = libc::pollfd { fd, events: libc::POLLOUT, revents: 0 };
-                    // SAFETY: one valid entry.
-                    unsafe { libc::poll(&raw mut wait, 1, -1) };
-                }
-                _ => return,
-            },
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::os::unix::net::UnixStream;
-
-    use coffer_protocol::{Decoder, Exit, encode};
-
-    use super::*;
-
-    #[test]
-    fn that_memory_ran_out_is_in_a_file_beside_the_processes_own_exit_code() {
-        for (ended, code, there) in [
-            (Ended { exit: Exit::Signal(9), out_of_memory: true }, 137, true),
-            (Ended { exit: Exit::Code(3), out_of_memory: true }, 3, true),
-            (Ended { exit: Exit::Signal(9), out_of_memory: false }, 137, false),
-        ] {
-            let directory = tempfile::tempdir().unwrap();
-            let (stream, mut guest) = UnixStream::pair().unwrap();
-            let mut bytes = Vec::new();
-            encode(Kind::Ended, &ended.to_payload(), &mut bytes);
-            guest.write_all(&bytes).unwrap();
-            let relay = Relay {
-                out: Outbox::default(),
-                connection: Connection { stream, decoder: Decoder::default() },
-                signals: SignalFd::with_flags(&SigSet::empty(), SfdFlags::SFD_NONBLOCK).unwrap(),
-                terminal: None,
-                reports: None,
-                vmm: None,
-                oom: vec![File::open(directory.path()).unwrap()],
-                teller: None,
-                further: Vec::new(),
-            };
-            assert_eq!(relay.run(), code);
-            assert_eq!(directory.path().join("oom").exists(), there);
-        }
-    }
 }

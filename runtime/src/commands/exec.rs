@@ -110,6 +110,7 @@ pub(super) fn exec(call: &Call, root: &Path) -> Result<i32, Error> {
                     .collect::<Vec<_>>(),
             );
             let signals = stub::take_signals()?;
+            stub::take_outputs(slave.as_ref(), &carried);
             for file in &namespaces[1..] {
                 setns(file, CloneFlags::empty())?;
             }

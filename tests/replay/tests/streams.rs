@@ -378,3 +378,39 @@ fn activated(bench: &Bench, bundle: &Path, options: &[&str], files: Vec<OwnedFd>
     command.stdin(Stdio::null());
     command
 }
+
+/// What a reader who stalls does not take the guest keeps, and the stub goes on hearing its caller.
+#[test]
+fn a_reader_that_stalls_keeps_no_signal_from_the_process() {
+    let bench = Bench::new();
+    bench.start("c", &config(&["sleep", "1000"]));
+    let pid_file = bench.path("e.pid");
+    let (mut reader, writer) = std::io::pipe().unwrap();
+    let mut exec = bench.command(&["exec", "--pid-file", pid_file.to_str().unwrap(), "c"]);
+    exec.args(["busybox", "cat", "/dev/zero"]);
+    let mut child = exec.stdout(writer).spawn().unwrap();
+    drop(exec);
+    let waiting = || {
+        let mut count = 0i32;
+        // SAFETY: the pointer is to an integer that outlives the call.
+        assert_eq!(unsafe { libc::ioctl(reader.as_raw_fd(), libc::FIONREAD, &raw mut count) }, 0);
+        count
+    };
+    until(|| waiting() >= 60 * 1024 && !bench.read("e.pid").is_empty());
+    let memory = || {
+        let status = fs::read_to_string(format!("/proc/{}/status", bench.pid("e"))).unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:")).unwrap();
+        line.trim().strip_suffix(" kB").unwrap().parse::<u64>().unwrap()
+    };
+    std::thread::sleep(std::time::Duration::from_millis(500));
+    assert!(memory() < 8 * 1024, "{} KiB", memory());
+    assert!(bench.call(&["ps", "c"]).ok().contains("/dev/zero"));
+    // SAFETY: signals a process of this test's own container.
+    assert_eq!(unsafe { libc::kill(bench.pid("e"), libc::SIGTERM) }, 0);
+    until(|| !bench.call(&["ps", "c"]).ok().contains("/dev/zero"));
+    // Nothing of what it had written is lost.
+    let mut all = Vec::new();
+    reader.read_to_end(&mut all).unwrap();
+    assert!(all.len() >= 64 * 1024 && all.iter().all(|byte| *byte == 0), "{}", all.len());
+    assert_eq!(finish(&mut child), 143);
+}

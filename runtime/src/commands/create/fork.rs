@@ -168,6 +168,7 @@ impl Making<'_> {
                     }
                     create_container_hooks(spec, record)?;
                     let signals = stub::take_signals()?;
+                    stub::take_outputs(slave.as_ref(), &carried);
                     stub::root::enter(self.plan, &destinations)?;
                     if let Some(slave) = &slave {
                         stub::take_terminal(slave);
