@@ -7,13 +7,17 @@
 use std::{
     fs,
     io::Read,
-    os::unix::fs::symlink,
+    os::unix::{fs::symlink, process::CommandExt},
     path::{Path, PathBuf},
     process::{Child, Command, Output, Stdio},
     thread,
     time::{Duration, Instant},
 };
 
+use nix::{
+    mount::{MsFlags, mount},
+    sched::{CloneFlags, unshare},
+};
 use serde_json::{Value, json};
 
 /// Long enough for a machine that does much else.
@@ -23,6 +27,8 @@ pub const PATIENCE: Duration = Duration::from_secs(60);
 pub struct Bench {
     directory: tempfile::TempDir,
     coffer: PathBuf,
+    /// Calls say no `--root`.
+    by_default: bool,
 }
 
 /// What a call gave.
@@ -123,10 +129,29 @@ impl Bench {
         for image in ["up", "smp"] {
             fs::write(home.join(format!("images/{image}.igvm")), "stand-in").expect("an image");
         }
-        let bench = Self { coffer: programs.join("coffer-under-test"), directory };
+        let bench = Self { coffer: programs.join("coffer-under-test"), directory, by_default: false };
         for program in [&bench.coffer, &programs.join("vmm-stand-in")] {
             assert!(program.exists(), "{} is not built: cargo build -p coffer-replay", program.display());
         }
+        bench
+    }
+
+    /// One whose calls name no `--root`, as podman's, so that states are in `/run/coffer`: of a mount namespace that is this thread's own
+    /// from here on, with an empty `/run`.
+    ///
+    /// # Panics
+    /// As [`Self::new`].
+    #[must_use]
+    pub fn by_default_root() -> Self {
+        unshare(CloneFlags::CLONE_NEWNS).expect("a mount namespace");
+        let mount = |source, target, kind, flags| {
+            mount(source, target, kind, flags, None::<&str>)
+                .unwrap_or_else(|error| panic!("{target}: {error}"));
+        };
+        mount(None, "/", None, MsFlags::MS_REC | MsFlags::MS_PRIVATE);
+        mount(Some("run"), "/run", Some("tmpfs"), MsFlags::empty());
+        let mut bench = Self::new();
+        bench.by_default = true;
         bench
     }
 
@@ -136,10 +161,10 @@ impl Bench {
         self.directory.path().join(name)
     }
 
-    /// The `--root` of calls.
+    /// Where states are: the `--root` of calls.
     #[must_use]
     pub fn root(&self) -> PathBuf {
-        self.path("state")
+        if self.by_default { "/run/coffer".into() } else { self.path("state") }
     }
 
     /// No guest comes up any more.
@@ -194,15 +219,55 @@ impl Bench {
     /// A call with the environment that podman gives to create and exec, not run yet.
     #[must_use]
     pub fn command(&self, words: &[&str]) -> Command {
+        let root = self.root();
+        let of_root = ["--root", root.to_str().expect("a path")];
+        self.call_of(&[if self.by_default { &[] } else { &of_root[..] }, words].concat())
+    }
+
+    /// The same with these words alone.
+    #[must_use]
+    pub fn call_of(&self, words: &[&str]) -> Command {
         let mut command = Command::new(&self.coffer);
-        command.arg("--root").arg(self.root()).args(words);
         command
+            .args(words)
             .env_clear()
             .env("COFFER_HOME", self.path("home"))
             .env("XDG_RUNTIME_DIR", "")
             .env("PATH", "/usr/bin:/bin");
         command.env("_OCI_SYNCPIPE", "3").env("_OCI_STARTPIPE", "4").stdin(Stdio::null());
         command
+    }
+
+    /// [`Self::command`] as conmon calls it.
+    #[must_use]
+    pub fn command_of_conmon(&self, words: &[&str]) -> Command {
+        self.by_conmon(&self.command(words))
+    }
+
+    /// A call as conmon makes it: it is killed when its caller ends, and it has what the caller has left open by mistake, for podman a
+    /// published port at 5 and two files of the user's own shell at 10 and 251. Here all three are [`Self::leaked`].
+    #[must_use]
+    pub fn by_conmon(&self, call: &Command) -> Command {
+        let mut command = Command::new("/bin/bash");
+        command.args(["-c", "exec 5<>\"$0\" 10<>\"$0\" 251<>\"$0\"; exec \"$@\""]).arg(self.leaked());
+        command.arg(call.get_program()).args(call.get_args()).env_clear();
+        command.envs(call.get_envs().filter_map(|(name, value)| Some((name, value?)))).stdin(Stdio::null());
+        let dies_with_its_caller = || {
+            // SAFETY: the option takes one number.
+            match unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) } {
+                0 => Ok(()),
+                _ => Err(std::io::Error::last_os_error()),
+            }
+        };
+        // SAFETY: one system call, and no memory is taken.
+        unsafe { command.pre_exec(dies_with_its_caller) };
+        command
+    }
+
+    /// The file that calls of [`Self::command_of_conmon`] have open.
+    #[must_use]
+    pub fn leaked(&self) -> PathBuf {
+        self.path("leaked")
     }
 
     /// A call as podman makes all others: no environment but one variable.
@@ -222,7 +287,7 @@ impl Bench {
     /// When the program cannot be run.
     #[must_use]
     pub fn create(&self, id: &str, bundle: &Path) -> Gave {
-        let mut command = self.command(&["--log-format=json", "--log"]);
+        let mut command = self.command_of_conmon(&["--log-format=json", "--log"]);
         command.arg(self.path(&format!("{id}.log"))).arg("create").arg("--bundle").arg(bundle);
         command.arg("--pid-file").arg(self.path(&format!("{id}.pid"))).arg(id);
         command.stdout(fs::File::create(self.path(&format!("{id}.out"))).expect("a file"));

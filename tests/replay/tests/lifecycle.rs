@@ -185,7 +185,7 @@ fn a_container_whose_create_was_killed_has_stopped() {
     fs::write(go, "").unwrap();
 }
 
-/// Of five, since a machine that does much else may delay one: a second would be in every one of them.
+/// The median of five, since a machine that does much else may delay one or two.
 #[test]
 fn a_stop_is_under_a_second_when_the_workload_handles_it() {
     let bench = Bench::new();
@@ -203,7 +203,8 @@ fn a_stop_is_under_a_second_when_the_workload_handles_it() {
         assert_eq!(bench.read("c.out"), "ready\nasked\n");
         let _ = bench.call(&["delete", "c"]).ok();
     }
-    assert!(took.iter().any(|time| *time < Duration::from_secs(1)), "{took:?}");
+    took.sort_unstable();
+    assert!(took[2] < Duration::from_secs(1), "{took:?}");
 }
 
 #[test]

@@ -468,3 +468,26 @@ fn a_link_in_place_of_proc_or_sys_fails_create() {
         fs::remove_file(&place).unwrap();
     }
 }
+
+/// The machine that the specification's `vm` section asks for: its image, and not ours, and its size.
+#[test]
+fn the_vm_section_says_which_image_boots_and_how_large_the_machine_is() {
+    let bench = Bench::new();
+    let own = bench.path("own.igvm");
+    let mut config = config(&["sleep", "1000"]);
+    config["vm"] = json!({ "kernel": { "path": own }, "hwConfig": { "vcpus": 3, "memory": 768 << 20 } });
+    let bundle = bench.bundle("c", &config);
+    // With ours nothing would come up any more.
+    bench.break_image();
+    std::fs::write(&own, "broken").unwrap();
+    assert!(bench.create("c", &bundle).failed(1).contains("the guest's kernel or init failed"));
+    std::fs::write(&own, "stand-in").unwrap();
+    let _ = bench.create("c", &bundle).ok();
+    let _ = bench.call(&["start", "c"]).ok();
+    let state: Value = serde_json::from_str(&bench.read("state/c/state.json")).unwrap();
+    let words = std::fs::read_to_string(format!("/proc/{}/cmdline", state["vmm"]["pid"])).unwrap();
+    let words: Vec<&str> = words.split('\0').collect();
+    let said = |name: &str| words.iter().position(|word| *word == name).map(|at| words[at + 1]);
+    assert_eq!(said("--image"), own.to_str(), "{words:?}");
+    assert_eq!((said("--vcpus"), said("--memory-mib")), (Some("3"), Some("768")), "{words:?}");
+}
