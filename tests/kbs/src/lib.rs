@@ -13,5 +13,5 @@ mod serve;
 mod session;
 
 pub use answer::{Answer, Query};
-pub use serve::{Identity, Running, serve};
+pub use serve::{Identity, Running, serve, serve_by};
 pub use session::{Config, Kbs};

@@ -86,6 +86,19 @@ impl Drop for Running {
 /// # Errors
 /// The system's.
 pub fn serve(kbs: Arc<Kbs>, listener: TcpListener, identity: Option<&Identity>) -> io::Result<Running> {
+    serve_by(move |query| kbs.answer(query), listener, identity)
+}
+
+/// The same with any answers: a KBS with a host before it, say.
+///
+/// # Errors
+/// The system's.
+pub fn serve_by(
+    answers: impl Fn(&Query) -> Answer + Send + Sync + 'static,
+    listener: TcpListener,
+    identity: Option<&Identity>,
+) -> io::Result<Running> {
+    let answers = Arc::new(answers);
     let address = listener.local_addr()?;
     let end = Arc::new(AtomicBool::new(false));
     let (config, ended) = (identity.map(|i| i.config.clone()), end.clone());
@@ -95,13 +108,13 @@ pub fn serve(kbs: Arc<Kbs>, listener: TcpListener, identity: Option<&Identity>) 
                 return;
             }
             let Ok(stream) = stream else { continue };
-            let (kbs, config) = (kbs.clone(), config.clone());
+            let (answers, config) = (answers.clone(), config.clone());
             thread::spawn(move || {
                 let _ = stream.set_read_timeout(Some(PATIENCE));
                 let _ = match config {
-                    None => connection(&kbs, stream),
+                    None => connection(&*answers, stream),
                     Some(config) => match ServerConnection::new(config) {
-                        Ok(tls) => connection(&kbs, StreamOwned::new(tls, stream)),
+                        Ok(tls) => connection(&*answers, StreamOwned::new(tls, stream)),
                         Err(_) => Ok(()),
                     },
                 };
@@ -112,7 +125,7 @@ pub fn serve(kbs: Arc<Kbs>, listener: TcpListener, identity: Option<&Identity>) 
 }
 
 /// Requests one after the other, until the client closes.
-fn connection(kbs: &Kbs, mut stream: impl Read + Write) -> io::Result<()> {
+fn connection(answers: &impl Fn(&Query) -> Answer, mut stream: impl Read + Write) -> io::Result<()> {
     let mut bytes = Vec::new();
     let mut buffer = [0; 16 * 1024];
     loop {
@@ -131,7 +144,7 @@ fn connection(kbs: &Kbs, mut stream: impl Read + Write) -> io::Result<()> {
                 }
             }
         };
-        stream.write_all(&write(&kbs.answer(&query)))?;
+        stream.write_all(&write(&answers(&query)))?;
         stream.flush()?;
     }
 }
