@@ -1,6 +1,6 @@
 //! What init decides before it obeys: is initdata the launch's, and does its policy allow the request.
 //!
-//! Owns: requests in a policy's terms, when sealed values and credentials are opened, the process that serves the workload's REST calls. Does
+//! Owns: requests in a policy's terms, what comes before sealed values are opened, the process that serves the workload's REST calls. Does
 //! not own: formats and protocols (`coffer-attestation`).
 //!
 //! A KBS is reached over the pod's own network: that needs nothing of the VMM, and the host sees TLS either way. A pod
@@ -8,8 +8,7 @@
 
 use std::{
     net::{IpAddr, TcpListener},
-    path::PathBuf,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::AtomicBool},
 };
 
 use coffer_attestation::{
@@ -26,15 +25,16 @@ use nix::{
 };
 use serde_json::{Value, json};
 
+pub use crate::sealed::Sealed;
 use crate::{container::ContainerError, image::Owner, owner, secrets};
 
 /// A pod that was set up.
 pub struct Confidential {
-    /// The keys of images come through it too, while one is unpacked by its thread.
+    /// What only a KBS has comes through it, by a thread (`server::beside`).
     guest: Arc<Mutex<Guest>>,
     policy: Policy,
     /// The owner's files are there.
-    has_credentials: bool,
+    has_credentials: Arc<AtomicBool>,
 }
 
 fn refused(error: impl std::fmt::Display) -> ContainerError {
@@ -65,7 +65,7 @@ impl Confidential {
     pub(crate) fn with(initdata: Option<&str>, attesters: Attesters) -> Result<Self, ContainerError> {
         let guest = Guest::new(initdata.map(str::as_bytes), attesters).map_err(refused)?;
         let policy = guest.policy().map_err(refused)?;
-        Ok(Self { guest: Arc::new(Mutex::new(guest)), policy, has_credentials: false })
+        Ok(Self { guest: Arc::new(Mutex::new(guest)), policy, has_credentials: Arc::default() })
     }
 
     /// Takes the host's word for who knows addresses of names; what is not an address is none of them.
@@ -143,22 +143,27 @@ impl Confidential {
         self.policy.check(Rule::ReadStream, &input).map_err(refused)
     }
 
-    /// Opens sealed values in a process's environment. The policy has seen them sealed.
+    /// What of a process's environment is sealed. The policy has seen it so.
     ///
     /// # Errors
-    /// [`ContainerError`], naming the variable.
-    pub fn unseal(&mut self, process: &mut Value) -> Result<(), ContainerError> {
-        let Some(list) = process.get_mut("env").and_then(Value::as_array_mut) else { return Ok(()) };
-        let mut environment: Vec<String> =
-            list.iter().map(|v| v.as_str().unwrap_or_default().to_owned()).collect();
-        if !environment.iter().any(|pair| pair.contains("=sealed.")) {
-            return Ok(());
+    /// None.
+    pub fn sealed_process(&self, process: &Value) -> Result<Option<Sealed>, ContainerError> {
+        Ok(Sealed::of_process(&self.guest, process))
+    }
+
+    /// What of a container is sealed, and the owner's credentials if they are not there yet. The policy has seen the configuration.
+    ///
+    /// # Errors
+    /// None.
+    pub fn sealed(&self, spec: &Value) -> Result<Option<Sealed>, ContainerError> {
+        Ok(Sealed::of(&self.guest, spec, &self.has_credentials))
+    }
+
+    /// Shows the owner's credentials to a container. The policy has seen the host's mounts.
+    pub fn show_credentials(&self, spec: &mut Value) {
+        if !self.guest().config().credentials.is_empty() {
+            secrets::show_credentials(spec);
         }
-        self.guest()
-            .unseal_environment(&mut environment)
-            .map_err(|e| ContainerError::new(ErrorKind::Guest, e.to_string()))?;
-        *list = environment.into_iter().map(Value::from).collect();
-        Ok(())
     }
 
     /// Keeps a process of an owner's pod from leaving a core, whatever the host's limits say: the kernel would write its memory into its
@@ -176,31 +181,6 @@ impl Confidential {
         if let Some(list) = limits.as_array_mut() {
             list.push(json!({ "type": "RLIMIT_CORE", "soft": 0, "hard": 0 }));
         }
-    }
-
-    /// Opens sealed files in what the host mounts, and shows the owner's credentials. The policy has seen the host's mounts.
-    ///
-    /// # Errors
-    /// [`ContainerError`], naming the file.
-    pub fn open_files(&mut self, id: &str, spec: &mut Value) -> Result<(), ContainerError> {
-        let failed = |e: &dyn std::fmt::Display| ContainerError::new(ErrorKind::Guest, e.to_string());
-        let mut guest = hold(&self.guest);
-        if guest.config().kbs.is_some() {
-            secrets::open_volumes(id, spec, &mut |text| guest.unseal(text).map_err(|e| e.to_string()))
-                .map_err(|e| failed(&e))?;
-        }
-        if guest.config().credentials.is_empty() {
-            return Ok(());
-        }
-        if !self.has_credentials {
-            let files = guest.credentials().map_err(|e| failed(&e))?;
-            let files: Vec<_> =
-                files.into_iter().map(|(path, secret)| (PathBuf::from(path), secret)).collect();
-            secrets::write_credentials(&files).map_err(|e| failed(&e))?;
-            self.has_credentials = true;
-        }
-        secrets::show_credentials(spec);
-        Ok(())
     }
 
     /// Forgets what was opened for a container.
@@ -404,7 +384,9 @@ mod tests {
         pod.check_container("c", &json!({}), None).unwrap();
         assert!(pod.allows_stdin("c") && pod.allows_output("c"));
         let mut process = json!({ "env": ["A=1", "B=sealed.x"] });
-        let message = pod.unseal(&mut process).unwrap_err().message;
+        assert!(pod.sealed_process(&json!({ "env": ["A=1"] })).unwrap().is_none());
+        let sealed = pod.sealed_process(&process).unwrap().unwrap();
+        let message = sealed.open_process(&mut process).unwrap_err().message;
         assert!(message.contains("environment variable B"), "{message}");
     }
 

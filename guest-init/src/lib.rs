@@ -22,11 +22,14 @@ mod random;
 #[cfg(feature = "confidential")]
 pub mod scratch;
 #[cfg(feature = "confidential")]
+pub mod sealed;
+#[cfg(feature = "confidential")]
 pub mod secrets;
 pub mod server;
 mod session;
 mod slots;
 mod stdio;
+mod thread;
 
 #[cfg(not(feature = "confidential"))]
 pub use plain::{confidential, image};

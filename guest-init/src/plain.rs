@@ -15,6 +15,27 @@ pub mod confidential {
     /// A pod that was set up.
     pub struct Confidential(());
 
+    /// There is no such thing.
+    pub enum Sealed {}
+
+    impl Sealed {
+        /// Cannot be called.
+        ///
+        /// # Errors
+        /// None.
+        pub fn open_process(&self, _: &mut Value) -> Result<(), ContainerError> {
+            match *self {}
+        }
+
+        /// Cannot be called.
+        ///
+        /// # Errors
+        /// None.
+        pub fn open(self, _: &str, _: &mut Value) -> Result<(), ContainerError> {
+            match self {}
+        }
+    }
+
     fn refused(what: &str) -> ContainerError {
         let remedy = "this guest was built without it: boot images/smp.igvm";
         ContainerError::new(ErrorKind::Invalid, format!("{what}: {remedy}"))
@@ -101,27 +122,30 @@ pub mod confidential {
         ///
         /// # Errors
         /// [`ContainerError`].
-        pub fn unseal(&mut self, process: &mut Value) -> Result<(), ContainerError> {
+        pub fn sealed_process(&self, process: &Value) -> Result<Option<Sealed>, ContainerError> {
             let environment = process.get("env").and_then(Value::as_array).into_iter().flatten();
             if environment.filter_map(Value::as_str).any(|pair| pair.contains("=sealed.")) {
                 return Err(refused("sealed values"));
             }
-            Ok(())
+            Ok(None)
         }
+
+        /// The same of a container's first process; files stay as they are.
+        ///
+        /// # Errors
+        /// [`ContainerError`].
+        pub fn sealed(&self, spec: &Value) -> Result<Option<Sealed>, ContainerError> {
+            spec.get("process").map_or(Ok(None), |process| self.sealed_process(process))
+        }
+
+        /// There are none.
+        pub fn show_credentials(&self, _: &mut Value) {}
 
         /// The limits are the host's.
         pub fn forbid_cores(&self, _: &mut Value) {}
 
         /// Nobody whose address would be asked for.
         pub fn ask_for_names(&mut self, _: &[String]) {}
-
-        /// Files stay as they are.
-        ///
-        /// # Errors
-        /// None.
-        pub fn open_files(&mut self, _: &str, _: &mut Value) -> Result<(), ContainerError> {
-            Ok(())
-        }
 
         /// None were opened.
         pub fn close_files(&self, _: &str) {}
@@ -145,9 +169,11 @@ pub mod confidential {
             let root = tempfile::tempdir().unwrap();
             let new = |initdata| Confidential::below(root.path(), initdata);
             assert!(new(Some("")).err().unwrap().message.starts_with("initdata: "));
-            let mut pod = new(None).unwrap();
-            pod.unseal(&mut json!({ "env": ["A=1"] })).unwrap();
-            assert!(pod.unseal(&mut json!({ "env": ["A=1", "B=sealed.x"] })).is_err());
+            let pod = new(None).unwrap();
+            assert!(pod.sealed_process(&json!({ "env": ["A=1"] })).unwrap().is_none());
+            let process = json!({ "env": ["A=1", "B=sealed.x"] });
+            assert!(pod.sealed_process(&process).is_err());
+            assert!(pod.sealed(&json!({ "process": process })).is_err());
             std::fs::create_dir_all(root.path().join("sys/devices/system/cpu/sev")).unwrap();
             assert!(new(None).err().unwrap().message.contains("in a TEE"));
         }
@@ -156,11 +182,11 @@ pub mod confidential {
 
 /// No images but what the host shows as a directory.
 pub mod image {
-    use std::os::fd::{AsFd, BorrowedFd};
-
     use coffer_protocol::ImageSource;
     use serde_json::Value;
     use thiserror::Error;
+
+    use crate::thread::Thread;
 
     /// What nobody said.
     pub struct Owner;
@@ -188,24 +214,7 @@ pub mod image {
     pub enum Unpacked {}
 
     /// Nor this.
-    #[derive(Debug)]
-    pub enum Unpacking {}
-
-    impl Unpacking {
-        /// Cannot be called.
-        ///
-        /// # Errors
-        /// None.
-        pub fn end(self) -> Result<Unpacked, ImageError> {
-            match self {}
-        }
-    }
-
-    impl AsFd for Unpacking {
-        fn as_fd(&self) -> BorrowedFd<'_> {
-            match *self {}
-        }
-    }
+    pub type Unpacking = Thread<Result<Unpacked, ImageError>>;
 
     impl Images {
         /// Without an owner.

@@ -67,28 +67,55 @@ enum Node {
     Directory { mode: u32, owner: (u32, u32), children: Vec<(PathBuf, Node)> },
 }
 
-/// Puts opened copies in place of the volumes of secrets among a configuration's bind mounts.
+/// A volume with a sealed file in it.
+pub struct Volume {
+    /// Which of the configuration's mounts.
+    index: usize,
+    node: Node,
+}
+
+/// The volumes of secrets among a configuration's bind mounts.
+#[must_use]
+pub fn find(spec: &Value) -> Vec<Volume> {
+    find_below(Path::new(SHARE_DIR), spec)
+}
+
+fn find_below(share: &Path, spec: &Value) -> Vec<Volume> {
+    let volume = |(index, mount): (usize, &Value)| {
+        let inside = mount["source"].as_str().map(Path::new)?.strip_prefix(share).ok()?;
+        // What cannot be read is no volume of secrets; mounting it will say what is wrong with it.
+        let node = read(share, inside).filter(Node::has_sealed)?;
+        Some(Volume { index, node })
+    };
+    spec["mounts"].as_array().into_iter().flatten().enumerate().filter_map(volume).collect()
+}
+
+/// Puts opened copies in place of the volumes that [`find`] has found in this configuration.
 ///
 /// # Errors
 /// [`SecretError`], naming the file.
-pub fn open_volumes(id: &str, spec: &mut Value, open: &mut Open<'_>) -> Result<(), SecretError> {
-    open_below(Path::new(SHARE_DIR), &Path::new(PLACE).join(id), spec, open)
+pub fn open_volumes(
+    id: &str,
+    spec: &mut Value,
+    volumes: Vec<Volume>,
+    open: &mut Open<'_>,
+) -> Result<(), SecretError> {
+    open_to(&Path::new(PLACE).join(id), spec, volumes, open)
 }
 
-fn open_below(share: &Path, place: &Path, spec: &mut Value, open: &mut Open<'_>) -> Result<(), SecretError> {
-    for (index, mount) in spec["mounts"].as_array_mut().into_iter().flatten().enumerate() {
-        let inside =
-            mount["source"].as_str().map(Path::new).and_then(|source| source.strip_prefix(share).ok());
-        // What cannot be read is no volume of secrets; mounting it will say what is wrong with it.
-        let Some(mut volume) = inside.and_then(|inside| read(share, inside)) else { continue };
-        if !volume.has_sealed() {
-            continue;
-        }
-        volume.open(Path::new(mount["destination"].as_str().unwrap_or_default()), open)?;
+fn open_to(
+    place: &Path,
+    spec: &mut Value,
+    volumes: Vec<Volume>,
+    open: &mut Open<'_>,
+) -> Result<(), SecretError> {
+    for Volume { index, mut node } in volumes {
+        let mount = &mut spec["mounts"][index];
+        node.open(Path::new(mount["destination"].as_str().unwrap_or_default()), open)?;
         fs::create_dir_all(place).map_err(at("make a place"))?;
         fs::set_permissions(place, fs::Permissions::from_mode(0o700)).map_err(at("close a place"))?;
         let copy = place.join(index.to_string());
-        volume.write(&copy).map_err(at("copy a volume"))?;
+        node.write(&copy).map_err(at("copy a volume"))?;
         mount["source"] = json!(copy);
     }
     Ok(())
@@ -252,6 +279,16 @@ mod tests {
         let mount = |n: u32, to: &str| json!({ "destination": to, "source": share.join(format!("c/mounts/{n}")), "type": "bind" });
         let spec = json!({ "mounts": [mount(0, "/etc/secrets"), mount(1, "/etc/hosts"), { "destination": "/proc", "source": "proc" }] });
         (dir, share, spec)
+    }
+
+    fn open_below(
+        share: &Path,
+        place: &Path,
+        spec: &mut Value,
+        open: &mut Open<'_>,
+    ) -> Result<(), SecretError> {
+        let volumes = find_below(share, spec);
+        open_to(place, spec, volumes, open)
     }
 
     fn opening(text: &str) -> Result<Zeroizing<Vec<u8>>, String> {

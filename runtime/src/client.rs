@@ -41,10 +41,14 @@ fn limit(request: &Request) -> Duration {
     if matches!(request, Request::Signal { signal, .. } if *signal == libc::SIGKILL as u32) {
         return KILL_LIMIT;
     }
-    let Request::Create(create) = request else { return ANSWER_LIMIT };
-    let environment = create.spec["process"]["env"].as_array().into_iter().flatten();
+    let (process, image) = match request {
+        Request::Create(create) => (&create.spec["process"], create.image.is_some()),
+        Request::Exec(exec) => (&exec.process, false),
+        _ => return ANSWER_LIMIT,
+    };
+    let environment = process["env"].as_array().into_iter().flatten();
     let sealed = environment.filter_map(Value::as_str).any(|pair| pair.contains("=sealed."));
-    if create.image.is_some() || sealed { LONG_ANSWER_LIMIT } else { ANSWER_LIMIT }
+    if image || sealed { LONG_ANSWER_LIMIT } else { ANSWER_LIMIT }
 }
 
 /// How long a container with these hooks of its own may take to start: what they may take themselves, which is no limit for one that has

@@ -174,7 +174,7 @@ fn files(terminal: bool, wanted: &Files) -> Result<(Stdio, OwnedFd, Theirs), Con
     Ok((ours, sync, theirs))
 }
 
-/// Forks with these clone flags, into a cgroup. `None` in the child. PID 1 has one thread then (`server::unpacking`), so this is as safe as fork.
+/// Forks with these clone flags, into a cgroup. `None` in the child. PID 1 has one thread then (`server::beside`), so this is as safe as fork.
 pub(super) fn fork(flags: i32, cgroup: Option<RawFd>, signal: i32) -> io::Result<Option<i32>> {
     // SAFETY: clone_args is plain data for which zero is valid.
     let mut args: libc::clone_args = unsafe { std::mem::zeroed() };

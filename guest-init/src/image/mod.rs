@@ -10,13 +10,9 @@ pub use user::user;
 
 use std::{
     fs, io,
-    os::{
-        fd::{AsFd, BorrowedFd, OwnedFd},
-        unix::fs::PermissionsExt,
-    },
+    os::{fd::OwnedFd, unix::fs::PermissionsExt},
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError, atomic::AtomicU64},
-    thread::{self, JoinHandle},
 };
 
 use coffer_layers::{
@@ -33,17 +29,14 @@ use coffer_layers::{
     unpack::{Options, UnpackError, make_in},
 };
 use coffer_protocol::{ImageSource, signal};
-use nix::{
-    fcntl::OFlag,
-    mount::{MsFlags, mount},
-    unistd::pipe2,
-};
+use nix::mount::{MsFlags, mount};
 use serde_json::{Value, json};
 use thiserror::Error;
 
 use crate::{
     container::is_in_share,
     scratch::{self, ScratchError},
+    thread::Thread,
 };
 
 /// Where trees lie.
@@ -138,12 +131,8 @@ struct Work {
     mounted: bool,
 }
 
-/// An image on its way to a tree, by a thread of its own: keys and blobs may take their time, and the pod goes on.
-pub struct Unpacking {
-    thread: JoinHandle<Result<Unpacked, ImageError>>,
-    /// Ends when the thread does.
-    end: OwnedFd,
-}
+/// An image on its way to a tree.
+pub type Unpacking = Thread<Result<Unpacked, ImageError>>;
 
 /// What trees lie in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -183,16 +172,11 @@ impl Images {
     /// # Errors
     /// [`ImageError`] without a thread; what is wrong with the image its end says.
     pub fn unpack(&mut self, id: &str, source: &ImageSource) -> Result<Unpacking, ImageError> {
-        let failed = |e| ImageError::System("unpack beside the pod's containers", e);
-        let (end, open) = pipe2(OFlag::O_CLOEXEC).map_err(|e| failed(e.into()))?;
         let (work, id, source) = (self.work.clone(), id.to_owned(), source.clone());
         self.any = true;
-        let unpack = move || {
-            let _open = open;
-            work.lock().unwrap_or_else(PoisonError::into_inner).unpack(&id, &source)
-        };
-        let thread = thread::Builder::new().name("image".into()).spawn(unpack).map_err(failed)?;
-        Ok(Unpacking { thread, end })
+        let unpack = move || work.lock().unwrap_or_else(PoisonError::into_inner).unpack(&id, &source);
+        Thread::begin("image", unpack)
+            .map_err(|e| ImageError::System("unpack beside the pod's containers", e))
     }
 
     /// Forgets a container's tree.
@@ -201,24 +185,6 @@ impl Images {
             // It may have had no image. What cannot be removed ends with the pod.
             let _ = fs::remove_dir_all(Path::new(PLACE).join(id));
         }
-    }
-}
-
-impl Unpacking {
-    /// What the image became. Waits, unless [`Self::as_fd`] can be read.
-    ///
-    /// # Errors
-    /// [`ImageError`].
-    pub fn end(self) -> Result<Unpacked, ImageError> {
-        let panicked = || ImageError::System("unpack", io::Error::other("the thread panicked"));
-        self.thread.join().map_err(|_| panicked())?
-    }
-}
-
-impl AsFd for Unpacking {
-    /// Readable once there is an end.
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.end.as_fd()
     }
 }
 
@@ -382,7 +348,9 @@ mod tests {
 
     #[test]
     fn only_allowed_images_of_the_share() {
-        let of = |images: &mut Images, source| images.unpack("a", &source).and_then(Unpacking::end);
+        let of = |images: &mut Images, source| {
+            images.unpack("a", &source).and_then(|thread| thread.end().unwrap())
+        };
         let mut images = Images::default();
         for blobs in ["/etc", "/run/coffer/share/../../etc", "/run/coffer//share/a/image", "relative"] {
             assert!(matches!(of(&mut images, source(blobs)), Err(ImageError::Place(_))), "{blobs}");

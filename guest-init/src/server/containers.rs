@@ -7,8 +7,7 @@ use std::io;
 
 use coffer_layout::mark;
 use coffer_protocol::{
-    CreateContainer, Ended, ErrorKind, Exec, Exit, ImageSource, NamespaceKind, Request, SharedNamespace,
-    SignalTarget, signal,
+    CreateContainer, Ended, ErrorKind, Exec, Exit, NamespaceKind, Request, SignalTarget, signal,
 };
 use oci_spec::runtime::Spec;
 use serde_json::Value;
@@ -16,7 +15,7 @@ use serde_json::Value;
 use super::{
     Server,
     beginning::{As, Beginning},
-    unpacking::Unpacking,
+    beside::{Beside, Job, open},
 };
 use crate::{
     boot,
@@ -52,12 +51,6 @@ pub(super) struct New {
     stop_signal: Option<u32>,
 }
 
-/// What a container is made of.
-struct Prepared {
-    spec: Spec,
-    stop_signal: Option<u32>,
-}
-
 pub(super) fn image_error(error: &image::ImageError) -> ContainerError {
     ContainerError::new(ErrorKind::Guest, error.to_string())
 }
@@ -86,7 +79,7 @@ impl Server {
         if let Some(source) = &create.image {
             self.confidential()?;
             let image = self.images.unpack(&id, source).map_err(|e| image_error(&e))?;
-            self.unpacking = Some(Unpacking::new(key, create, image));
+            self.beside = Some(Beside::new(key, Job::Image { create, image }));
             return Ok(());
         }
         self.make(key, create, None)
@@ -101,18 +94,37 @@ impl Server {
     ) -> Result<(), ContainerError> {
         let id = create.id.clone();
         // What was unpacked and opened for one that is not made would stay for the pod's life.
-        self.launch(key, create, unpacked).inspect_err(|_| self.clear(&id))
+        self.open(key, create, unpacked).inspect_err(|_| self.clear(&id))
     }
 
-    fn launch(
+    /// Has what is sealed of an allowed container opened first, by a thread.
+    fn open(
+        &mut self,
+        key: u64,
+        mut create: CreateContainer,
+        unpacked: Option<Unpacked>,
+    ) -> Result<(), ContainerError> {
+        let stop_signal = self.allow(&mut create, unpacked)?;
+        let Some(sealed) = self.confidential()?.sealed(&create.spec)? else {
+            return self.launch(key, create, stop_signal);
+        };
+        let (id, mut spec) = (create.id.clone(), create.spec.take());
+        let opening = open(move || sealed.open(&id, &mut spec).map(|()| spec))?;
+        self.beside = Some(Beside::new(key, Job::Container { create, stop_signal, opening }));
+        Ok(())
+    }
+
+    /// Begins to make a container of what may run, with its secrets.
+    pub(super) fn launch(
         &mut self,
         key: u64,
         create: CreateContainer,
-        unpacked: Option<Unpacked>,
+        stop_signal: Option<u32>,
     ) -> Result<(), ContainerError> {
-        let CreateContainer { id, spec, window, binds: _, shared, image, notify, streams } = create;
-        let Prepared { spec, stop_signal } =
-            self.prepare(&id, spec, image.as_ref().zip(unpacked), &shared, notify.is_some())?;
+        let CreateContainer { id, mut spec, window, binds: _, shared, image: _, notify, streams } = create;
+        self.confidential()?.show_credentials(&mut spec);
+        container::prepare_shared_memory(&mut spec)?;
+        let spec = container::parse_spec(spec)?;
         let shared = shared
             .iter()
             .map(|s| match self.get(&s.container)? {
@@ -163,17 +175,15 @@ impl Server {
         self.clear(id);
     }
 
-    /// From what the host sent to what may run: the image's words put in, the owner asked, secrets opened.
-    fn prepare(
+    /// From what the host sent to what may run: the image's words put in, the owner asked. The stop signal of the image.
+    fn allow(
         &mut self,
-        id: &str,
-        mut spec: Value,
-        image: Option<(&ImageSource, Unpacked)>,
-        shared: &[SharedNamespace],
-        notify: bool,
-    ) -> Result<Prepared, ContainerError> {
+        create: &mut CreateContainer,
+        unpacked: Option<Unpacked>,
+    ) -> Result<Option<u32>, ContainerError> {
+        let CreateContainer { id, spec, shared, notify, .. } = create;
         // Of what the host sent; the owner's words come first.
-        let places = container::check_places(&spec);
+        let places = container::check_places(spec);
         // With another container's processes it has none to itself, and the owner's policy is not told that it does.
         if shared.iter().any(|s| s.kind == NamespaceKind::Pid)
             && let Some(list) = spec.pointer_mut("/linux/namespaces").and_then(Value::as_array_mut)
@@ -181,25 +191,22 @@ impl Server {
             list.retain(|namespace| namespace["type"] != "pid");
         }
         let mut stop_signal = None;
-        let source = image.as_ref().map(|(source, _)| *source);
-        if let Some((source, unpacked)) = image {
-            stop_signal = unpacked.stop_signal(&spec);
-            let hosts_process = self.confidential()?.allows_host_process(id, &spec, source);
-            unpacked.apply(&mut spec, hosts_process).map_err(|e| image_error(&e))?;
+        let source = create.image.as_ref().filter(|_| unpacked.is_some());
+        if let (Some(source), Some(unpacked)) = (source, unpacked) {
+            stop_signal = unpacked.stop_signal(spec);
+            let hosts_process = self.confidential()?.allows_host_process(id, spec, source);
+            unpacked.apply(spec, hosts_process).map_err(|e| image_error(&e))?;
         }
         let confidential = self.confidential()?;
-        confidential.check_container(id, &spec, source)?;
+        confidential.check_container(id, spec, source)?;
         places?;
-        if notify {
+        if notify.is_some() {
             confidential.check_notify(id)?;
         }
         if let Some(process) = spec.get_mut("process") {
-            confidential.unseal(process)?;
             confidential.forbid_cores(process);
         }
-        confidential.open_files(id, &mut spec)?;
-        container::prepare_shared_memory(&mut spec)?;
-        Ok(Prepared { spec: container::parse_spec(spec)?, stop_signal })
+        Ok(stop_signal)
     }
 
     /// Forgets the image and the secrets of a container that is not, or no longer.
@@ -240,10 +247,21 @@ impl Server {
 
     /// Begins to make one more process of a container. The answer comes when it is its program.
     pub(super) fn exec(&mut self, key: u64, mut exec: Exec) -> Result<(), ContainerError> {
+        self.runs(&exec.id)?;
         let confidential = self.confidential()?;
-        confidential.unseal(&mut exec.process)?;
         confidential.forbid_cores(&mut exec.process);
-        let container = self.get(&exec.id)?;
+        let Some(sealed) = confidential.sealed_process(&exec.process)? else {
+            return self.further(key, exec);
+        };
+        let mut process = exec.process.take();
+        let opening = open(move || sealed.open_process(&mut process).map(|()| process))?;
+        self.beside = Some(Beside::new(key, Job::Process { exec, opening }));
+        Ok(())
+    }
+
+    /// A container that further processes can join.
+    fn runs(&self, id: &str) -> Result<&Container, ContainerError> {
+        let container = self.get(id)?;
         if container.ended {
             return Err(ContainerError::new(ErrorKind::WrongState, "cannot exec in a stopped container"));
         }
@@ -251,6 +269,12 @@ impl Server {
         if container.cgroup.is_frozen() {
             return Err(ContainerError::new(ErrorKind::WrongState, "cannot exec in a paused container"));
         }
+        Ok(container)
+    }
+
+    /// Begins to make one more process, whose secrets are open.
+    pub(super) fn further(&mut self, key: u64, exec: Exec) -> Result<(), ContainerError> {
+        let container = self.runs(&exec.id)?;
         let process: oci_spec::runtime::Process = serde_json::from_value(exec.process)
             .map_err(|e| ContainerError::new(ErrorKind::Invalid, format!("process: {e}")))?;
         container::check_process(&process)?;

@@ -1,13 +1,13 @@
-//! The control protocol's guest side: one loop. It is PID 1's only thread but while an image is unpacked.
+//! The control protocol's guest side: one loop. It is PID 1's only thread but while an image is unpacked or a KBS asked.
 //!
 //! Owns: connections, waiting, which frame goes where, the decision that the pod is over. Does not own: what a request does
 //! (`requests`), the pod's containers and their states (`containers`), processes that are not their programs yet (`beginning`), what waits
-//! for an image (`unpacking`).
+//! for an image or a KBS (`beside`).
 
 mod beginning;
+mod beside;
 mod containers;
 mod requests;
-mod unpacking;
 
 use std::{
     collections::BTreeMap,
@@ -16,6 +16,7 @@ use std::{
 };
 
 use beginning::Beginning;
+use beside::Beside;
 use coffer_protocol::{ErrorKind, Frame, Kind, Reply, Request};
 use containers::Container;
 use nix::{
@@ -27,7 +28,6 @@ use nix::{
     unistd::Pid,
 };
 use thiserror::Error;
-use unpacking::Unpacking;
 
 use crate::{
     confidential::Confidential,
@@ -74,7 +74,7 @@ pub struct Server {
     /// From the first request on, which sets the pod up.
     confidential: Option<Confidential>,
     images: Images,
-    unpacking: Option<Unpacking>,
+    beside: Option<Beside>,
     /// Requests that wait for its end, as they came.
     waiting: Vec<(u64, Request)>,
     /// A container was there once: without one now the pod is over.
@@ -105,7 +105,7 @@ impl Server {
             beginnings: BTreeMap::new(),
             confidential: None,
             images: Images::default(),
-            unpacking: None,
+            beside: None,
             waiting: Vec::new(),
             had_container: false,
             had_start: false,
@@ -131,7 +131,7 @@ impl Server {
             entry(self.listener.as_raw_fd(), libc::POLLIN),
             entry(self.signals.as_raw_fd(), libc::POLLIN),
             // poll passes over what is no descriptor.
-            entry(self.unpacking.as_ref().map_or(-1, Unpacking::fd), libc::POLLIN),
+            entry(self.beside.as_ref().map_or(-1, Beside::fd), libc::POLLIN),
         ];
         let mut owners = Vec::new();
         for (key, session) in &self.sessions {
@@ -169,7 +169,7 @@ impl Server {
         }
         self.look();
         if waits[2].revents != 0 {
-            self.unpacked();
+            self.beside_ended();
         }
         for session in self.sessions.values_mut() {
             session.finish_process();
@@ -273,7 +273,7 @@ impl Server {
         if self.had_container
             && self.containers.is_empty()
             && self.beginnings.is_empty()
-            && self.unpacking.is_none()
+            && self.beside.is_none()
             && self.sessions.values().all(|s| s.process.is_none() && !s.finishing)
         {
             self.over = true;

@@ -307,6 +307,26 @@ impl Bench {
         let _ = self.call(&["start", id]).ok();
     }
 
+    /// A pod `kbs` whose KBS, in its own network, reads what it is asked and never answers, and a container `beside` in it, which says
+    /// `asked` when it gets USR1. The KBS goes at TERM, and says `over` last.
+    ///
+    /// # Panics
+    /// When they do not run.
+    #[track_caller]
+    pub fn start_silent_kbs(&self) {
+        let initdata = self.path("initdata");
+        let text = "version = \"0.1.0\"\nalgorithm = \"sha256\"\n[data]\n\"coffer.toml\" = 'allow_plain_http = true'\n\
+                    \"cdh.toml\" = \"\"\"\n[kbc]\nname = 'cc_kbc'\nurl = 'http://127.0.0.1:8080'\n\"\"\"\n";
+        fs::write(&initdata, text).expect("initdata");
+        let script = "trap 'echo over; exit 3' TERM; sleep 1000 | busybox nc -l -p 8080 & wait";
+        let mut kbs = config(&["sh", "-c", script]);
+        kbs["annotations"]["io.coffer.initdata"] = json!(initdata);
+        self.start("kbs", &kbs);
+        let mut beside = config(&["sh", "-c", "trap 'echo asked' USR1; while :; do sleep 0.1; done"]);
+        beside["annotations"]["io.kubernetes.cri-o.SandboxID"] = json!("kbs");
+        self.start("beside", &beside);
+    }
+
     /// The state, or the words of the error.
     ///
     /// # Errors

@@ -177,22 +177,10 @@ fn the_pod_is_served_while_an_image_waits_for_its_key() {
     let (layout, manifest) = image(&bench);
     let recipients = [Recipient::Resource { kid: "kbs:///a/b/c".into(), key: vec![1; 32].into() }];
     let made = encrypt(&layout, &manifest, &layout, "secret", &recipients, &AtomicU64::new(0)).unwrap();
-    let initdata = bench.path("initdata");
-    let text = "version = \"0.1.0\"\nalgorithm = \"sha256\"\n[data]\n\"coffer.toml\" = 'allow_plain_http = true'\n\
-                \"cdh.toml\" = \"\"\"\n[kbc]\nname = 'cc_kbc'\nurl = 'http://127.0.0.1:8080'\n\"\"\"\n";
-    fs::write(&initdata, text).unwrap();
-    // A KBS in the pod's own network that reads what it is asked and never answers.
-    let mut kbs =
-        config(&["sh", "-c", "trap 'echo over; exit 3' TERM; sleep 1000 | busybox nc -l -p 8080 & wait"]);
-    kbs["annotations"]["io.coffer.initdata"] = json!(initdata);
-    bench.start("kbs", &kbs);
-    let member = |mut config: Value| {
-        config["annotations"]["io.kubernetes.cri-o.SandboxID"] = json!("kbs");
-        config
-    };
-    let waits = "trap 'echo asked' USR1; while :; do sleep 0.1; done";
-    bench.start("beside", &member(config(&["sh", "-c", waits])));
-    let bundle = bench.bundle("m", &member(wants(&layout, &made.digest)));
+    bench.start_silent_kbs();
+    let mut member = wants(&layout, &made.digest);
+    member["annotations"]["io.kubernetes.cri-o.SandboxID"] = json!("kbs");
+    let bundle = bench.bundle("m", &member);
     std::thread::scope(|scope| {
         let create = scope.spawn(|| bench.create("m", &bundle));
         // Its output comes: PID 1 does not wait for the answer itself.
