@@ -7,6 +7,7 @@
 //! with `--network none` therefore gets no secrets.
 
 use std::{
+    collections::BTreeMap,
     net::{IpAddr, TcpListener},
     sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::AtomicBool},
 };
@@ -16,7 +17,7 @@ use coffer_attestation::{
     evidence::Attesters,
     guest::Guest,
     kbs::MOST_SERVERS,
-    policy::{Policy, Rule, VerifiedImage, create_input, process_input, unseen},
+    policy::{Policy, Rule, VerifiedImage, create_input, process_input, unseen, with_container_user},
 };
 use coffer_protocol::{ErrorKind, ImageSource, Request, SignalTarget};
 use nix::{
@@ -35,6 +36,8 @@ pub struct Confidential {
     policy: Policy,
     /// The owner's files are there.
     has_credentials: Arc<AtomicBool>,
+    /// Who each container that was let in runs as, in a policy's terms.
+    users: BTreeMap<String, Value>,
 }
 
 fn refused(error: impl std::fmt::Display) -> ContainerError {
@@ -65,7 +68,12 @@ impl Confidential {
     pub(crate) fn with(initdata: Option<&str>, attesters: Attesters) -> Result<Self, ContainerError> {
         let guest = Guest::new(initdata.map(str::as_bytes), attesters).map_err(refused)?;
         let policy = guest.policy().map_err(refused)?;
-        Ok(Self { guest: Arc::new(Mutex::new(guest)), policy, has_credentials: Arc::default() })
+        Ok(Self {
+            guest: Arc::new(Mutex::new(guest)),
+            policy,
+            has_credentials: Arc::default(),
+            users: BTreeMap::new(),
+        })
     }
 
     /// Takes the host's word for who knows addresses of names; what is not an address is none of them.
@@ -87,8 +95,14 @@ impl Confidential {
     /// # Errors
     /// [`ContainerError`] with rule, field, value and what is allowed.
     pub fn check(&mut self, request: &Request) -> Result<(), ContainerError> {
-        for (rule, input) in questions(request) {
+        for (rule, mut input) in questions(request) {
+            if let Request::Exec(exec) = request {
+                input = with_container_user(input, self.users.get(&exec.id));
+            }
             self.policy.check(rule, &input).map_err(refused)?;
+        }
+        if let Request::Delete { id } = request {
+            self.users.remove(id);
         }
         Ok(())
     }
@@ -112,7 +126,10 @@ impl Confidential {
             }
         }
         let image = image.map(|i| VerifiedImage { digest: &i.digest, name: i.name.as_deref() });
-        self.policy.check(Rule::CreateContainer, &create_input(id, spec, image)).map_err(refused)
+        let mut input = create_input(id, spec, image);
+        self.policy.check(Rule::CreateContainer, &input).map_err(refused)?;
+        self.users.insert(id.to_owned(), input["OCI"]["Process"]["User"].take());
+        Ok(())
     }
 
     /// Whether the owner's policy leaves program, environment, user and directory of a container with a verified image to the host.
@@ -279,6 +296,23 @@ mod tests {
             window: None,
             streams: Vec::new(),
         }))
+    }
+
+    #[test]
+    fn a_policy_is_told_who_the_container_runs_as() {
+        let rule = "package agent_policy\nimport rego.v1\nCreateContainerRequest := true\nRemoveContainerRequest := true\n\
+            ExecProcessRequest if input.process.User.UID == input.container.User.UID\n";
+        let mut pod = pod(rule);
+        let as_root = exec("ls");
+        pod.as_mut().unwrap().check(&as_root).unwrap_err();
+        let mut pod = pod.unwrap();
+        let spec = |uid: u32| json!({ "process": { "user": { "uid": uid, "gid": 8 } } });
+        pod.check_container("c", &spec(7), None).unwrap();
+        pod.check(&as_root).unwrap_err();
+        pod.check_container("c", &spec(0), None).unwrap();
+        pod.check(&as_root).unwrap();
+        pod.check(&Request::Delete { id: "c".into() }).unwrap();
+        pod.check(&as_root).unwrap_err();
     }
 
     #[test]

@@ -92,6 +92,7 @@ const EXEC: &str = r#"ExecProcessRequest if {
 	input.process.Args in exec
 	every entry in input.process.Env { admits_variable(entry) }
 	input.process.Cwd in exec_cwd
+	admits_container_user
 	every _, set in input.process.Capabilities {
 		every capability in set { capability in exec_capabilities }
 	}
@@ -102,6 +103,25 @@ admits_variable(entry) if entry in exec_env
 admits_variable(entry) if {
 	some pattern in exec_others
 	regex.match(pattern, entry)
+}
+
+# The container's own user, whom the guest knows. Root may set its groups itself.
+admits_user(user, own) if {
+	user.UID == own.UID
+	user.GID == own.GID
+	every group in user.AdditionalGids { group in array.concat([own.GID], own.AdditionalGids) }
+}
+
+admits_user(user, own) if {
+	user.UID == 0
+	own.UID == 0
+}
+
+admits_container_user if admits_user(input.process.User, input.container.User)
+
+reasons contains {"field": "process.User", "value": input.process.User, "allowed": [own | own := input.container.User]} if {
+	input.process
+	not admits_container_user
 }
 
 reasons contains {"field": "process.Env", "value": entry, "allowed": exec_env} if {
@@ -195,7 +215,7 @@ fn leaves(path: &str, value: &Value, fields: &mut Vec<(String, Value)>) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::policy::{Policy, Rule, VerifiedImage, create_input, process_input};
+    use crate::policy::{Policy, Rule, VerifiedImage, create_input, process_input, with_container_user};
 
     /// A configuration that podman 4.3 wrote, with a volume, a tmpfs and a capability less, as the guest gets it.
     const SPEC: &str = include_str!("../../testdata/podman/spec.json");
@@ -304,8 +324,11 @@ mod tests {
         let mut named = input("a");
         named["OCI"]["Hostname"] = json!("other");
         policy.check(Rule::CreateContainer, &named).unwrap();
-        let mut run =
-            |args: Value| policy.check(Rule::ExecProcess, &process_input("a", "e", &json!({ "args": args })));
+        let own = json!({ "UID": 0, "GID": 0, "AdditionalGids": [] });
+        let mut run = |args: Value| {
+            let asked = process_input("a", "e", &json!({ "args": args }));
+            policy.check(Rule::ExecProcess, &with_container_user(asked, Some(&own)))
+        };
         run(json!(["date", "-u"])).unwrap();
         for args in [json!(["date"]), json!(["date", "-u", "-s"]), json!(["sh", "-c", "date -u"]), json!([])]
         {
@@ -344,9 +367,9 @@ mod tests {
             let mut process = json!({ "args": ["date"], "cwd": "/", "env": ["PATH=/engine", "TERM=xterm"],
                 "capabilities": { "bounding": ["CAP_KILL"] } });
             process[field] = value;
-            policy
-                .check(Rule::ExecProcess, &process_input("a", "e", &process))
-                .map_err(|denied| denied.reason)
+            let own = json!({ "UID": 0, "GID": 0, "AdditionalGids": [] });
+            let asked = with_container_user(process_input("a", "e", &process), Some(&own));
+            policy.check(Rule::ExecProcess, &asked).map_err(|denied| denied.reason)
         };
         run("terminal", json!(true)).unwrap();
         let own = input("a")["OCI"]["Process"]["Env"].clone();
@@ -363,6 +386,38 @@ mod tests {
         ] {
             assert!(run(field, value.clone()).is_err(), "{field}: {value}");
         }
+    }
+
+    /// An image's user may be a name that only the guest can look up, so it is the guest that says who the container is.
+    #[test]
+    fn a_command_line_that_may_be_run_is_so_by_the_containers_user_and_no_other() {
+        let allowed = Allowed { exec: vec![vec!["date".into()]], ..Allowed::default() };
+        let mut policy = policy(&allowed);
+        let cwd = input("a")["OCI"]["Process"]["Cwd"].clone();
+        let mut run = |user: Value, own: Option<Value>| {
+            let asked = process_input("a", "e", &json!({ "args": ["date"], "cwd": cwd, "user": user }));
+            let checked = policy.check(Rule::ExecProcess, &with_container_user(asked, own.as_ref()));
+            checked.map_err(|denied| denied.reason)
+        };
+        let own = || Some(json!({ "UID": 7, "GID": 8, "AdditionalGids": [9] }));
+        run(json!({ "uid": 7, "gid": 8 }), own()).unwrap();
+        run(json!({ "uid": 7, "gid": 8, "additionalGids": [8, 9] }), own()).unwrap();
+        let denied = run(json!({ "uid": 0, "gid": 0 }), own()).unwrap_err();
+        assert!(denied.contains("process.User is ") && denied.contains("allowed: ["), "{denied}");
+        for user in [
+            json!({ "uid": 0, "gid": 8 }),
+            json!({ "uid": 7, "gid": 0 }),
+            json!({ "uid": 8, "gid": 8 }),
+            json!({ "uid": 7, "gid": 8, "additionalGids": [9, 0] }),
+            // Nobody is root.
+            Value::Null,
+        ] {
+            assert!(run(user.clone(), own()).is_err(), "{user}");
+        }
+        let root = || Some(json!({ "UID": 0, "GID": 0, "AdditionalGids": [] }));
+        run(json!({ "uid": 0, "gid": 0, "additionalGids": [1, 2] }), root()).unwrap();
+        run(json!({ "uid": 7, "gid": 8 }), root()).unwrap_err();
+        run(json!({ "uid": 0, "gid": 0 }), None).unwrap_err();
     }
 
     #[test]

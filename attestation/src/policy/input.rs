@@ -60,6 +60,16 @@ pub fn process_input(id: &str, exec_id: &str, spec: &Value) -> Value {
     json!({ "container_id": id, "exec_id": exec_id, "process": process(spec) })
 }
 
+/// Adds to an `ExecProcessRequest` who the container's own process is: the guest took that from the verified image, and no policy that was
+/// written before knows it. `None` where the guest does not know the container.
+#[must_use]
+pub fn with_container_user(mut input: Value, user: Option<&Value>) -> Value {
+    if let Some(user) = user {
+        input["container"] = json!({ "User": user });
+    }
+    input
+}
+
 fn mount(mount: &Value) -> Value {
     let options: Vec<&str> = mount
         .get("options")
