@@ -1,12 +1,17 @@
 //! The workload's view: upstream's REST calls on `127.0.0.1:8006` in the pod.
 //!
-//! Owns: paths, status codes, one request at a time. Does not own: the process that it runs in.
+//! Owns: paths, status codes, how many callers at once. Does not own: the process that it runs in.
 //!
 //! Source: guest-components `api-server-rest`.
 
 use std::{
     io::{self, Read, Write},
-    net::{SocketAddr, TcpListener},
+    net::{SocketAddr, TcpListener, TcpStream},
+    sync::{
+        Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
+    thread,
     time::{Duration, Instant},
 };
 
@@ -28,14 +33,43 @@ fn says(status: u16, text: impl Into<String>) -> Answer {
     (status, text.into().into_bytes())
 }
 
-/// Serves until the listener fails.
-pub fn serve(listener: &TcpListener, guest: &mut Guest) {
-    while let Ok((mut stream, peer)) = listener.accept() {
+/// Callers that are listened to at once. One more is served before the next is accepted.
+const MOST_CALLERS: usize = 16;
+
+/// Serves until the listener fails. A caller that says nothing, or waits for a KBS, keeps no other from `/info`; what needs the KBS
+/// goes one after the other.
+pub fn serve(listener: &TcpListener, guest: &Mutex<Guest>) {
+    let tee = hold(guest).tee();
+    let call = |mut stream: TcpStream, peer: SocketAddr| {
         let _ = stream.set_read_timeout(Some(PATIENCE));
         let _ = stream.set_write_timeout(Some(PATIENCE));
+        let answers = |method: &str, target: &str| match (method, target.split('?').next()) {
+            ("GET", Some("/info")) => info(tee),
+            _ => answer(method, target, &mut hold(guest)),
+        };
         // A caller that breaks off hurts itself only.
-        let _ = one(&mut stream, peer, guest);
-    }
+        let _ = respond(&mut stream, peer, answers);
+    };
+    let callers = AtomicUsize::new(0);
+    thread::scope(|scope| {
+        while let Ok((stream, peer)) = listener.accept() {
+            if callers.load(Ordering::Relaxed) >= MOST_CALLERS {
+                call(stream, peer);
+                continue;
+            }
+            callers.fetch_add(1, Ordering::Relaxed);
+            let (call, callers) = (&call, &callers);
+            scope.spawn(move || {
+                call(stream, peer);
+                callers.fetch_sub(1, Ordering::Relaxed);
+            });
+        }
+    });
+}
+
+/// A call that panicked has ended its process, or a test.
+fn hold(guest: &Mutex<Guest>) -> MutexGuard<'_, Guest> {
+    guest.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Answers the one call that a connection is for.
@@ -43,6 +77,14 @@ pub fn serve(listener: &TcpListener, guest: &mut Guest) {
 /// # Errors
 /// The connection's.
 pub fn one(stream: &mut (impl Read + Write), peer: SocketAddr, guest: &mut Guest) -> io::Result<()> {
+    respond(stream, peer, |method, target| answer(method, target, guest))
+}
+
+fn respond(
+    stream: &mut (impl Read + Write),
+    peer: SocketAddr,
+    answers: impl FnOnce(&str, &str) -> Answer,
+) -> io::Result<()> {
     let (mut bytes, began) = (Vec::new(), Instant::now());
     let mut buffer = [0; 4096];
     let (method, target) = loop {
@@ -56,7 +98,7 @@ pub fn one(stream: &mut (impl Read + Write), peer: SocketAddr, guest: &mut Guest
         }
     };
     let answer = if peer.ip().is_loopback() {
-        answer(&method, &target, guest)
+        answers(&method, &target)
     } else {
         says(403, "only from the pod itself")
     };
@@ -89,6 +131,11 @@ fn write(stream: &mut impl Write, (status, body): &Answer) -> io::Result<()> {
     stream.write_all(&[head.as_bytes(), body].concat())
 }
 
+fn info(tee: &str) -> Answer {
+    let info = json!({ "version": env!("CARGO_PKG_VERSION"), "tee": tee, "additional_tees": [] });
+    says(200, info.to_string())
+}
+
 /// Answers one call.
 pub fn answer(method: &str, target: &str, guest: &mut Guest) -> Answer {
     let (path, query) = target.split_once('?').unwrap_or((target, ""));
@@ -110,11 +157,7 @@ pub fn answer(method: &str, target: &str, guest: &mut Guest) -> Answer {
         };
     }
     match path {
-        "/info" => {
-            let info =
-                json!({ "version": env!("CARGO_PKG_VERSION"), "tee": guest.tee(), "additional_tees": [] });
-            says(200, info.to_string())
-        }
+        "/info" => info(guest.tee()),
         "/aa/token" if parameter(query, "token_type").as_deref() == Some("kbs") => match guest.token() {
             Ok((token, pem)) => says(200, json!({ "token": token, "tee_keypair": pem.as_str() }).to_string()),
             Err(error) => says(500, error.to_string()),
@@ -258,6 +301,34 @@ mod tests {
             one(&mut stream, peer.parse().unwrap(), &mut guest(false)).unwrap();
             assert!(String::from_utf8(stream.1).unwrap().contains(status));
         }
+    }
+
+    /// Callers that say nothing, as many as are listened to and while somebody waits for the KBS: `/info` comes at once.
+    #[test]
+    fn an_idle_caller_and_a_slow_kbs_hold_nobody_up() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let guest: &'static Mutex<Guest> = Box::leak(Box::new(Mutex::new(guest(false))));
+        thread::spawn(move || serve(&listener, guest));
+        let get = |target: &str| {
+            let mut stream = TcpStream::connect(address).unwrap();
+            stream.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+            write!(stream, "GET {target} HTTP/1.1\r\n\r\n").unwrap();
+            stream
+        };
+        let read = |mut stream: TcpStream| {
+            let mut text = String::new();
+            stream.read_to_string(&mut text).map(|_| text)
+        };
+        assert!(read(get("/info")).unwrap().contains("\"tee\":\"sample\""));
+        // As a request does that is with the KBS.
+        let busy = hold(guest);
+        let idle = TcpStream::connect(address).unwrap();
+        let waiting = get("/cdh/resource/a/b/c");
+        assert!(read(get("/info")).unwrap().starts_with("HTTP/1.1 200 "));
+        drop(busy);
+        assert!(read(waiting).unwrap().contains("no KBS"));
+        drop(idle);
     }
 
     proptest! {

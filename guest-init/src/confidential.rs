@@ -27,7 +27,7 @@ use nix::{
 use serde_json::{Value, json};
 
 pub use crate::sealed::Sealed;
-use crate::{container::ContainerError, image::Owner, owner, secrets};
+use crate::{boot::complain, container::ContainerError, image::Owner, owner, secrets};
 
 /// A pod that was set up.
 pub struct Confidential {
@@ -225,8 +225,11 @@ impl Confidential {
                 unsafe { libc::close_range(3, u32::MAX, 0) };
                 // SAFETY: asks the kernel to end this process along with its parent.
                 unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
-                if let Ok(listener) = TcpListener::bind(api::ADDRESS) {
-                    api::serve(&listener, &mut self.guest());
+                match TcpListener::bind(api::ADDRESS) {
+                    Ok(listener) => api::serve(&listener, &self.guest),
+                    Err(error) => {
+                        complain(&format!("coffer-init: nothing is served on {}: {error}", api::ADDRESS));
+                    }
                 }
                 std::process::exit(1)
             }

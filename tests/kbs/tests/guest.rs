@@ -68,7 +68,7 @@ fn the_workload_gets_secret_token_evidence_and_info_over_its_socket() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap();
     let kbs = server.address;
-    thread::spawn(move || api::serve(&listener, &mut guest(kbs)));
+    thread::spawn(move || api::serve(&listener, &Mutex::new(guest(kbs))));
     assert_eq!(call(address, "/cdh/resource/one/2/trois"), (200, SECRET.to_vec()));
     let json = |target: &str| -> Value {
         let (status, body) = call(address, target);
