@@ -53,9 +53,9 @@ pub(super) fn settings(
         }
         // cpuset.cpus and cpuset.mems name the host's processors; how many the guest has follows from them.
     }
-    if let Some(pids) = resources.pids() {
-        let value = pids.limit();
-        set("pids.max", if value <= 0 { "max".to_owned() } else { value.to_string() });
+    // As runc: none is no limit, and zero says nothing.
+    if let Some(pids) = resources.pids().map(|pids| pids.limit()).filter(|v| *v != 0) {
+        set("pids.max", limit(pids));
     }
     // blockIO.weight is of the host's devices, which the VMM reads and writes: its cgroup has it.
     for page in resources.hugepage_limits().iter().flatten() {
@@ -299,6 +299,16 @@ mod tests {
                 ("hugetlb.2MB.max", "4194304")
             ]
         );
+    }
+
+    #[test]
+    fn no_number_of_processes_leaves_the_limit_as_it_is() {
+        let of = |limit: i64| {
+            let value = serde_json::json!({ "pids": { "limit": limit } });
+            settings(&serde_json::from_value(value).unwrap(), "").unwrap()
+        };
+        let set = |value: &str| vec![("pids.max".to_owned(), value.to_owned())];
+        assert_eq!((of(0), of(-1), of(7)), (Vec::new(), set("max"), set("7")));
     }
 
     #[test]
