@@ -3,7 +3,7 @@
 //! Owns: the translation. One program holds one action; several are installed, and the kernel takes the strictest
 //! answer. The default action's program comes first, so that of two errors the more special one is returned.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use coffer_protocol::ErrorKind;
 use oci_spec::runtime::{
@@ -80,6 +80,8 @@ pub(super) fn programs(profile: &LinuxSeccomp) -> Result<Vec<BpfProgram>, Contai
             by_action.len() - 1
         });
         let conditions = group.args().iter().flatten().map(condition).collect::<Result<Vec<_>, _>>()?;
+        let indices: BTreeSet<usize> = group.args().iter().flatten().map(LinuxSeccompArg::index).collect();
+        let doubled = indices.len() < conditions.len();
         // Names that this architecture does not have are left out, as libseccomp does.
         for number in group.names().iter().filter_map(|n| n.parse::<syscalls::Sysno>().ok()) {
             let rules = &mut by_action[index].1;
@@ -87,8 +89,14 @@ pub(super) fn programs(profile: &LinuxSeccomp) -> Result<Vec<BpfProgram>, Contai
             if conditions.is_empty() {
                 rules.insert(number, Vec::new());
             } else if rules.get(&number).is_none_or(|r| !r.is_empty()) {
-                let rule = SeccompRule::new(conditions.clone()).map_err(failed)?;
-                rules.entry(number).or_default().push(rule);
+                let of = |all: &[SeccompCondition]| SeccompRule::new(all.to_vec()).map_err(failed);
+                // As libseccomp's callers have it, whose rules take one condition for an argument (libcontainer's matchCall).
+                let own = if doubled {
+                    conditions.chunks(1).map(of).collect::<Result<Vec<_>, _>>()?
+                } else {
+                    vec![of(&conditions)?]
+                };
+                rules.entry(number).or_default().extend(own);
             }
         }
     }
@@ -218,6 +226,31 @@ mod tests {
         });
         let (logged, errno) = seen.join().unwrap().unwrap();
         assert!(errno.is_none(), "{logged}: {errno:?}");
+    }
+
+    /// As under runc (libcontainer's matchCall): conditions of which two are about one argument hold one by one, others all together.
+    #[test]
+    fn two_conditions_on_one_argument_are_a_rule_each() {
+        let equal = |index: u32, value: u32| serde_json::json!({ "index": index, "value": value, "op": "SCMP_CMP_EQ" });
+        for (args, denied) in [
+            ([equal(0, 1), equal(0, 2)], [false, true, true]),
+            // Nobody has this number.
+            ([equal(0, 1), equal(1, 4711)], [false, false, false]),
+        ] {
+            let profile = profile(serde_json::json!({
+                "defaultAction": "SCMP_ACT_ALLOW",
+                "syscalls": [{ "names": ["getpriority"], "action": "SCMP_ACT_ERRNO", "errnoRet": 99, "args": args }]
+            }));
+            let seen = std::thread::spawn(move || {
+                install(&profile).map_err(|e| e.message)?;
+                Ok::<_, String>([0, 1, 2].map(|which| {
+                    // SAFETY: the call has no effect.
+                    let got = unsafe { libc::getpriority(which, 0) };
+                    got < 0 && std::io::Error::last_os_error().raw_os_error() == Some(99)
+                }))
+            });
+            assert_eq!(seen.join().unwrap(), Ok(denied));
+        }
     }
 
     #[test]
