@@ -259,6 +259,23 @@ impl Server {
         Ok(())
     }
 
+    /// What a further process does not say of its rights and limits is as the container has it. In place of limits runc has its
+    /// caller's own there, and none of the host's are here.
+    pub(super) fn complete(&self, exec: &mut Exec) {
+        let first = self.containers.get(&exec.id).and_then(|container| container.spec.process().as_ref());
+        let first = first.and_then(|process| serde_json::to_value(process).ok());
+        let (Some(Value::Object(first)), Some(process)) = (first, exec.process.as_object_mut()) else {
+            return;
+        };
+        for name in ["capabilities", "rlimits", "oomScoreAdj"] {
+            let is_said =
+                |value: &Value| !value.is_null() && value.as_array().is_none_or(|list| !list.is_empty());
+            if let (Some(value), false) = (first.get(name), process.get(name).is_some_and(is_said)) {
+                process.insert(name.to_owned(), value.clone());
+            }
+        }
+    }
+
     /// A container that further processes can join.
     fn runs(&self, id: &str) -> Result<&Container, ContainerError> {
         let container = self.get(id)?;

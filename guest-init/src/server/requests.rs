@@ -74,7 +74,7 @@ impl Server {
 
     /// Lets a request in: after the pod's setting up, and when the owner's policy allows it. The owner's word holds for the
     /// pod's life: a host that sends another is refused.
-    fn admit(&mut self, request: Request) -> Result<Request, ContainerError> {
+    fn admit(&mut self, mut request: Request) -> Result<Request, ContainerError> {
         if let Request::Sandbox(sandbox) = &request {
             check_version(sandbox)?;
             if self.confidential.is_some() {
@@ -92,6 +92,10 @@ impl Server {
             self.images = Images::new(confidential.owner()?, room);
             self.confidential = Some(confidential);
         } else if self.confidential.is_some() || !matches!(request, Request::Shutdown) {
+            if let Request::Exec(exec) = &mut request {
+                // The policy judges what will run.
+                self.complete(exec);
+            }
             // A machine in which nothing is yet may be ended by anybody.
             self.confidential()?.check(&request)?;
         }

@@ -315,3 +315,36 @@ fn a_process_that_ends_its_container_is_no_failure_of_exec() {
         let _ = bench.call(&["delete", "c"]).ok();
     }
 }
+
+/// runc 1.1.5 falls back for capabilities and the OOM score; limits are its caller's own there, whom a guest does not have.
+#[test]
+fn what_a_process_file_does_not_say_is_the_containers() {
+    let bench = Bench::new();
+    let mut config = config(&["sleep", "1000"]);
+    config["process"]["rlimits"] = json!([{ "type": "RLIMIT_NOFILE", "hard": 777, "soft": 777 }]);
+    config["process"]["oomScoreAdj"] = json!(123);
+    let some = json!(["CAP_KILL", "CAP_NET_BIND_SERVICE"]);
+    config["process"]["capabilities"] = json!({ "bounding": some, "effective": some, "permitted": some });
+    bench.start("c", &config);
+    let script = "grep -h -E '^Cap(Eff|Bnd)|open files' /proc/self/status /proc/self/limits; cat /proc/self/oom_score_adj";
+    let shown = |more: Value| -> Vec<String> {
+        let mut process = json!({ "user": { "uid": 0, "gid": 0 }, "args": ["sh", "-c", script], "cwd": "/",
+            "env": ["PATH=/bin"] });
+        process.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        fs::write(bench.path("p"), process.to_string()).unwrap();
+        let mut exec = bench.command(&["exec", "--process"]);
+        let text = gave(exec.arg(bench.path("p")).arg("c")).ok();
+        text.split_whitespace().map(str::to_owned).collect()
+    };
+    let words = |capabilities: &str, files: &str, score: &str| -> Vec<String> {
+        let text = format!(
+            "CapEff: {capabilities} CapBnd: {capabilities} Max open files {files} {files} files {score}"
+        );
+        text.split_whitespace().map(str::to_owned).collect()
+    };
+    // Bits 5 and 10 (capabilities(7)).
+    assert_eq!(shown(json!({})), words("0000000000000420", "777", "123"));
+    let said = json!({ "capabilities": {}, "oomScoreAdj": 200, "rlimits": [{ "type": "RLIMIT_NOFILE", "hard": 70, "soft": 70 }] });
+    assert_eq!(shown(said), words("0000000000000000", "70", "200"));
+    assert_eq!(shown(json!({ "rlimits": [] })), words("0000000000000420", "777", "123"));
+}
