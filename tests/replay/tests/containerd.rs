@@ -77,7 +77,8 @@ fn with_a_terminal_nobody_keeps_what_create_and_exec_say() {
     ]
     .concat();
     assert_eq!(whole_output(shim(&bench, &bundle, &words)), "");
-    assert_eq!(taken.join().unwrap().len(), 2);
+    // Without the other side the terminals would hang up, and what runs in them end.
+    let _kept = taken.join().unwrap();
     // What they have instead is the terminal.
     for pid in [bundle.join("init.pid"), pid_file] {
         let pid = fs::read_to_string(pid).unwrap();
