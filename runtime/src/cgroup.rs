@@ -18,6 +18,7 @@ use crate::error::{Error, host};
 /// The weight by io.cost, and that by BFQ, which has the configuration's own scale and goes first where it is, as under runc.
 const WEIGHT: &str = "io.weight";
 const BFQ_WEIGHT: &str = "io.bfq.weight";
+const PIDS: &str = "pids.max";
 /// Where the hierarchy is.
 pub const ROOT: &str = "/sys/fs/cgroup";
 /// What a VM needs of the host beside the container's own limit: guest kernel, page cache of shared files, the VMM.
@@ -81,6 +82,10 @@ fn delegate(path: &Path) {
 pub fn apply(path: &Path, resources: &LinuxResources) -> Result<(), Error> {
     let bfq = weight(resources).filter(|_| path.join(BFQ_WEIGHT).exists());
     for (file, value) in settings(resources, &bandwidth(path)) {
+        // Without the controller there is no limit.
+        if (file, value.as_str()) == (PIDS, "max") && !path.join(PIDS).exists() {
+            continue;
+        }
         let (file, value) = match bfq {
             Some(weight) if file == WEIGHT => (BFQ_WEIGHT, weight.to_string()),
             _ => (file, value),
@@ -147,10 +152,10 @@ pub fn settings(resources: &LinuxResources, now: &str) -> Vec<(&'static str, Str
         let kept = if reservation < 0 { "max".to_owned() } else { reservation.to_string() };
         list.push(("memory.low", kept));
     }
-    // The guest holds the container to its limit. This one holds a VMM to what its container can be worth.
-    if let Some(limit) = resources.pids().as_ref().map(|pids| pids.limit()).filter(|limit| *limit != 0) {
-        let whole = if limit < 0 { "max".to_owned() } else { limit.saturating_add(TASKS).to_string() };
-        list.push(("pids.max", whole));
+    // The guest holds the container to its limit. This one holds a VMM to what its container can be worth. Zero is none, as in the guest.
+    if let Some(limit) = resources.pids().as_ref().map(|pids| pids.limit()) {
+        let whole = if limit <= 0 { "max".to_owned() } else { limit.saturating_add(TASKS).to_string() };
+        list.push((PIDS, whole));
     }
     if let Some(weight) = weight(resources) {
         list.push((WEIGHT, limits::block_weight(weight).to_string()));
@@ -236,7 +241,21 @@ mod tests {
         assert_eq!(of(serde_json::json!({ "blockIO": io })), [("io.max", "8:16 wbps=1024".to_owned())]);
         let weight = serde_json::json!({ "blockIO": { "weight": 505 }, "pids": { "limit": -1 } });
         assert_eq!(of(weight), [("pids.max", "max".to_owned()), ("io.weight", "5000".to_owned())]);
-        assert_eq!(of(serde_json::json!({ "blockIO": { "weight": 0 }, "pids": { "limit": 0 } })), []);
+        assert_eq!(of(serde_json::json!({ "blockIO": { "weight": 0 } })), []);
+        assert_eq!(of(serde_json::json!({ "pids": { "limit": 0 } })), [("pids.max", "max".to_owned())]);
+    }
+
+    #[test]
+    fn a_limit_of_processes_goes_and_needs_no_controller_for_that() {
+        let group = tempfile::tempdir().unwrap();
+        let set = |limit: i64| {
+            let resources = serde_json::json!({ "pids": { "limit": limit } });
+            apply(group.path(), &serde_json::from_value(resources).unwrap()).unwrap();
+            fs::read_to_string(group.path().join(PIDS)).ok()
+        };
+        assert_eq!(set(0), None);
+        assert_eq!(set(3), Some((3 + TASKS).to_string()));
+        assert_eq!(set(0).as_deref(), Some("max"));
     }
 
     #[test]

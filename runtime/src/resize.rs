@@ -269,17 +269,21 @@ fn updated(directory: &Directory) -> Option<i64> {
     number(directory, LIMIT)
 }
 
+/// A container's configuration, as `create` read it.
+fn configuration(directory: &Directory) -> Option<Spec> {
+    let text = fs::read(directory.file("config.json")).ok()?;
+    plan::read(&text).ok().map(|(_, spec)| spec)
+}
+
 /// Processors that the quota of a container's configuration is worth.
 fn quota(directory: &Directory) -> Option<u32> {
-    let text = fs::read(directory.file("config.json")).ok()?;
-    let spec: Spec = serde_json::from_slice(&text).ok()?;
+    let spec = configuration(directory)?;
     plan::resources(&spec)?.cpu().as_ref().and_then(plan::quota_vcpus)
 }
 
 /// The memory limit of a container's configuration in bytes, and the MiB that its scratch disk takes of memory.
 fn configured(directory: &Directory) -> (Option<i64>, u64) {
-    let text = fs::read(directory.file("config.json")).unwrap_or_default();
-    let Ok(spec) = serde_json::from_slice::<Spec>(&text) else { return (None, 0) };
+    let Some(spec) = configuration(directory) else { return (None, 0) };
     let limit = plan::resources(&spec).and_then(|r| r.memory().as_ref()).and_then(|m| m.limit());
     let disk = scratch::wanted(&spec).ok().flatten().map_or(0, scratch::memory_mib);
     (limit, disk)
@@ -325,10 +329,12 @@ mod tests {
         let directory = Directory::of(root.path(), "a").unwrap();
         directory.create().unwrap();
         assert_eq!((configured(&directory), updated(&directory)), ((None, 0), None));
+        // A capability that nobody knows is no reason to overlook the rest.
         let text = r#"{"ociVersion":"1.0.2","annotations":{"io.coffer.scratch":"2G"},
-            "linux":{"resources":{"memory":{"limit":1048576}}}}"#;
+            "process":{"cwd":"/","args":["sh"],"user":{"uid":0,"gid":0},"capabilities":{"bounding":["CAP_NEWER"]}},
+            "linux":{"resources":{"memory":{"limit":1048576},"cpu":{"quota":300000,"period":100000}}}}"#;
         fs::write(directory.file("config.json"), text).unwrap();
-        assert_eq!(configured(&directory), (Some(1 << 20), 14));
+        assert_eq!((configured(&directory), quota(&directory)), ((Some(1 << 20), 14), Some(3)));
         remember(&directory, Some(-1), Some(3)).unwrap();
         remember(&directory, None, None).unwrap();
         assert_eq!((updated(&directory), number(&directory, PROCESSORS)), (Some(-1), Some(3)));

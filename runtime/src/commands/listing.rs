@@ -10,6 +10,7 @@ use crate::{
     cli::Call,
     client, clock,
     error::Error,
+    log,
     state::{self, Record, Status},
 };
 
@@ -48,7 +49,7 @@ pub(super) fn list(call: &Call, root: &Path) -> Result<i32, Error> {
     } else {
         let cells = all.iter().map(|(status, r)| {
             let bundle = r.bundle.display().to_string();
-            [
+            vec![
                 r.id.clone(),
                 pid(r, *status).to_string(),
                 status.word().into(),
@@ -57,17 +58,17 @@ pub(super) fn list(call: &Call, root: &Path) -> Result<i32, Error> {
                 "root".into(),
             ]
         });
-        let head = ["ID", "PID", "STATUS", "BUNDLE", "CREATED", "OWNER"].map(String::from);
+        let head = ["ID", "PID", "STATUS", "BUNDLE", "CREATED", "OWNER"].map(String::from).to_vec();
         let _ = out.write_all(table(std::iter::once(head).chain(cells).collect()).as_bytes());
     }
     Ok(0)
 }
 
 /// Columns as wide as their widest cell, three spaces apart.
-fn table<const N: usize>(rows: Vec<[String; N]>) -> String {
+fn table(rows: Vec<Vec<String>>) -> String {
     let width = |column: usize| rows.iter().map(|r| r[column].chars().count()).max().unwrap_or(0) + 3;
-    let widths: Vec<usize> = (0..N).map(width).collect();
-    let line = |row: &[String; N]| {
+    let widths: Vec<usize> = (0..rows.first().map_or(0, Vec::len)).map(width).collect();
+    let line = |row: &Vec<String>| {
         let cell = |(cell, width): (&String, &usize)| {
             let blanks = " ".repeat(width - cell.chars().count());
             format!("{cell}{blanks}")
@@ -85,17 +86,66 @@ pub(super) fn ps(call: &Call, root: &Path) -> Result<i32, Error> {
     if directory.status(&record) == Status::Stopped {
         return Err(Error::NotRunning);
     }
+    let (columns, foreign) = columns(call.words.get(1..).unwrap_or_default())?;
     if json_wanted {
         return print(&json!(record.stub.map(|stub| stubs(stub.pid)).unwrap_or_default()));
+    }
+    if !foreign.is_empty() {
+        log::warn(&format!("ps: {}: left out, this is no ps(1)", foreign.join(" ").escape_debug()));
     }
     let reply = client::ask(&directory.socket(), &Request::Processes { id: record.id.clone() })?;
     let Reply::Processes { list, .. } = reply else {
         return Err(Error::Vm("the guest answered out of order".into()));
     };
-    let head = ["UID", "PID", "PPID", "STIME", "TIME", "CMD"].map(String::from);
-    let text = table(std::iter::once(head).chain(list.iter().map(row)).collect());
+    let text = listed(&columns, &list);
     let _ = std::io::stdout().write_all(text.as_bytes());
     Ok(0)
+}
+
+/// What a guest tells of a process: the column's head, and the names that ps(1) has for it.
+const COLUMNS: [(&str, &[&str]); 6] = [
+    ("UID", &["uid", "euid"]),
+    ("PID", &["pid", "tgid"]),
+    ("PPID", &["ppid"]),
+    ("STIME", &["stime", "start_time"]),
+    ("TIME", &["time", "cputime"]),
+    ("CMD", &["cmd", "args", "command"]),
+];
+/// What the columns are without a word on them.
+const FULL: [&str; 5] = ["-ef", "-e", "-f", "-A", "ax"];
+
+/// The columns that words for ps(1) ask for, by number, and the words that say anything else, which only a ps in the guest could do.
+fn columns(words: &[String]) -> Result<(Vec<usize>, Vec<&str>), Error> {
+    let (mut chosen, mut foreign) = (Vec::new(), Vec::new());
+    let mut words = words.iter().map(String::as_str);
+    while let Some(word) = words.next() {
+        let list = match word {
+            "-o" | "o" | "-eo" | "-Ao" | "axo" | "--format" => words.next(),
+            _ => word.strip_prefix("-o").or_else(|| word.strip_prefix("--format=")),
+        };
+        match list {
+            Some(list) => {
+                for name in list.split([',', ' ']).filter(|name| !name.is_empty()) {
+                    let found = COLUMNS.iter().position(|(_, names)| names.contains(&name));
+                    chosen.push(found.ok_or_else(|| {
+                        let told = COLUMNS.map(|(_, names)| names[0]).join(", ");
+                        Error::Usage(format!("ps: -o {}: a guest tells {told}", name.escape_debug()))
+                    })?);
+                }
+            }
+            None if FULL.contains(&word) => {}
+            None => foreign.push(word),
+        }
+    }
+    if chosen.is_empty() {
+        chosen = (0..COLUMNS.len()).collect();
+    }
+    Ok((chosen, foreign))
+}
+
+fn listed(columns: &[usize], list: &[ProcessInfo]) -> String {
+    let rows = std::iter::once(COLUMNS.map(|(head, _)| head.to_owned())).chain(list.iter().map(row));
+    table(rows.map(|row| columns.iter().map(|column| row[*column].clone()).collect()).collect())
 }
 
 /// A container's stubs: that of its first process, then those of further ones by number. They are the processes named as it in its namespace
@@ -136,7 +186,7 @@ mod tests {
 
     #[test]
     fn columns_are_as_wide_as_they_must_be() {
-        let rows = vec![["ID", "PID"].map(String::from), ["longer", "7"].map(String::from)];
+        let rows = vec![["ID", "PID"].map(String::from).to_vec(), ["longer", "7"].map(String::from).to_vec()];
         assert_eq!(table(rows), "ID       PID\nlonger   7\n");
     }
 
@@ -150,6 +200,32 @@ mod tests {
         assert_eq!(row(&process)[5].len(), MOST_COMMAND);
         // Wider than a format's width can be.
         let wide = "y".repeat(70_000);
-        assert!(table(vec![[wide.clone(), "1".into()], ["z".into(), "2".into()]]).starts_with(&wide));
+        let rows = vec![vec![wide.clone(), "1".into()], vec!["z".into(), "2".into()]];
+        assert!(table(rows).starts_with(&wide));
+    }
+
+    #[test]
+    fn the_columns_are_those_that_were_asked_for() {
+        let of = |text: &str| {
+            let words: Vec<String> = text.split('|').filter(|w| !w.is_empty()).map(str::to_owned).collect();
+            let said = columns(&words).map_err(|e| e.to_string())?;
+            Ok::<_, String>((said.0, said.1.join(" ")))
+        };
+        let all = || Ok((vec![0, 1, 2, 3, 4, 5], String::new()));
+        assert_eq!(of(""), all());
+        assert_eq!(of("-ef"), all());
+        let two = || Ok((vec![1, 5], String::new()));
+        for words in [
+            "-o|pid,args",
+            "-eo|pid,cmd",
+            "-o|pid|-o|command",
+            "-opid,cmd",
+            "--format=pid,cmd",
+            "-e|o|pid cmd",
+        ] {
+            assert_eq!(of(words), two(), "{words}");
+        }
+        assert_eq!(of("aux|--forest"), all().map(|(columns, _)| (columns, "aux --forest".to_owned())));
+        assert!(of("-o|pid,rss").unwrap_err().contains("ps: -o rss: a guest tells uid, pid, ppid, stime"));
     }
 }

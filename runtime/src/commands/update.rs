@@ -63,7 +63,6 @@ pub(super) fn update(call: &Call, root: &Path) -> Result<(), Error> {
         return set_host(&record, &parsed);
     }
     let mut vm = Vm::of(root, &directory, &record)?;
-    enough_processors(vcpus, vm.size.vcpus)?;
     if let Some(limit) = limit {
         with_memory(call, &mut vm, (&record, resources, &parsed), limit, guest)?;
     } else {
@@ -72,6 +71,9 @@ pub(super) fn update(call: &Call, root: &Path) -> Result<(), Error> {
     }
     if let Some(own) = vcpus {
         vm.set_processors(vm.needed_processors(own))?;
+        if let Some(words) = too_few_processors(own, vm.size.vcpus) {
+            log::say(&call.global, Level::Warning, &words);
+        }
     }
     resize::remember(&directory, limit, vcpus)
 }
@@ -125,15 +127,14 @@ fn spared(vm: &Vm<'_>, mut resources: Value, limit: i64) -> Result<LinuxResource
     serde_json::from_value(resources).map_err(|e| Error::Usage(format!("update: {e}")))
 }
 
-/// A VM has the processors that it was made with.
-fn enough_processors(wanted: Option<u32>, has: u32) -> Result<(), Error> {
-    match wanted {
-        Some(wanted) if wanted > has => Err(Error::State(format!(
-            "update: {wanted} processors: the VM was made with {has}; make it with annotation {}={wanted} to have so many later",
+/// A VM has the processors that it was made with: a quota worth more is set, and what it cannot use is said, as to a pod's member.
+fn too_few_processors(wanted: u32, has: u32) -> Option<String> {
+    (wanted > has).then(|| {
+        format!(
+            "update: {wanted} processors: the VM was made with {has}, which is what the container has of them; make it with annotation {}={wanted} to have so many later",
             plan::MOST_VCPUS_ANNOTATION
-        ))),
-        _ => Ok(()),
-    }
+        )
+    })
 }
 
 /// What the file says, or else the flags; never both, as with runc.
@@ -147,11 +148,8 @@ fn resources(call: &Call, text: Option<&str>) -> Result<Value, Error> {
     let typed: oci_spec::runtime::LinuxResources =
         serde_json::from_value(value.clone()).map_err(|e| wrong(format!("resources: {e}")))?;
     support::resources(&typed, "update: resources")?;
-    match value.as_object() {
-        Some(object) if text.is_some() || !object.is_empty() => Ok(value),
-        Some(_) => Err(wrong("nothing to change: give -r FILE or a limit".into())),
-        None => Err(wrong("resources: not an object".into())),
-    }
+    // Without flags nothing changes, which is no error with runc either.
+    if value.is_object() { Ok(value) } else { Err(wrong("resources: not an object".into())) }
 }
 
 fn flags(call: &Call) -> Result<Value, Error> {
@@ -221,8 +219,16 @@ mod tests {
     }
 
     #[test]
+    fn what_a_vm_has_not_of_a_limit_is_said_with_what_helps() {
+        assert_eq!(too_few_processors(2, 2), None);
+        let said = too_few_processors(3, 2).unwrap();
+        assert!(said.starts_with("update: 3 processors: the VM was made with 2"), "{said}");
+        assert!(said.contains("io.coffer.vcpus-max=3"), "{said}");
+    }
+
+    #[test]
     fn what_cannot_be_is_named() {
-        assert!(of("update c", None).unwrap_err().contains("nothing to change"));
+        assert_eq!(of("update c", None), Ok(json!({})));
         assert!(of("update --memory much c", None).unwrap_err().contains("--memory much"));
         assert!(of("update --cpu-rt-period 1 c", None).unwrap_err().contains("--cpu-rt-period"));
         assert!(of("update -r f c", Some("[1]")).is_err());
