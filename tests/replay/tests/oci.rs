@@ -6,7 +6,7 @@ use std::{
     path::PathBuf,
 };
 
-use coffer_replay::{Bench, config};
+use coffer_replay::{Bench, config, until};
 use serde_json::{Value, json};
 
 /// Runs a script in a container with this configuration; what it printed.
@@ -331,6 +331,59 @@ fn a_path_to_a_namespace_of_another_type_is_an_error() {
     let bundle = bench.bundle("c", &config);
     let said = bench.create("c", &bundle).failed(1);
     assert!(said.contains("/proc/1/ns/ipc"), "{said}");
+}
+
+/// As podman's `--userns=container:ID` and `ns:PATH` have it.
+#[test]
+fn a_user_namespace_by_a_path_has_that_ones_maps() {
+    let bench = Bench::new();
+    let user = |path: Option<String>| {
+        let mut config = config(&["sh", "-c", "cat /proc/self/uid_map /proc/self/gid_map; sleep 1000"]);
+        let mut entry = json!({ "type": "user" });
+        if let Some(path) = path {
+            entry["path"] = json!(path);
+        }
+        config["linux"]["namespaces"].as_array_mut().unwrap().push(entry);
+        config
+    };
+    let maps = |id: &str| {
+        until(|| bench.read(&format!("{id}.out")).lines().count() >= 2);
+        let text = bench.read(&format!("{id}.out"));
+        text.lines().map(|l| l.split_whitespace().collect::<Vec<_>>().join(" ")).collect::<Vec<_>>()
+    };
+    let mut first = user(None);
+    first["linux"]["uidMappings"] = json!([{ "containerID": 0, "hostID": 100_000, "size": 65_536 }]);
+    first["linux"]["gidMappings"] = json!([{ "containerID": 0, "hostID": 200_000, "size": 65_536 }]);
+    bench.start("c", &first);
+    let wanted = ["0 100000 65536", "0 200000 65536"];
+    assert_eq!(maps("c"), wanted);
+    // Another container's, and one that has it from that.
+    bench.start("d", &user(Some(format!("/proc/{}/ns/user", bench.pid("c")))));
+    assert_eq!(maps("d"), wanted);
+    bench.start("e", &user(Some(format!("/proc/{}/ns/user", bench.pid("d")))));
+    assert_eq!(maps("e"), wanted);
+    // Who has none has the guest's, and so has who names it.
+    bench.start("plain", &config(&["sleep", "1000"]));
+    bench.start("f", &user(Some(format!("/proc/{}/ns/user", bench.pid("plain")))));
+    assert_eq!(maps("f"), ["0 0 4294967295", "0 0 4294967295"]);
+    // One of the host's.
+    let mut holder = std::process::Command::new("unshare").args(["--user", "sleep", "600"]).spawn().unwrap();
+    let file = |name: &str| format!("/proc/{}/{name}", holder.id());
+    let own = fs::read_link("/proc/self/ns/user").unwrap();
+    until(|| fs::read_link(file("ns/user")).is_ok_and(|link| link != own));
+    fs::write(file("uid_map"), "0 300000 1000").unwrap();
+    fs::write(file("gid_map"), "0 400000 1000").unwrap();
+    bench.start("g", &user(Some(format!("/proc/{}/ns/user", holder.id()))));
+    assert_eq!(maps("g"), ["0 300000 1000", "0 400000 1000"]);
+    holder.kill().unwrap();
+    holder.wait().unwrap();
+    for (path, why) in
+        [("/proc/self/ns/user", "the host's own"), ("/no/such/namespace", "/no/such/namespace")]
+    {
+        let bundle = bench.bundle("h", &user(Some(path.into())));
+        assert!(bench.create("h", &bundle).failed(1).contains(why), "{path}");
+        assert!(bench.state("h").is_err());
+    }
 }
 
 #[test]

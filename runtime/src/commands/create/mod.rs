@@ -1,10 +1,11 @@
 //! `create` and `run`: from a bundle to a VM with a container that waits, and a stub on the host.
 //!
 //! Owns: the order. The VM boots while the rest is made; the pid file is written last; whatever fails takes all down. Its parts: the VM
-//! (`vm`), the host's cgroup (`group`), the stub (`fork`).
+//! (`vm`), the host's cgroup (`group`), the stub (`fork`), maps of a user namespace (`user`).
 
 mod fork;
 mod group;
+mod user;
 mod vm;
 
 use std::{
@@ -43,6 +44,7 @@ pub(super) fn create(call: &Call, root: &Path) -> Result<(), Error> {
     let path = bundle.join(call.value("config").unwrap_or("config.json"));
     let text = std::fs::read(&path).map_err(|e| Error::Bundle(format!("{}: {e}", path.display())))?;
     let text = plan::annotate(text, &call.global.annotations)?;
+    let text = user::with_maps(text, root)?;
     let mut plan = plan::plan(&bundle, &id, &text)?;
     support::warn_of_unknown(&plan::unknown_capabilities(&text));
     pod::sweep(root);
