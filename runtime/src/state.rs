@@ -4,12 +4,13 @@
 
 use std::{
     collections::HashMap,
-    fs,
+    fs::{self, File},
     io::ErrorKind,
-    os::unix::fs::DirBuilderExt,
+    os::unix::fs::{DirBuilderExt, MetadataExt},
     path::{Path, PathBuf},
 };
 
+use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -20,6 +21,9 @@ use crate::{
 
 /// Default of `--root`.
 pub const DEFAULT_ROOT: &str = "/run/coffer";
+
+/// The file in a container's directory, and where engines look, that says at its end that memory ran out.
+pub const OUT_OF_MEMORY: &str = "oom";
 
 /// Status of the OCI runtime specification, and paused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -250,7 +254,24 @@ impl Directory {
         }
     }
 
-    /// Removes everything.
+    /// Keeps others from removing it, until what this gives is dropped, and waits for who is at it. `None` when it is gone then, though
+    /// another of this name may be there.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn lock(&self) -> Result<Option<Flock<File>>, Error> {
+        let failed = || host(format!("lock {}", self.0.display()));
+        let open = match File::open(&self.0) {
+            Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
+            other => other.map_err(failed())?,
+        };
+        let held = Flock::lock(open, FlockArg::LockExclusive).map_err(|(_, e)| failed()(e.into()))?;
+        let of = |metadata: fs::Metadata| (metadata.dev(), metadata.ino());
+        let same = fs::metadata(&self.0).ok().map(of) == held.metadata().ok().map(of);
+        Ok(same.then_some(held))
+    }
+
+    /// Removes everything. Who does it to one that others may know has [locked](Self::lock) it.
     ///
     /// # Errors
     /// The system's.
@@ -306,6 +327,25 @@ pub fn all(root: &Path) -> Vec<(Directory, Record)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn who_waited_while_a_directory_was_removed_does_not_get_the_next_of_its_name() {
+        let root = tempfile::tempdir().unwrap();
+        let directory = Directory::of(root.path(), "a").unwrap();
+        assert!(directory.lock().unwrap().is_none());
+        directory.create().unwrap();
+        let held = directory.lock().unwrap().unwrap();
+        let other = directory.clone();
+        let waits = std::thread::spawn(move || other.lock().unwrap().is_none());
+        // Either it waits by now, or it finds the next one, which nobody removes.
+        std::thread::sleep(std::time::Duration::from_millis(100));
+        assert!(!waits.is_finished());
+        directory.remove().unwrap();
+        directory.create().unwrap();
+        drop(held);
+        assert!(waits.join().unwrap());
+        assert!(directory.lock().unwrap().is_some());
+    }
 
     #[test]
     fn a_second_container_of_one_id_is_refused() {

@@ -214,6 +214,10 @@ fn delete(root: &Path, id: &str, force: bool) -> Result<(), Error> {
         maker.signal(libc::SIGKILL);
         let _ = maker.wait(DEATH_LIMIT);
     }
+    // Of two who delete it at once the slower must not take the next container of this id for this one.
+    let Some(lock) = directory.lock()? else {
+        return if force { Ok(()) } else { Err(Error::NoContainer) };
+    };
     let record = match directory.read() {
         Ok(record) => record,
         // Half made, or gone already.
@@ -271,6 +275,7 @@ fn delete(root: &Path, id: &str, force: bool) -> Result<(), Error> {
         }
         (true, None) => pod::orphan(root, &directory, &record)?,
     }
+    drop(lock);
     pod::sweep(root);
     let poststop = spec.as_ref().and_then(|s| s.hooks().as_ref()).and_then(|h| h.poststop().as_ref());
     // The container is gone whatever they say: each runs, and the caller hears of those that failed.

@@ -56,6 +56,35 @@ fn members_run_in_the_vm_of_their_sandbox_each_with_its_own_files() {
     assert_eq!(bench.call(&["exec", "two", "echo", "there"]).ok(), "there\n");
 }
 
+/// The slower of two takes nothing of the container that has got the id meanwhile.
+#[test]
+fn who_deletes_a_container_second_leaves_the_next_of_its_id() {
+    let bench = Bench::new();
+    bench.start("infra", &config(&["sleep", "1000"]));
+    let member = member(&bench, &["sleep", "1000"], SHARED);
+    bench.start("c", &member);
+    let vm = i32::try_from(vmm(&bench, "infra")).unwrap();
+    let signal = |pid: i32, signal: i32| {
+        // SAFETY: signals a process of this test's own.
+        assert_eq!(unsafe { libc::kill(pid, signal) }, 0);
+    };
+    let stub = Pid::of(bench.pid("c")).unwrap();
+    // Both wait for the guest, or for each other.
+    signal(vm, libc::SIGSTOP);
+    let mut first = bench.command(&["delete", "--force", "c"]).spawn().unwrap();
+    until(|| !stub.is_alive());
+    let mut second = bench.command(&["delete", "--force", "c"]).spawn().unwrap();
+    std::thread::sleep(std::time::Duration::from_millis(500));
+    signal(second.id() as i32, libc::SIGSTOP);
+    signal(vm, libc::SIGCONT);
+    assert_eq!(coffer_replay::finish(&mut first), 0);
+    bench.start("c", &member);
+    signal(second.id() as i32, libc::SIGCONT);
+    assert_eq!(coffer_replay::finish(&mut second), 0);
+    assert_eq!(bench.status("c"), "running");
+    assert_eq!(bench.call(&["exec", "c", "echo", "there"]).ok(), "there\n");
+}
+
 #[test]
 fn the_vm_grows_for_a_member_that_needs_more_than_there_is() {
     let bench = Bench::new();
