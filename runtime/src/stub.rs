@@ -15,12 +15,18 @@ use std::{
 };
 
 use coffer_protocol::{Ended, Kind, Outbox, STDIN_WINDOW, WindowSize};
-use nix::sys::{
-    signal::{SigSet, Signal},
-    signalfd::{SfdFlags, SignalFd},
+use nix::{
+    fcntl::{OFlag, openat},
+    sys::{
+        signal::{SigSet, Signal},
+        signalfd::{SfdFlags, SignalFd},
+        stat::Mode,
+    },
 };
 
-use crate::{client::Connection, descriptors::Carried, error::Error, notify::Teller, pid};
+use crate::{
+    client::Connection, descriptors::Carried, error::Error, notify::Teller, pid, state::OUT_OF_MEMORY,
+};
 use output::Rest;
 
 /// Exit code when the VM is gone before its process ended, as if it had been killed.
@@ -237,13 +243,8 @@ impl Relay {
     fn ended(&self, ended: Ended) -> i32 {
         let places = if ended.out_of_memory { self.oom.as_slice() } else { &[] };
         for directory in places {
-            let flags = libc::O_CREAT | libc::O_WRONLY | libc::O_CLOEXEC | libc::O_NOFOLLOW;
-            // SAFETY: the name is a C string; the directory is open.
-            let fd = unsafe { libc::openat(directory.as_raw_fd(), c"oom".as_ptr(), flags, 0o600) };
-            if fd >= 0 {
-                // SAFETY: openat returned a new descriptor.
-                drop(unsafe { OwnedFd::from_raw_fd(fd) });
-            }
+            let flags = OFlag::O_CREAT | OFlag::O_WRONLY | OFlag::O_CLOEXEC | OFlag::O_NOFOLLOW;
+            let _ = openat(directory, OUT_OF_MEMORY, flags, Mode::S_IRUSR | Mode::S_IWUSR);
         }
         i32::from(ended.exit.code())
     }

@@ -8,10 +8,17 @@ use coffer_protocol::{Reply, Request, Stats};
 use serde_json::{Value, json};
 
 use super::find;
-use crate::{cli::Call, client, error::Error, state::Status};
+use crate::{
+    cli::Call,
+    client,
+    error::Error,
+    state::{Directory, OUT_OF_MEMORY, Record, Status},
+};
 
 /// How often the stream looks for an end or for lost memory, whatever its interval.
 const LOOK: Duration = Duration::from_secs(1);
+/// How long a container's stub may take from its process's end to its own.
+const END_LIMIT: Duration = Duration::from_secs(10);
 
 /// Prints one line with `--stats`, else one each interval until the container has ended.
 pub(super) fn events(call: &Call, root: &Path) -> Result<i32, Error> {
@@ -22,13 +29,12 @@ pub(super) fn events(call: &Call, root: &Path) -> Result<i32, Error> {
     loop {
         if directory.status(&record) == Status::Stopped {
             // A stream ends with its container; one line cannot be had any more.
-            return if seen.is_some() { Ok(0) } else { Err(Error::NotRunning) };
+            return seen.map_or(Err(Error::NotRunning), |known| ended(&directory, &record, known));
         }
         let stats = match client::ask(&directory.socket(), &Request::Stats { id: record.id.clone() }) {
             Ok(Reply::Stats(stats)) => stats,
             Ok(_) => return Err(Error::Vm("the guest answered out of order".into())),
-            Err(_) if seen.is_some() => return Ok(0),
-            Err(error) => return Err(error),
+            Err(error) => return seen.map_or(Err(error), |known| ended(&directory, &record, known)),
         };
         if seen.is_some_and(|before| stats.memory.oom_kills > before) {
             line(&json!({ "type": "oom", "id": record.id }))?;
@@ -47,25 +53,66 @@ pub(super) fn events(call: &Call, root: &Path) -> Result<i32, Error> {
     }
 }
 
+/// The end of a stream that knows of so many processes killed for want of memory. What memory runs out for is mostly the container, and it has
+/// ended before anybody looks again: its stub has a mark.
+fn ended(directory: &Directory, record: &Record, known: u64) -> Result<i32, Error> {
+    // One that does not end has no mark.
+    let _ = record.stub.is_none_or(|stub| stub.wait(END_LIMIT));
+    if known == 0 && directory.file(OUT_OF_MEMORY).exists() {
+        line(&json!({ "type": "oom", "id": record.id }))?;
+    }
+    Ok(0)
+}
+
 /// One object, at once.
 fn line(value: &Value) -> Result<(), Error> {
     let mut out = std::io::stdout().lock();
     writeln!(out, "{value}").and_then(|()| out.flush()).map_err(crate::error::host("write to stdout"))
 }
 
-/// A duration as Go writes it: `5s`, `500ms`, `1m`.
+/// A duration as Go writes it (time.ParseDuration): `5s`, `1.5s`, `1m30s`. None below zero, and not zero.
 fn interval(text: &str) -> Result<Duration, Error> {
     let wrong = || Error::Usage(format!("events: --interval {text}: a duration such as 5s is wanted"));
-    let end = text.find(|c: char| !c.is_ascii_digit()).ok_or_else(wrong)?;
-    let number: u64 = text[..end].parse().map_err(|_| wrong())?;
-    let duration = match &text[end..] {
-        "ms" => Duration::from_millis(number),
-        "s" => Duration::from_secs(number),
-        "m" => Duration::from_secs(number.saturating_mul(60)),
-        "h" => Duration::from_secs(number.saturating_mul(3600)),
-        _ => return Err(wrong()),
-    };
-    if duration.is_zero() { Err(wrong()) } else { Ok(duration) }
+    let mut left = text.strip_prefix('+').unwrap_or(text);
+    let mut nanoseconds = 0u128;
+    while !left.is_empty() {
+        let end = left.find(|c: char| !c.is_ascii_digit() && c != '.').ok_or_else(wrong)?;
+        let (number, rest) = left.split_at(end);
+        let end = rest.find(|c: char| c.is_ascii_digit() || c == '.').unwrap_or(rest.len());
+        let (unit, rest) = rest.split_at(end);
+        let unit = UNITS.iter().find(|(name, _)| *name == unit).ok_or_else(wrong)?.1;
+        nanoseconds += part(number, unit).ok_or_else(wrong)?;
+        left = rest;
+    }
+    let whole = u64::try_from(nanoseconds).ok().filter(|n| *n > 0).ok_or_else(wrong)?;
+    Ok(Duration::from_nanos(whole))
+}
+
+/// Go's units in nanoseconds.
+const UNITS: &[(&str, u128)] = &[
+    ("ns", 1),
+    ("us", 1_000),
+    ("µs", 1_000),
+    ("μs", 1_000),
+    ("ms", 1_000_000),
+    ("s", 1_000_000_000),
+    ("m", 60_000_000_000),
+    ("h", 3_600_000_000_000),
+];
+
+/// Digits of a number that matter: the smallest part of the largest unit has fewer.
+const MOST_DIGITS: usize = 19;
+
+/// Nanoseconds of a number with digits before the point, behind it, or both.
+fn part(number: &str, unit: u128) -> Option<u128> {
+    let (whole, fraction) = number.split_once('.').unwrap_or((number, ""));
+    if whole.is_empty() && fraction.is_empty() || fraction.contains('.') || whole.len() > MOST_DIGITS {
+        return None;
+    }
+    let fraction = &fraction[..fraction.len().min(MOST_DIGITS)];
+    let value = |digits: &str| if digits.is_empty() { Some(0) } else { digits.parse::<u128>().ok() };
+    let below = value(fraction)? * unit / 10u128.pow(fraction.len() as u32);
+    Some(value(whole)? * unit + below)
 }
 
 /// `data` of runc's events.
@@ -114,7 +161,49 @@ mod tests {
     fn intervals_are_gos() {
         assert_eq!(interval("5s").unwrap(), Duration::from_secs(5));
         assert_eq!(interval("100ms").unwrap(), Duration::from_millis(100));
-        for wrong in ["", "5", "s", "0s", "5x", "ä"] {
+        // What Go's own tests of time.ParseDuration have, of those above zero.
+        for (text, nanoseconds) in [
+            ("30s", 30_000_000_000),
+            ("1478s", 1_478_000_000_000),
+            ("+5s", 5_000_000_000),
+            ("5.0s", 5_000_000_000),
+            ("5.6s", 5_600_000_000),
+            ("5.s", 5_000_000_000),
+            (".5s", 500_000_000),
+            ("1.004s", 1_004_000_000),
+            ("100.00100s", 100_001_000_000),
+            ("10ns", 10),
+            ("11us", 11_000),
+            ("12µs", 12_000),
+            ("12μs", 12_000),
+            ("13ms", 13_000_000),
+            ("15m", 900_000_000_000),
+            ("16h", 57_600_000_000_000),
+            ("3h30m", 12_600_000_000_000),
+            ("10.5s4m", 250_500_000_000),
+            ("1h2m3s4ms5us6ns", 3_723_004_005_006),
+            ("39h9m14.425s", 140_954_425_000_000),
+            ("1m30s", 90_000_000_000),
+        ] {
+            assert_eq!(interval(text).unwrap(), Duration::from_nanos(nanoseconds), "{text}");
+        }
+        for wrong in [
+            "",
+            "5",
+            "s",
+            "0s",
+            "5x",
+            "ä",
+            "-5s",
+            ".",
+            ".s",
+            "+.s",
+            "1d",
+            "1.2.3s",
+            "1m3",
+            "99999999999h",
+            "\u{85}\u{85}",
+        ] {
             assert!(interval(wrong).is_err(), "{wrong}");
         }
     }

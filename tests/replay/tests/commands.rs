@@ -136,6 +136,30 @@ fn events_have_runcs_form_and_end_with_the_container() {
     assert_eq!(coffer_replay::finish(&mut stream), 0);
 }
 
+/// The stand-in's host need not have the controller. What the stub does when the guest says that memory ran out is its own test; that an
+/// engine's `events` then says so is this one.
+#[test]
+fn events_end_with_a_line_when_the_container_ended_for_want_of_memory() {
+    let bench = Bench::new();
+    for (marked, lines) in [(true, 1), (false, 0)] {
+        bench.start("c", &config(&["sleep", "1000"]));
+        let out = fs::File::create(bench.path("events")).unwrap();
+        let mut stream =
+            bench.command(&["events", "--interval", "1h0m0.5s", "c"]).stdout(out).spawn().unwrap();
+        until(|| bench.read("events").lines().count() == 1);
+        if marked {
+            fs::write(bench.path("state/c/oom"), "").unwrap();
+        }
+        let _ = bench.call(&["kill", "c", "9"]).ok();
+        assert_eq!(coffer_replay::finish(&mut stream), 0);
+        let said = bench.read("events");
+        let last: Value = serde_json::from_str(said.lines().last().unwrap()).unwrap();
+        assert_eq!(said.lines().count(), 1 + lines, "{said}");
+        assert_eq!(last["type"] == json!("oom"), marked, "{said}");
+        let _ = bench.call(&["delete", "c"]).ok();
+    }
+}
+
 #[test]
 fn update_takes_a_file_stdin_or_flags() {
     let bench = Bench::new();

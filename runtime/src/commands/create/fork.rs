@@ -76,8 +76,8 @@ impl Making<'_> {
             }
         }
         let reports = File::open(self.vm_directory().file("")).ok();
-        // podman 4 looks in the bundle, podman 5 in a directory of conmon's.
-        let oom: Vec<File> = Some(self.bundle.clone())
+        // podman 4 looks in the bundle, podman 5 in a directory of conmon's, `events` in the container's own.
+        let oom: Vec<File> = [self.bundle.clone(), self.directory.file("")]
             .into_iter()
             .chain(persist_dir())
             .filter_map(|d| File::open(d).ok())
