@@ -62,10 +62,24 @@ pub struct Image {
     pub image_security_policy_uri: Option<String>,
     /// That file's text itself.
     pub image_security_policy: Option<String>,
-    /// Where the registry credentials are.
+    /// Where the registry credentials are. Not used: see [`Image::unused`].
     pub authenticated_registry_credentials_uri: Option<String>,
-    /// PEM certificates that registries may use.
+    /// PEM certificates that registries may use. Not used: see [`Image::unused`].
     pub extra_root_certificates: Vec<String>,
+}
+
+impl Image {
+    /// Fields that upstream obeys when it pulls in the guest. Here the host brings the blobs, so they change nothing, and their
+    /// writer is told.
+    #[must_use]
+    pub fn unused(&self) -> Vec<&'static str> {
+        let credentials = self.authenticated_registry_credentials_uri.is_some();
+        let certificates = !self.extra_root_certificates.is_empty();
+        [("authenticated_registry_credentials_uri", credentials), ("extra_root_certificates", certificates)]
+            .into_iter()
+            .filter_map(|(name, given)| given.then_some(name))
+            .collect()
+    }
 }
 
 /// `coffer.toml`: what upstream has no name for.
@@ -220,6 +234,18 @@ mod tests {
 
     fn config(entries: &[(&str, &str)]) -> Result<Config, ConfigError> {
         Config::from_initdata(&initdata(entries))
+    }
+
+    #[test]
+    fn what_only_a_guest_that_pulls_would_use_is_known_as_unused() {
+        assert!(Image::default().unused().is_empty());
+        let image = Image {
+            authenticated_registry_credentials_uri: Some("kbs:///a/b/c".into()),
+            extra_root_certificates: vec!["PEM".into()],
+            image_security_policy: Some("{}".into()),
+            ..Image::default()
+        };
+        assert_eq!(image.unused(), ["authenticated_registry_credentials_uri", "extra_root_certificates"]);
     }
 
     #[test]

@@ -67,6 +67,11 @@ impl Confidential {
 
     pub(crate) fn with(initdata: Option<&str>, attesters: Attesters) -> Result<Self, ContainerError> {
         let guest = Guest::new(initdata.map(str::as_bytes), attesters).map_err(refused)?;
+        for field in guest.config().image.unused() {
+            complain(&format!(
+                "coffer-init: initdata: cdh.toml: image.{field} does nothing: the host brings images"
+            ));
+        }
         let policy = guest.policy().map_err(refused)?;
         Ok(Self {
             guest: Arc::new(Mutex::new(guest)),
