@@ -9,7 +9,7 @@ use std::{
     path::Path,
 };
 
-use coffer_chart::{Bar, Curve, bars, cdf, lines, work_before};
+use coffer_chart::{Bar, Curve, bars, cdf, lines, work_before, work_between};
 
 use crate::{
     fingerprint::Fingerprint,
@@ -244,7 +244,8 @@ fn stage_bars(group: &Group, runtimes: &Runtimes<'_>) -> Vec<Bar> {
                 Some(at(index)? - if index == 0 { 0.0 } else { at(index - 1)? })
             };
             let samples = Samples::new(list.iter().filter_map(length).collect())?;
-            parts.push((work_before(stage).0.to_owned(), samples.median()));
+            let before = index.checked_sub(1).map(|before| names[before]);
+            parts.push((work_between(before, stage).0.to_owned(), samples.median()));
         }
         // Who watches by KVM's tracepoint learns of PID 1, and our VMM's own trace ends where its part does.
         let rest = |r: &&Record| Some(r.windows.get(&Window::Pid1)? - r.stages.last()?.ms);

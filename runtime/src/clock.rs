@@ -1,6 +1,21 @@
-//! The time as callers read it.
+//! The time as callers read it, and when this program began.
 
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::{
+    sync::OnceLock,
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+static BEGAN: OnceLock<u64> = OnceLock::new();
+
+/// When this was first asked, which is what `main` does: nanoseconds of CLOCK_MONOTONIC, by which all processes of a host tell boot stages.
+pub fn began_ns() -> u64 {
+    *BEGAN.get_or_init(|| {
+        let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+        // SAFETY: `time` is a valid timespec; the clock always exists.
+        unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut time) };
+        time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
+    })
+}
 
 /// The time now as RFC 3339, in UTC, with nanoseconds.
 #[must_use]

@@ -6,7 +6,7 @@ use std::{fmt::Display, process::ExitCode};
 
 use crate::{
     cli::{self, Call, Global},
-    commands, log,
+    clock, commands, log,
 };
 
 /// Version of the OCI runtime specification, as `--version` and `features` say.
@@ -15,6 +15,7 @@ pub const SPECIFICATION: &str = "1.2.1";
 /// Runs this process's command line.
 #[must_use]
 pub fn main() -> ExitCode {
+    clock::began_ns();
     let call = match cli::parse(std::env::args().skip(1)) {
         Ok(call) => call,
         Err(error) => {

@@ -24,6 +24,7 @@ use nix::{
 };
 
 use crate::{
+    clock,
     error::{Error, host},
     home::Home,
     network::Tap,
@@ -217,6 +218,7 @@ fn words(start: &Start<'_>, share: &Path, numbers: &[RawFd]) -> Result<Vec<Strin
     }
     if let Some(trace) = &start.trace {
         say("--trace", path(trace)?);
+        say("--trace-from", clock::began_ns().to_string());
     }
     words.extend(plan.confidential.flags()?);
     Ok(words)

@@ -21,6 +21,7 @@ coffer-vmm: boots an IGVM image in a microVM
   --net fd=N,mac=MAC     tap device, open already; up to 3 times
   --console FILE         serial console of a debug image; - is standard error
   --trace FILE           boot stages with their times, one JSON object a line
+  --trace-from NS        when whoever starts this VMM began (CLOCK_MONOTONIC): the trace's first stage
   --log FILE             messages go there too
   --log-format FORMAT    text or json
   --lifeline-fd N        the VM ends when this pipe's other end is closed
@@ -124,6 +125,7 @@ pub struct Args {
     pub disks: Vec<DiskArgs>,
     pub console: Option<PathBuf>,
     pub trace: Option<PathBuf>,
+    pub trace_from: Option<u64>,
     pub log: Option<PathBuf>,
     pub log_json: bool,
     pub lifeline: Option<RawFd>,
@@ -200,6 +202,7 @@ pub fn parse(words: impl IntoIterator<Item = String>) -> Result<Command, ArgsErr
             "--disk",
             "--console",
             "--trace",
+            "--trace-from",
             "--log",
             "--log-format",
             "--lifeline-fd",
@@ -331,6 +334,7 @@ impl Args {
             }
             "--console" => self.console = Some(value.into()),
             "--trace" => self.trace = Some(value.into()),
+            "--trace-from" => self.trace_from = Some(value.parse().map_err(|_| wrong("nanoseconds"))?),
             "--log" => self.log = Some(value.into()),
             "--log-format" => match value {
                 "text" => self.log_json = false,

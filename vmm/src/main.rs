@@ -110,6 +110,9 @@ fn start(
 ) -> Result<coffer_vmm::end::End, MachineError> {
     let failed = |source| MachineError::Host { what: "open --trace", source };
     let trace = Trace::open(args.trace.as_deref()).map_err(failed)?;
+    if let Some(from) = args.trace_from {
+        trace.stage_at("create-entry", from);
+    }
     trace.stage_at(if prepared.is_some() { "shell-taken" } else { "process-entry" }, began);
     Machine::new(args, prepared, trace, log)?.run()
 }

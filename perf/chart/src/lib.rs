@@ -15,5 +15,5 @@ mod timeline;
 
 pub use bars::{Bar, bars};
 pub use curves::{Curve, cdf, lines};
-pub use stage::work_before;
+pub use stage::{work_before, work_between};
 pub use timeline::{Span, timeline};

@@ -1,9 +1,20 @@
 //! The stages of a start, in words.
 
+/// As [`work_before`], where the stage before is known too: a VMM that `coffer` starts is not there by an exec alone.
+#[must_use]
+pub fn work_between<'a>(before: Option<&str>, stage: &'a str) -> (&'a str, &'static str) {
+    match (before, stage) {
+        (Some("create-entry"), "process-entry") => ("plan the pod, start the VMM", "coffer"),
+        (Some("create-entry"), "shell-taken") => ("plan the pod, take a shell", "coffer"),
+        _ => work_before(stage),
+    }
+}
+
 /// What is done until a stage of the VMM's trace is reached, and by whom. A stage that is not known has its own name.
 #[must_use]
 pub fn work_before(stage: &str) -> (&str, &'static str) {
     match stage {
+        "create-entry" => ("exec", "coffer"),
         "process-entry" => ("exec", "coffer-vmm"),
         "shell-taken" => ("take a shell", "coffer"),
         "image-planned" => ("join the pod, plan the launch", "coffer-vmm"),

@@ -8,7 +8,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use coffer_chart::{Span, timeline, work_before};
+use coffer_chart::{Span, timeline, work_between};
 use serde::Deserialize;
 
 use crate::{
@@ -64,7 +64,8 @@ fn last_start(text: &str) -> Vec<(String, u64)> {
     let mut stages = Vec::new();
     for line in text.lines().filter_map(|l| serde_json::from_str::<Line>(l).ok()) {
         let (Some(stage), Some(ns)) = (line.stage, line.ns) else { continue };
-        if matches!(stage.as_str(), "process-entry" | "shell-taken") {
+        let follows = stages.last().is_some_and(|(before, _): &(String, u64)| before == "create-entry");
+        if stage == "create-entry" || matches!(stage.as_str(), "process-entry" | "shell-taken") && !follows {
             stages.clear();
         }
         // The end of the VM belongs to no start.
@@ -81,7 +82,7 @@ fn spans(stages: &[(String, u64)]) -> Vec<Span> {
     stages
         .windows(2)
         .map(|pair| {
-            let (name, owner) = work_before(&pair[1].0);
+            let (name, owner) = work_between(Some(&pair[0].0), &pair[1].0);
             // A clock that runs backwards is a broken trace, not a reason to draw backwards.
             let (from_ms, to_ms) = (ms(pair[0].1), ms(pair[1].1).max(ms(pair[0].1)));
             Span { name: name.to_owned(), owner: owner.to_owned(), from_ms, to_ms }
@@ -103,6 +104,19 @@ mod tests {
         let spans = spans(&last_start(TRACE));
         let got: Vec<_> = spans.iter().map(|s| (s.name.as_str(), s.from_ms, s.to_ms)).collect();
         assert_eq!(got, [("read and check the image", 0.0, 1.5), ("first entry into the guest", 1.5, 4.0)]);
+    }
+
+    #[test]
+    fn what_coffer_does_itself_is_a_part_of_the_start() {
+        let trace = TRACE.replace(
+            "{\"stage\":\"process-entry\",\"ns\":5000000}",
+            "{\"stage\":\"create-entry\",\"ns\":3000000}\n{\"stage\":\"process-entry\",\"ns\":5000000}",
+        );
+        let spans = spans(&last_start(&trace));
+        let got: Vec<_> =
+            spans.iter().map(|s| (s.name.as_str(), s.owner.as_str(), s.from_ms, s.to_ms)).collect();
+        assert_eq!(got[0], ("plan the pod, start the VMM", "coffer", 0.0, 2.0));
+        assert_eq!((got[1].0, got[1].2), ("read and check the image", 2.0));
     }
 
     #[test]
