@@ -35,8 +35,10 @@ export CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUSTFLAGS="-C target-feature=+crt-s
 target=${CARGO_TARGET_DIR:-target}
 built=$target/$triple/release
 cargo build -q --release --target $triple -p coffer -p coffer-vmm -p coffer-init -p coffer-image
-# The guest with one processor has no TEE and no owner's secrets, so its init is built without what they need: half of it.
-cargo build -q --release --target $triple --target-dir "$target/plain" -p coffer-init --no-default-features
+# The guest with one processor has no TEE and no owner's secrets, so its init is built without what they need: half of it. Small before fast: each of its
+# pages is copied at every boot, 2,500 instructions, and what it does itself is a hundredth of that. Relocations by RELR, a tenth as long.
+CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUSTFLAGS+=" -C link-arg=-Wl,-z,pack-relative-relocs" CARGO_PROFILE_RELEASE_OPT_LEVEL=z \
+    cargo build -q --release --target $triple --target-dir "$target/plain" -p coffer-init --no-default-features
 # The shim is a flat program with its own linker script, which takes no other flags.
 CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUSTFLAGS="" cargo build -q --release -p coffer-shim
 shim=$target/release/coffer-shim
