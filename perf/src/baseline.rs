@@ -174,7 +174,7 @@ impl Baseline {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::plan::{Class, Kind};
+    use crate::plan::Kind;
 
     /// Three starts. Every gate's figure is 100, but for these: its name, and what it is in each start.
     fn run(others: &[(&str, [u64; 3])]) -> Vec<Record> {
@@ -182,19 +182,7 @@ mod tests {
             let mut figures: BTreeMap<String, u64> = GATES.map(|gate| (gate.figure.to_owned(), 100)).into();
             figures.insert("cpu-user-us".to_owned(), 3);
             figures.extend(others.iter().map(|(figure, values)| ((*figure).to_owned(), values[round])));
-            Record {
-                sequence: round,
-                who: Kind::CofferVmm.into(),
-                image: "up".into(),
-                class: Class::Warm,
-                memory_mib: 128,
-                vcpus: 1,
-                parallel: 1,
-                round,
-                windows: BTreeMap::new(),
-                stages: Vec::new(),
-                figures,
-            }
+            Record { sequence: round, round, figures, ..Record::of_a_test(Kind::CofferVmm) }
         };
         vec![record(0), record(1), record(2)]
     }

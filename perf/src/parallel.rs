@@ -92,25 +92,14 @@ pub fn table(who: &Who, records: &[&Record]) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{
-        plan::{Class, Kind},
-        record::Stage,
-    };
+    use crate::{plan::Kind, record::Stage};
 
     fn record(parallel: usize, created: f64, loaded: f64) -> Record {
         let stage = |stage: &str, ms| Stage { stage: stage.to_owned(), ms };
         Record {
-            sequence: 0,
-            who: Kind::CofferVmm.into(),
-            image: "up".into(),
-            class: Class::Warm,
-            memory_mib: 128,
-            vcpus: 1,
             parallel,
-            round: 1,
-            windows: BTreeMap::new(),
             stages: vec![stage("vm-created", created), stage("memory-loaded", created + loaded)],
-            figures: BTreeMap::new(),
+            ..Record::of_a_test(Kind::CofferVmm)
         }
     }
 

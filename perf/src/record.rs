@@ -121,6 +121,26 @@ pub struct Group {
     pub parallel: usize,
 }
 
+#[cfg(test)]
+impl Record {
+    /// One start of a test's, by itself.
+    pub(crate) fn of_a_test(kind: crate::plan::Kind) -> Self {
+        Self {
+            sequence: 0,
+            who: kind.into(),
+            image: "up".into(),
+            class: Class::Warm,
+            memory_mib: 128,
+            vcpus: 1,
+            parallel: 1,
+            round: 1,
+            windows: BTreeMap::new(),
+            stages: Vec::new(),
+            figures: BTreeMap::new(),
+        }
+    }
+}
+
 impl Record {
     /// Its group.
     #[must_use]
@@ -162,16 +182,11 @@ mod tests {
     fn a_record_is_one_line_that_reads_back() {
         let record = Record {
             sequence: 4,
-            who: Kind::CofferVmm.into(),
-            image: "up".into(),
-            class: Class::Warm,
-            memory_mib: 128,
-            vcpus: 1,
-            parallel: 1,
             round: 2,
             windows: [(Window::Pid1, 3.5)].into(),
             stages: vec![Stage { stage: "init-entry".into(), ms: 3.5 }],
             figures: [("page-faults".to_owned(), 7)].into(),
+            ..Record::of_a_test(Kind::CofferVmm)
         };
         let line = serde_json::to_string(&record).unwrap();
         assert!(line.contains("\"windows\":{\"pid1\":3.5}") && !line.contains('\n'), "{line}");

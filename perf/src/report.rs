@@ -303,24 +303,16 @@ fn slopes(groups: &BTreeMap<Group, Runtimes<'_>>) -> Vec<Curve> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{
-        plan::{Class, Kind},
-        record::Stage,
-    };
+    use crate::{plan::Kind, record::Stage};
 
     fn record(runtime: Kind, round: usize, parallel: usize, ms: f64) -> Record {
         Record {
-            sequence: 0,
-            who: runtime.into(),
-            image: "up".into(),
-            class: Class::Warm,
-            memory_mib: 128,
-            vcpus: 1,
             parallel,
             round,
             windows: [(Window::Pid1, ms)].into(),
             stages: vec![Stage { stage: "init-entry".into(), ms }],
             figures: [("page-faults".to_owned(), round as u64)].into(),
+            ..Record::of_a_test(runtime)
         }
     }
 

@@ -207,6 +207,19 @@ impl Transport {
     /// # Errors
     /// The client's.
     pub fn run(&mut self, client: &mut Client, attesters: &mut Attesters) -> Result<Outcome, ClientError> {
+        self.run_pausing(client, attesters, std::thread::sleep)
+    }
+
+    /// The same, where `pause` is what is done between attempts: a test has no time to wait.
+    ///
+    /// # Errors
+    /// The client's.
+    pub fn run_pausing(
+        &mut self,
+        client: &mut Client,
+        attesters: &mut Attesters,
+        mut pause: impl FnMut(Duration),
+    ) -> Result<Outcome, ClientError> {
         for _ in 0..MOST_STEPS {
             match client.step() {
                 Step::Send(request) => match self.exchange(&request) {
@@ -220,7 +233,7 @@ impl Transport {
                     let evidence = attesters.collect(algorithm, &nonce, &client.key().public());
                     client.measured(evidence.map_err(|e| e.to_string()));
                 }
-                Step::Wait(time) => std::thread::sleep(time),
+                Step::Wait(time) => pause(time),
                 Step::Finished(result) => return result,
             }
         }

@@ -133,9 +133,9 @@ pub fn open_anew(fd: RawFd) {
     if mode == libc::O_RDONLY {
         return;
     }
+    let flags = mode | libc::O_NONBLOCK | libc::O_NOCTTY | libc::O_CLOEXEC;
     // SAFETY: the name outlives the call.
-    let fresh =
-        unsafe { libc::open(name.as_ptr(), mode | libc::O_NONBLOCK | libc::O_NOCTTY | libc::O_CLOEXEC) };
+    let fresh = unsafe { libc::open(name.as_ptr(), flags) };
     if fresh < 0 {
         return;
     }

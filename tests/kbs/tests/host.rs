@@ -11,7 +11,7 @@ use coffer_attestation::{
     evidence::{Attesters, Sample},
     hash::HashAlgorithm,
     jwe,
-    kbs::{Client, ClientError, Credential, Outcome, Step, Transport, Url},
+    kbs::{Client, ClientError, Credential, Outcome, Transport, Url},
     key::{KeyAlgorithm, PublicJwk, TeeKey},
 };
 use coffer_kbs::{Answer, Config, Kbs, Query, Running, serve_by};
@@ -55,21 +55,7 @@ fn fetch(host: &Running, client: &mut Client, uri: &str) -> Result<Outcome, Clie
     let mut transport = Transport::plain(Url::parse(&format!("http://{}", host.address)).unwrap());
     let mut attesters = Attesters::of(Sample);
     client.fetch(uri.parse().unwrap());
-    for _ in 0..64 {
-        match client.step() {
-            Step::Send(request) => match transport.exchange(&request) {
-                Ok(response) => client.received(&response),
-                Err(error) => client.failed(&error.to_string()),
-            },
-            Step::Measure(nonce, algorithm) => {
-                let evidence = attesters.collect(algorithm, &nonce, &client.key().public());
-                client.measured(evidence.map_err(|e| e.to_string()));
-            }
-            Step::Wait(_) => {}
-            Step::Finished(result) => return result,
-        }
-    }
-    panic!("the client never ends");
+    transport.run_pausing(client, &mut attesters, |_| ())
 }
 
 fn client(credential: Credential) -> Client {

@@ -15,7 +15,7 @@ use std::{
 use coffer_attestation::{
     evidence::{Attesters, Sample, SampleDevice},
     hash::HashAlgorithm,
-    kbs::{Client, ClientError, Credential, Outcome, Step, Transport, Url, trusting},
+    kbs::{Client, ClientError, Credential, Outcome, Transport, Url, trusting},
     key::{KeyAlgorithm, TeeKey},
 };
 use coffer_kbs::{Config, Identity, Kbs, Query, Running, serve};
@@ -48,20 +48,7 @@ fn fetch(
     uri: &str,
 ) -> Result<Outcome, ClientError> {
     client.fetch(uri.parse().unwrap());
-    loop {
-        match client.step() {
-            Step::Send(request) => match transport.exchange(&request) {
-                Ok(response) => client.received(&response),
-                Err(error) => client.failed(&error.to_string()),
-            },
-            Step::Measure(nonce, algorithm) => {
-                let evidence = attesters.collect(algorithm, &nonce, &client.key().public());
-                client.measured(evidence.map_err(|e| e.to_string()));
-            }
-            Step::Wait(_) => {}
-            Step::Finished(result) => return result,
-        }
-    }
+    transport.run_pausing(client, attesters, |_| ())
 }
 
 fn client(algorithm: KeyAlgorithm, credential: Credential) -> Client {
