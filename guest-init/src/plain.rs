@@ -182,11 +182,14 @@ pub mod confidential {
 
 /// No images but what the host shows as a directory.
 pub mod image {
+    use std::{
+        io,
+        os::fd::{AsFd, BorrowedFd},
+    };
+
     use coffer_protocol::ImageSource;
     use serde_json::Value;
     use thiserror::Error;
-
-    use crate::thread::Thread;
 
     /// What nobody said.
     pub struct Owner;
@@ -214,7 +217,23 @@ pub mod image {
     pub enum Unpacked {}
 
     /// Nor this.
-    pub type Unpacking = Thread<Result<Unpacked, ImageError>>;
+    pub(crate) enum Unpacking {}
+
+    impl Unpacking {
+        pub(crate) fn give_up(&self) {
+            match *self {}
+        }
+
+        pub(crate) fn end(self) -> io::Result<Result<Unpacked, ImageError>> {
+            match self {}
+        }
+    }
+
+    impl AsFd for Unpacking {
+        fn as_fd(&self) -> BorrowedFd<'_> {
+            match *self {}
+        }
+    }
 
     impl Images {
         /// Without an owner.
@@ -227,7 +246,7 @@ pub mod image {
         ///
         /// # Errors
         /// [`ImageError`].
-        pub fn unpack(&mut self, _: &str, source: &ImageSource) -> Result<Unpacking, ImageError> {
+        pub(crate) fn unpack(&mut self, _: &str, source: &ImageSource) -> Result<Unpacking, ImageError> {
             Err(ImageError(source.digest.clone()))
         }
 

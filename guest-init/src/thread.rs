@@ -12,7 +12,7 @@ use std::{
 use nix::{fcntl::OFlag, unistd::pipe2};
 
 /// What becomes a `T`.
-pub struct Thread<T> {
+pub(crate) struct Thread<T> {
     thread: JoinHandle<T>,
     /// Ends when the thread does.
     end: OwnedFd,
@@ -23,7 +23,7 @@ impl<T: Send + 'static> Thread<T> {
     ///
     /// # Errors
     /// The system's, without a thread.
-    pub fn begin(name: &str, work: impl FnOnce() -> T + Send + 'static) -> io::Result<Self> {
+    pub(crate) fn begin(name: &str, work: impl FnOnce() -> T + Send + 'static) -> io::Result<Self> {
         let (end, open) = pipe2(OFlag::O_CLOEXEC)?;
         let work = move || {
             let _open = open;
@@ -36,7 +36,7 @@ impl<T: Send + 'static> Thread<T> {
     ///
     /// # Errors
     /// When it panicked.
-    pub fn end(self) -> io::Result<T> {
+    pub(crate) fn end(self) -> io::Result<T> {
         self.thread.join().map_err(|_| io::Error::other("the thread panicked"))
     }
 }

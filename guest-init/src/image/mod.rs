@@ -3,6 +3,7 @@
 //! Owns: where trees lie (encrypted memory, or the scratch disk), what the owner said of images, and that a container's program, user and
 //! environment come from the verified image and not from the host. Does not own: the formats (coffer-layers).
 
+mod given_up;
 mod user;
 
 #[cfg(feature = "fuzz")]
@@ -10,16 +11,22 @@ pub use user::user;
 
 use std::{
     fs, io,
-    os::{fd::OwnedFd, unix::fs::PermissionsExt},
+    os::{
+        fd::{AsFd, BorrowedFd, OwnedFd},
+        unix::fs::PermissionsExt,
+    },
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, PoisonError, atomic::AtomicU64},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
 };
 
 use coffer_layers::{
     config::{ConfigError, Process},
     digest::{Digest, DigestError},
     image::{Image, Trust},
-    layout::Folder,
+    layout::{Blobs, Folder},
     ocicrypt::{KeySource, NoKeys},
     policy::{
         Name, NameError, Origin, Policy, Signatures, Subject,
@@ -38,6 +45,7 @@ use crate::{
     scratch::{self, ScratchError},
     thread::Thread,
 };
+use given_up::UnlessGivenUp;
 
 /// Where trees lie.
 const PLACE: &str = "/run/coffer/images";
@@ -132,7 +140,48 @@ struct Work {
 }
 
 /// An image on its way to a tree.
-pub type Unpacking = Thread<Result<Unpacked, ImageError>>;
+pub(crate) struct Unpacking {
+    thread: Thread<Result<Unpacked, ImageError>>,
+    given_up: Arc<AtomicBool>,
+}
+
+impl Unpacking {
+    /// Nobody waits for it any more: it ends at the next bytes of a blob.
+    pub(crate) fn give_up(&self) {
+        self.given_up.store(true, Ordering::Relaxed);
+    }
+
+    /// What it became; see [`Thread::end`].
+    ///
+    /// # Errors
+    /// When the thread panicked.
+    pub(crate) fn end(self) -> io::Result<Result<Unpacked, ImageError>> {
+        self.thread.end()
+    }
+}
+
+#[cfg(test)]
+impl Unpacking {
+    /// One that ends when it is given up, or after a minute.
+    pub(crate) fn endless() -> Self {
+        let given_up = Arc::new(AtomicBool::new(false));
+        let flag = given_up.clone();
+        let wait = move || {
+            let began = std::time::Instant::now();
+            while !flag.load(Ordering::Relaxed) && began.elapsed().as_secs() < 60 {
+                std::thread::sleep(std::time::Duration::from_millis(5));
+            }
+            Err(ImageError::System("unpack", io::ErrorKind::Interrupted.into()))
+        };
+        Self { thread: Thread::begin("image", wait).unwrap(), given_up }
+    }
+}
+
+impl AsFd for Unpacking {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.thread.as_fd()
+    }
+}
 
 /// What trees lie in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -171,12 +220,15 @@ impl Images {
     ///
     /// # Errors
     /// [`ImageError`] without a thread; what is wrong with the image its end says.
-    pub fn unpack(&mut self, id: &str, source: &ImageSource) -> Result<Unpacking, ImageError> {
+    pub(crate) fn unpack(&mut self, id: &str, source: &ImageSource) -> Result<Unpacking, ImageError> {
         let (work, id, source) = (self.work.clone(), id.to_owned(), source.clone());
         self.any = true;
-        let unpack = move || work.lock().unwrap_or_else(PoisonError::into_inner).unpack(&id, &source);
-        Thread::begin("image", unpack)
-            .map_err(|e| ImageError::System("unpack beside the pod's containers", e))
+        let given_up = Arc::new(AtomicBool::new(false));
+        let flag = given_up.clone();
+        let unpack = move || work.lock().unwrap_or_else(PoisonError::into_inner).unpack(&id, &source, flag);
+        let thread = Thread::begin("image", unpack)
+            .map_err(|e| ImageError::System("unpack beside the pod's containers", e))?;
+        Ok(Unpacking { thread, given_up })
     }
 
     /// Forgets a container's tree.
@@ -189,13 +241,18 @@ impl Images {
 }
 
 impl Work {
-    fn unpack(&mut self, id: &str, source: &ImageSource) -> Result<Unpacked, ImageError> {
+    fn unpack(
+        &mut self,
+        id: &str,
+        source: &ImageSource,
+        given_up: Arc<AtomicBool>,
+    ) -> Result<Unpacked, ImageError> {
         let digest: Digest = source.digest.parse()?;
         let blobs = Path::new(&source.blobs);
         if !is_in_share(blobs) {
             return Err(ImageError::Place(source.blobs.clone()));
         }
-        let blobs = Folder(blobs.to_owned());
+        let blobs = UnlessGivenUp::new(Folder(blobs.to_owned()), given_up);
         let image = self.load(&blobs, &digest, source)?;
         let process = image.config.process(None, &[], &[])?;
         let stop_signal = match &process.stop_signal {
@@ -214,7 +271,7 @@ impl Work {
     }
 
     /// The image, when the owner's list and the owner's signature policy let it run, as far as there are such.
-    fn load(&self, blobs: &Folder, digest: &Digest, source: &ImageSource) -> Result<Image, ImageError> {
+    fn load(&self, blobs: &dyn Blobs, digest: &Digest, source: &ImageSource) -> Result<Image, ImageError> {
         let trust = self.trust(digest)?;
         let Some(owners) = &self.owner.signatures else { return Ok(Image::load(blobs, digest, trust)?) };
         let (listed, simple) = (&source.signatures, &source.simple_signatures);

@@ -81,6 +81,15 @@ impl Server {
         }
     }
 
+    /// The connection that wanted it is gone: it is not worth its time.
+    pub(super) fn not_wanted(&self, key: u64) {
+        if let Some(Beside { key: of, job: Job::Image { image, .. } }) = &self.beside
+            && *of == key
+        {
+            image.give_up();
+        }
+    }
+
     /// The thread has ended: goes on with what it made, then does what waited for that.
     pub(super) fn beside_ended(&mut self) {
         let Some(Beside { key, job }) = self.beside.take() else { return };
@@ -129,5 +138,45 @@ impl Server {
                 if wanted { self.further(key, exec) } else { Ok(()) }
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        os::unix::net::{UnixListener, UnixStream},
+        time::{Duration, Instant},
+    };
+
+    use coffer_protocol::CreateContainer;
+
+    use super::*;
+
+    #[test]
+    fn an_image_whose_connection_is_gone_is_not_unpacked_to_its_end() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("s");
+        let mut server = Server::new(UnixListener::bind(&path).unwrap().into()).unwrap();
+        let host = UnixStream::connect(&path).unwrap();
+        server.turn().unwrap();
+        let key = *server.sessions.keys().next().unwrap();
+        let create = CreateContainer {
+            id: "c".into(),
+            spec: Value::Null,
+            window: None,
+            binds: Vec::new(),
+            shared: Vec::new(),
+            image: None,
+            notify: None,
+            streams: Vec::new(),
+        };
+        let image = image::Unpacking::endless();
+        server.beside = Some(Beside::new(key, Job::Image { create, image }));
+        drop(host);
+        let began = Instant::now();
+        while server.beside.is_some() && began.elapsed() < Duration::from_secs(20) {
+            server.turn().unwrap();
+        }
+        assert!(server.beside.is_none(), "it goes on for nobody");
     }
 }

@@ -261,6 +261,7 @@ impl Server {
         for key in done {
             let Some(session) = self.sessions.remove(&key) else { continue };
             self.give_up(key);
+            self.not_wanted(key);
             let Some(process) = session.process else { continue };
             if process.ended.is_none() {
                 let _ = kill(Pid::from_raw(process.pid), Signal::SIGKILL);
