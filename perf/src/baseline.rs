@@ -63,7 +63,7 @@ const GATES: [Gate; 14] = [
         "instructions-host-kernel-until-pid1",
         "host's kernel: KVM and memory, to PID 1",
         Of::Smallest,
-        200_000,
+        300_000,
     ),
     gate("guest-entries-until-pid1", "entries into the guest, to PID 1", Of::Smallest, 45),
     gate("kvm-exits-of-its-own", "exits that no interrupt caused", Of::Smallest, 0),

@@ -20,6 +20,7 @@ Exit code 124: out of time. 125: the rig failed, and says how.
   --mem MIB          RAM of the machine (2048)
   --smp N            its processors (1)
   --timeout S        seconds until the command is killed (120)
+  --ready S          seconds for the machine to come so far that it runs the command, else another one boots, once (180)
   --rw DIR           directory shared for writing; more than once
   --iommu none|intel with intel the machine has an IOMMU with interrupt remapping, for VFIO (none)
   --qemu-arg ARG     one more word for QEMU; more than once
@@ -56,6 +57,7 @@ pub(crate) struct Run {
     pub(crate) memory_mib: u32,
     pub(crate) processors: u32,
     pub(crate) time_out: Duration,
+    pub(crate) ready: Duration,
     pub(crate) writable: Vec<PathBuf>,
     pub(crate) iommu: Iommu,
     pub(crate) qemu: Vec<String>,
@@ -74,6 +76,7 @@ impl Default for Run {
             memory_mib: 2048,
             processors: 1,
             time_out: Duration::from_secs(120),
+            ready: Duration::from_secs(180),
             writable: Vec::new(),
             iommu: Iommu::None,
             qemu: Vec::new(),
@@ -130,6 +133,7 @@ pub(crate) fn parse(words: impl IntoIterator<Item = String>) -> Result<Command, 
             "--mem" => run.memory_mib = number(&option, value()?, 256)?,
             "--smp" => run.processors = number(&option, value()?, 1)?,
             "--timeout" => run.time_out = Duration::from_secs(number(&option, value()?, 1)?.into()),
+            "--ready" => run.ready = Duration::from_secs(number(&option, value()?, 1)?.into()),
             "--rw" => run.writable.push(value()?.into()),
             "--qemu-arg" => run.qemu.push(value()?),
             "--append" => run.append = value()?,

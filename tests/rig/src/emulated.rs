@@ -222,7 +222,7 @@ fn explain(state: &State) {
 enum End {
     /// With the command's exit code, or one of the rig's.
     Code(u8),
-    /// It was to go on from a saved one and does not.
+    /// It did not come so far that the command ran.
     Lifeless,
 }
 
@@ -255,13 +255,19 @@ pub(crate) fn run(run: &Run, stock: &Stock) -> Result<u8, EmulatedError> {
         End::Lifeless => {}
     }
     // Nothing of the command has run.
-    eprintln!("rig: the saved machine does not go on: it is removed, and one boots");
     if let Way::Continue(file) = &way {
+        eprintln!("rig: the saved machine does not go on: it is removed, and one boots");
         let _ = fs::remove_file(file);
+    } else {
+        eprintln!("rig: the machine did not come up: another one boots");
     }
     match started(&Way::Boot)? {
         End::Code(code) => Ok(code),
-        End::Lifeless => Ok(RIG_FAILED),
+        End::Lifeless => {
+            eprintln!("rig: nor did this one come up");
+            explain(&state);
+            Ok(RIG_FAILED)
+        }
     }
 }
 
@@ -305,6 +311,10 @@ fn follow(run: &Run, state: &State, argv: &[String], way: &Way) -> Result<End, E
             }
         }
         let up = state.read("up").unwrap_or_default();
+        // A second time is for a machine that hangs, not for a limit shorter than that or a kernel that says why it ended.
+        if up.is_empty() && !ended && began.elapsed() > run.ready && run.ready < run.time_out {
+            return Ok(End::Lifeless);
+        }
         if let Some(code) = code.or_else(|| if ended { state.read("rc") } else { None }) {
             if run.verbose {
                 let took = began.elapsed().as_secs_f64();
