@@ -29,18 +29,21 @@ extern "C" fn __sanitizer_cov_8bit_counters_init(start: *mut u8, end: *mut u8) {
     }
 }
 
-/// Eight counters at once: most are zero, and they are looked at for every input.
-fn words(all: &'static [AtomicU8]) -> (&'static [AtomicU8], &'static [AtomicU64], &'static [AtomicU8]) {
-    // SAFETY: any bytes are an AtomicU64, and `align_to` aligns it.
-    unsafe { all.align_to() }
+/// Counters that are looked at together: nearly all are zero, for every input. A loop over them would itself be counted, step by step.
+const BLOCK: usize = 1024;
+static ZEROS: [u8; BLOCK] = [0; BLOCK];
+
+fn is_zero(block: &[AtomicU8]) -> bool {
+    // SAFETY: both have at least `block.len()` bytes, as blocks are no longer than [`BLOCK`]. A thread that counts meanwhile, as the
+    // one that waits for inputs without end may, writes single bytes, of which any value will do.
+    unsafe { libc::memcmp(block.as_ptr().cast(), ZEROS.as_ptr().cast(), block.len()) == 0 }
 }
 
 /// All counters to zero.
 pub(crate) fn clear() {
     for all in COUNTERS.lock().unwrap_or_else(PoisonError::into_inner).iter() {
-        let (before, words, after) = words(all);
-        words.iter().for_each(|word| word.store(0, Ordering::Relaxed));
-        before.iter().chain(after).for_each(|counter| counter.store(0, Ordering::Relaxed));
+        // SAFETY: the section is there as long as the program and may be written, as its code does; other threads as in `is_zero`.
+        unsafe { libc::memset(all.as_ptr().cast_mut().cast(), 0, all.len()) };
     }
 }
 
@@ -65,31 +68,39 @@ impl Coverage {
 
     /// True if since [`clear`] an edge was taken that never was, or more often than ever, by powers of two.
     pub(crate) fn is_new(&mut self) -> bool {
-        let (mut new, mut at) = (false, 0);
-        let mut look = |at: usize, count: u8| {
-            if let Some(bit) = count.checked_ilog2().map(|power| 1 << power) {
-                new |= self.0[at] & bit == 0;
-                self.0[at] |= bit;
-            }
-        };
+        let (mut new, mut start) = (false, 0);
         for all in COUNTERS.lock().unwrap_or_else(PoisonError::into_inner).iter() {
-            let (before, words, after) = words(all);
-            for counter in before {
-                look(at, counter.load(Ordering::Relaxed));
-                at += 1;
-            }
-            for word in words {
-                let word = word.load(Ordering::Relaxed);
-                if word != 0 {
-                    word.to_ne_bytes().into_iter().enumerate().for_each(|(i, count)| look(at + i, count));
+            for (number, block) in all.chunks(BLOCK).enumerate().filter(|(_, block)| !is_zero(block)) {
+                // SAFETY: any bytes are an AtomicU64, and `align_to` aligns it.
+                let (before, words, after) = unsafe { block.align_to::<AtomicU64>() };
+                let mut at = start + number * BLOCK;
+                for counter in before {
+                    new |= self.look(at, counter.load(Ordering::Relaxed));
+                    at += 1;
                 }
-                at += 8;
+                for word in words {
+                    let counts = word.load(Ordering::Relaxed);
+                    if counts != 0 {
+                        for (i, count) in counts.to_ne_bytes().into_iter().enumerate() {
+                            new |= self.look(at + i, count);
+                        }
+                    }
+                    at += 8;
+                }
+                for counter in after {
+                    new |= self.look(at, counter.load(Ordering::Relaxed));
+                    at += 1;
+                }
             }
-            for counter in after {
-                look(at, counter.load(Ordering::Relaxed));
-                at += 1;
-            }
+            start += all.len();
         }
+        new
+    }
+
+    fn look(&mut self, at: usize, count: u8) -> bool {
+        let bit = count.checked_ilog2().map_or(0, |power| 1 << power);
+        let new = self.0[at] & bit != bit;
+        self.0[at] |= bit;
         new
     }
 }
