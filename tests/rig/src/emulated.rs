@@ -341,9 +341,8 @@ fn follow(run: &Run, state: &State, argv: &[String], way: &Way) -> Result<End, E
                 explain(state);
                 return Ok(End::Code(RIG_FAILED));
             }
-            if run.verbose {
-                explain(state);
-            }
+            // The command may be slow, or the machine's kernel may have something to say.
+            explain(state);
             return Ok(End::Code(TIMED_OUT));
         }
         thread::sleep(TICK);
