@@ -12,7 +12,7 @@ use std::{
     fs::{self, File},
     io::{Read, Write},
     os::unix::{ffi::OsStrExt, fs::DirBuilderExt, process::ExitStatusExt},
-    path::Path,
+    path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     sync::mpsc::{self, RecvTimeoutError},
     thread,
@@ -41,6 +41,16 @@ pub enum BootError {
         /// What was being done.
         stage: &'static str,
         /// Its answer.
+        source: std::io::Error,
+    },
+    /// A file of the plan's image is not there.
+    #[error(
+        "the plan's image: read {path}: {source}: perf/build PROFILE makes the files of an image of ours"
+    )]
+    Image {
+        /// Which.
+        path: PathBuf,
+        /// The system's answer.
         source: std::io::Error,
     },
     /// The guest did not mark in time, or the VMM ended.

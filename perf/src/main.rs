@@ -36,10 +36,19 @@ fn main() -> ExitCode {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
         Err(error) => {
-            eprintln!("coffer-bench: {error:#}");
+            eprintln!("coffer-bench: {}", words(&error));
             ExitCode::from(2)
         }
     }
+}
+
+/// An error with what caused it, where its own words do not already end with that.
+fn words(error: &anyhow::Error) -> String {
+    error.chain().map(ToString::to_string).fold(String::new(), |said, cause| match said.as_str() {
+        "" => cause,
+        text if text.ends_with(&cause) => said,
+        _ => format!("{said}: {cause}"),
+    })
 }
 
 fn try_main() -> Result<bool> {

@@ -211,8 +211,8 @@ fn guest(
     setting: &Setting<'_>,
     directory: &Path,
 ) -> Result<Guest, BootError> {
-    let command_line =
-        fs::read_to_string(&image.command_line).map_err(boot::system("read the command line"))?;
+    let command_line = fs::read_to_string(&image.command_line)
+        .map_err(|source| BootError::Image { path: image.command_line.clone(), source })?;
     let mut guest = Guest {
         kernel: image.kernel.clone(),
         initramfs: image.initramfs.clone(),

@@ -24,10 +24,19 @@ fn main() -> ExitCode {
     match act() {
         Ok(code) => ExitCode::from(code),
         Err(error) => {
-            eprintln!("rig: {error:#}");
+            eprintln!("rig: {}", words(&error));
             ExitCode::from(RIG_FAILED)
         }
     }
+}
+
+/// An error with what caused it, where its own words do not already end with that.
+fn words(error: &anyhow::Error) -> String {
+    error.chain().map(ToString::to_string).fold(String::new(), |said, cause| match said.as_str() {
+        "" => cause,
+        text if text.ends_with(&cause) => said,
+        _ => format!("{said}: {cause}"),
+    })
 }
 
 fn act() -> Result<u8> {
