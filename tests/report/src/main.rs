@@ -34,19 +34,10 @@ fn main() -> ExitCode {
     match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("coffer-report: {}", words(&error));
+            eprintln!("coffer-report: {error:#}");
             ExitCode::FAILURE
         }
     }
-}
-
-/// An error with what caused it, where its own words do not already end with that.
-fn words(error: &anyhow::Error) -> String {
-    error.chain().map(ToString::to_string).fold(String::new(), |said, cause| match said.as_str() {
-        "" => cause,
-        text if text.ends_with(&cause) => said,
-        _ => format!("{said}: {cause}"),
-    })
 }
 
 fn bytes(path: &str) -> Result<Vec<u8>> {
