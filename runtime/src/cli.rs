@@ -17,13 +17,15 @@ pub fn show(text: &str) {
 pub const USAGE: &str = "\
 coffer: runs OCI containers in microVMs, with runc's command line
 
-  coffer [--root DIR] [--log FILE] [--log-format text|json] [--debug] [--annotation KEY=VALUE]... COMMAND
+  coffer [--root DIR] [--log FILE] [--log-format text|json] [--debug] [--systemd-cgroup] [--annotation KEY=VALUE]... COMMAND
 
   create -b BUNDLE [--pid-file F] [--console-socket S] ID   make a container; its VM boots
   start ID                                                  let it run
-  run -b BUNDLE [--pid-file F] [--console-socket S] [-d] ID create and start
+  run -b BUNDLE [--pid-file F] [--console-socket S] [-d] [--keep] ID
+                                                            create and start
   exec [-p F] [-d] [-t] [--pid-file F] [--console-socket S]
-       [-u UID[:GID]] [--cwd D] [-e K=V] ID COMMAND...      one more process
+       [-u UID[:GID]] [-g GID] [--cwd D] [-e K=V] [--cap C] [--no-new-privs] [--cgroup P] ID COMMAND...
+                                                            one more process
   state ID, ps ID [-f json], list [-f json|table] [-q]      what is there
   events ID [--stats] [--interval 5s]                       what it uses, and when memory ran out
   kill ID [SIGNAL] [--all]                                  signal it

@@ -191,7 +191,7 @@ impl Facts {
             "image up",
             either(self.image_up, "for one processor", Fatal, "images/up.igvm is missing: run ./make up"),
         );
-        let remedy = "images/smp.igvm is missing: no containers with more than one processor: run ./make smp";
+        let remedy = "images/smp.igvm is missing: no containers with more than one processor, with initdata, an image that the guest unpacks, a scratch disk or a TEE: run ./make smp";
         line("image smp", either(self.image_smp, "for more processors", Lacking, remedy));
         let remedy = "/dev/net/tun does not open: only --network none works: modprobe tun";
         line("tap devices", either(self.tun, "/dev/net/tun opens", Lacking, remedy));

@@ -1,4 +1,4 @@
-//! Where the other parts of an installation are: next to this program, whatever the environment says.
+//! Where the other parts of an installation are: next to this program, or where COFFER_HOME says.
 
 use std::path::PathBuf;
 

@@ -33,6 +33,8 @@ pub(crate) const MOST_VCPUS: u32 = 64;
 pub(crate) const VCPUS_ANNOTATION: &str = "io.coffer.vcpus";
 /// Names the processors that a VM can have, when it boots with fewer.
 pub(crate) const MOST_VCPUS_ANNOTATION: &str = "io.coffer.vcpus-max";
+/// Where a debug image's serial console goes: an absolute path.
+pub(crate) const CONSOLE_ANNOTATION: &str = "io.coffer.console";
 /// As many as resolv.conf(5) has.
 const MOST_NAME_SERVERS: usize = 3;
 
@@ -84,6 +86,14 @@ pub struct Plan {
     pub igvm: Option<PathBuf>,
     /// The container notifies a service manager, as far as the configuration says.
     pub notify: Option<Notify>,
+}
+
+impl Plan {
+    /// The file for the guest's console, where somebody wants one. Only a debug image writes there.
+    #[must_use]
+    pub fn console(&self) -> Option<&Path> {
+        annotation(&self.spec, CONSOLE_ANNOTATION).map(Path::new)
+    }
 }
 
 /// Reads `config.json`, without what nobody knows: both of these, for what the types leave out.

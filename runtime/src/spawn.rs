@@ -216,6 +216,9 @@ fn words(start: &Start<'_>, share: &Path, numbers: &[RawFd]) -> Result<Vec<Strin
     if let Some(template) = &start.template {
         say("--template", path(template)?);
     }
+    if let Some(console) = plan.console() {
+        say("--console", path(console)?);
+    }
     if let Some(trace) = &start.trace {
         say("--trace", path(trace)?);
         say("--trace-from", clock::began_ns().to_string());

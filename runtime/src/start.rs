@@ -51,9 +51,10 @@ impl Start {
         }
     }
 
-    /// Why a pod with a scratch disk, or with processors that wait, does not start so.
+    /// Why a pod with a scratch disk, a console, or processors that wait does not start so.
     fn not_with_more(self) -> Option<&'static str> {
-        (self == Self::Template).then_some("a template has no disk, and its processors all run")
+        (self == Self::Template)
+            .then_some("a template has no disk and no console, and its processors all run")
     }
 }
 
@@ -66,8 +67,9 @@ pub fn wanted(plan: &Plan) -> Result<Start, Error> {
     let tee = plan.confidential.tee.as_deref().filter(|tee| *tee != "none");
     let operator = fs::read_to_string(CONFIGURATION).ok();
     let disk = plan.scratch.is_some().then_some("io.coffer.scratch");
+    let console = plan.console().map(|_| plan::CONSOLE_ANNOTATION);
     let waiting = (plan.most_vcpus > plan.vcpus).then_some(plan::MOST_VCPUS_ANNOTATION);
-    decide(annotation, operator.as_deref(), tee, disk.or(waiting))
+    decide(annotation, operator.as_deref(), tee, disk.or(console).or(waiting))
 }
 
 fn decide(

@@ -24,6 +24,11 @@ fn the_memory_map_is_the_layouts() {
     let constants = BTreeMap::from([
         ("snp::SECRETS", snp::SECRETS),
         ("snp::CPUID", snp::CPUID),
+        ("snp::PAGE_TABLES", snp::PAGE_TABLES),
+        ("snp::CC_DATA", snp::CC_DATA),
+        ("snp::GHCB", snp::GHCB),
+        ("snp::SITES", snp::SITES),
+        ("snp::PAYLOAD", snp::PAYLOAD),
         ("boot::PARAMETERS", boot::PARAMETERS),
         ("boot::HANDOFF", boot::HANDOFF),
         ("boot::STACK_TOP", boot::STACK_TOP),

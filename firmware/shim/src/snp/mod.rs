@@ -1,4 +1,4 @@
-//! The SEV-SNP path: from a launch that measured two dozen pages to a kernel in private memory.
+//! The SEV-SNP path: from a launch that measured ten pages to a kernel in private memory.
 //!
 //! Owns: the order of checks. Every one fails with a refusal of its own; the kernel runs only after all. The steps'
 //! logic is in the modules; what touches the machine is behind [`Hardware`]. Whole images are attacked on a model of it in
