@@ -54,17 +54,23 @@ impl Window {
         }
     }
 
+    /// The stage of our trace with which it ends.
+    #[must_use]
+    pub fn stage(self) -> Option<&'static str> {
+        Some(match self {
+            Self::FirstGuestInstruction => "shim-entry",
+            Self::KernelEntry => "kernel-entry",
+            Self::Pid1 => "init-entry",
+            Self::Ready => "init-ready",
+            Self::Container => "container-started",
+            Self::Output | Self::Deleted => return None,
+        })
+    }
+
     /// The window that ends with a stage of our trace.
     #[must_use]
     pub fn of_stage(stage: &str) -> Option<Self> {
-        Some(match stage {
-            "shim-entry" => Self::FirstGuestInstruction,
-            "kernel-entry" => Self::KernelEntry,
-            "init-entry" => Self::Pid1,
-            "init-ready" => Self::Ready,
-            "container-started" => Self::Container,
-            _ => return None,
-        })
+        Self::ALL.into_iter().find(|window| window.stage() == Some(stage))
     }
 }
 
