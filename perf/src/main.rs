@@ -106,13 +106,14 @@ fn measure(plan_file: &Path, out: &Path, stamp: &Path, fresh_memory: bool) -> Re
     let raw_path = out.join("raw.jsonl");
     let mut raw = File::create(&raw_path).with_context(|| format!("make {}", raw_path.display()))?;
     let result = run::run(&plan, stamp, &scratch, fresh_memory, &mut raw);
-    fs::remove_dir_all(&scratch).with_context(|| format!("remove {}", scratch.display()))?;
+    let removed = fs::remove_dir_all(&scratch);
     let load = fs::read_to_string("/proc/loadavg").unwrap_or_default();
     print.insert("load average at the end".into(), load.trim().to_owned());
     let print = serde_json::to_vec_pretty(&print)?;
     fs::write(out.join("machine.json"), print).context("write machine.json")?;
     raw.flush()?;
     let records = result?;
+    removed.with_context(|| format!("remove {}", scratch.display()))?;
     println!("{} starts in {}", records.len(), raw_path.display());
     Ok(())
 }
