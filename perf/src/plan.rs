@@ -349,7 +349,7 @@ impl Plan {
                             memory_mib,
                             vcpus,
                             parallel,
-                            runtimes: runtimes.iter().map(|r| &self.runtime[self.index(r)]).collect(),
+                            runtimes: runtimes.iter().map(|r| &self.runtime[self.place(r)]).collect(),
                         };
                         if !vmms.is_empty() {
                             cells.extend(self.image.iter().map(|image| {
@@ -368,7 +368,9 @@ impl Plan {
         cells
     }
 
-    fn index(&self, runtime: &Runtime) -> usize {
+    /// Which of the plan's runtimes one is, from 0.
+    #[must_use]
+    pub fn place(&self, runtime: &Runtime) -> usize {
         self.runtime.iter().position(|r| r == runtime).unwrap_or(0)
     }
 }

@@ -91,6 +91,9 @@ pub struct Record {
     /// Who.
     #[serde(flatten)]
     pub who: Who,
+    /// Which of the plan's runtimes that is, from 0. Records that were written before this was kept all have 0.
+    #[serde(default)]
+    pub place: usize,
     /// Name of the image; empty for containers.
     pub image: String,
     /// Class.
@@ -134,6 +137,7 @@ impl Record {
         Self {
             sequence: 0,
             who: kind.into(),
+            place: 0,
             image: "up".into(),
             class: Class::Warm,
             memory_mib: 128,
@@ -196,8 +200,11 @@ mod tests {
         };
         let line = serde_json::to_string(&record).unwrap();
         assert!(line.contains("\"windows\":{\"pid1\":3.5}") && !line.contains('\n'), "{line}");
-        assert!(line.contains("\"runtime\":\"coffer-vmm\",\"image\""), "{line}");
+        assert!(line.contains("\"runtime\":\"coffer-vmm\",\"place\":0,\"image\""), "{line}");
         assert_eq!(serde_json::from_str::<Record>(&line).unwrap(), record);
+        // A line of before records had it.
+        let old = line.replace("\"place\":0,", "");
+        assert_eq!(serde_json::from_str::<Record>(&old).unwrap(), record);
         let named = Record { who: Who { name: Some("new".into()), ..record.who.clone() }, ..record.clone() };
         let line = serde_json::to_string(&named).unwrap();
         assert!(line.contains("\"runtime\":\"coffer-vmm\",\"runtime-name\":\"new\""), "{line}");

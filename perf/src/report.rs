@@ -19,7 +19,7 @@ use crate::{
     stats::{Samples, ratio},
 };
 
-/// Records of one group by runtime, in the order in which they first appear.
+/// Records of one group by runtime, in the plan's order.
 type Runtimes<'a> = Vec<(&'a Who, Vec<&'a Record>)>;
 
 /// Records by runtime and image.
@@ -35,9 +35,14 @@ fn grouped(records: &[Record]) -> BTreeMap<Group, Runtimes<'_>> {
         }
     }
     for runtimes in groups.values_mut() {
-        runtimes.sort_by_key(|(who, _)| *who);
+        runtimes.sort_by_key(|(who, list)| order(who, list));
     }
     groups
+}
+
+/// The plan's order. Records that do not know it have one by kind and name.
+fn order<'a>(who: &'a Who, records: &[&Record]) -> (Option<usize>, &'a Who) {
+    (records.iter().map(|r| r.place).min(), who)
 }
 
 fn window(records: &[&Record], window: Window) -> Option<Samples> {
@@ -111,7 +116,7 @@ fn across(text: &mut String, records: &[Record]) {
     }
     for (group, mut rows) in alike {
         rows.retain(|(_, _, list)| window(list, Window::Pid1).is_some());
-        rows.sort_by_key(|(who, _, _)| *who);
+        rows.sort_by_key(|(who, _, list)| order(who, list));
         let images: BTreeSet<&str> = rows.iter().map(|(_, image, _)| *image).collect();
         let Some(first) = rows.first().and_then(|(_, _, list)| window(list, Window::Pid1)) else { continue };
         if images.len() < 2 {
@@ -143,11 +148,14 @@ fn across(text: &mut String, records: &[Record]) {
 
 /// For each runtime and what was started: the stages by number of starts at the same time.
 fn at_once(text: &mut String, records: &[Record]) {
-    let mut alike: BTreeMap<(&Who, Group), Vec<&Record>> = BTreeMap::new();
+    let mut alike: BTreeMap<(usize, &Who, Group), Vec<&Record>> = BTreeMap::new();
     for record in records {
-        alike.entry((&record.who, Group { parallel: 1, ..record.group() })).or_default().push(record);
+        alike
+            .entry((record.place, &record.who, Group { parallel: 1, ..record.group() }))
+            .or_default()
+            .push(record);
     }
-    for ((who, group), records) in alike {
+    for ((_, who, group), records) in alike {
         if let Some(table) = parallel::table(who, &records) {
             let _ = writeln!(text, "## Starts at the same time: {}\n\n{table}", group.words());
         }
@@ -381,6 +389,21 @@ mod tests {
         plots(directory.path(), &records).unwrap();
         let plot = fs::read_to_string(directory.path().join("cdf-up-warm-128mib-1vcpu-1.svg")).unwrap();
         assert!(plot.contains("old") && plot.contains("new"), "{plot}");
+    }
+
+    #[test]
+    fn the_plan_s_first_is_what_the_others_are_compared_with() {
+        let of = |place, name: &str, round, ms| {
+            let record = record(Kind::CofferVmm, round, 1, ms);
+            Record { place, who: Who { name: Some(name.into()), ..record.who.clone() }, ..record }
+        };
+        // Each round another one begins.
+        let records =
+            [of(1, "new", 1, 10.0), of(0, "old", 1, 20.0), of(0, "old", 2, 20.0), of(1, "new", 2, 10.0)];
+        let text = summary("x", &Fingerprint::new(), &records, false);
+        assert!(text.contains("| old / it, 95 % interval |"), "{text}");
+        assert!(text.contains("| exec → PID 1 | new | 2 | 10.0 | 10.0 | 10.0 | 10.0 | 2.00 ["), "{text}");
+        assert!(text.contains("| figure, median [min–max] | old | new |"), "{text}");
     }
 
     #[test]

@@ -88,7 +88,12 @@ pub fn run(
                 let started = starts(runtime, &cell, &setting)?;
                 for started in started {
                     if round >= plan.warm_up {
-                        let record = to_record(&cell, runtime, sequence, round - plan.warm_up + 1, started);
+                        let record = Record {
+                            sequence,
+                            round: round - plan.warm_up + 1,
+                            place: plan.place(runtime),
+                            ..to_record(&cell, runtime, started)
+                        };
                         let line = serde_json::to_string(&record).map_err(io::Error::from);
                         let line = line.map_err(system("write a record"))?;
                         writeln!(raw, "{line}").map_err(system("write raw.jsonl"))?;
@@ -102,16 +107,18 @@ pub fn run(
     Ok(records)
 }
 
-fn to_record(cell: &Cell<'_>, runtime: &Runtime, sequence: usize, round: usize, started: Started) -> Record {
+/// Without what only the run knows.
+fn to_record(cell: &Cell<'_>, runtime: &Runtime, started: Started) -> Record {
     Record {
-        sequence,
+        sequence: 0,
         who: runtime.who(),
+        place: 0,
         image: cell.image.map(|i| i.name.clone()).unwrap_or_default(),
         class: cell.class,
         memory_mib: cell.memory_mib,
         vcpus: cell.vcpus,
         parallel: cell.parallel,
-        round,
+        round: 0,
         windows: started.windows,
         stages: started.stages,
         figures: started.figures,
@@ -267,5 +274,13 @@ mod tests {
         // Its second word is a path in the directory of the start.
         let error = run_script("rm -rf \"${2%/state}\"; echo 1; exit 1").unwrap_err().to_string();
         assert!(error.contains("exit code 1"), "{error}");
+    }
+
+    #[test]
+    fn records_know_their_place_in_the_plan() {
+        let records = run_script("echo 1").unwrap();
+        let got: Vec<_> = records.iter().map(|r| (r.who.words(), r.place)).collect();
+        // Each round another one begins.
+        assert_eq!(got, [("new", 1), ("old", 0), ("old", 0), ("new", 1)]);
     }
 }
