@@ -86,14 +86,9 @@ fn measure(plan_file: &Path, out: &Path, stamp: &Path, fresh_memory: bool) -> Re
     let plan = Plan::parse(&text).with_context(|| plan_file.display().to_string())?;
     fs::create_dir_all(out).with_context(|| format!("make {}", out.display()))?;
     let programs: Vec<String> = plan.runtime.iter().map(|r| r.program.display().to_string()).collect();
-    let files: Vec<String> = plan
-        .image
-        .iter()
-        .flat_map(|i| i.igvm.iter().chain([&i.kernel, &i.initramfs]))
-        .filter(|p| p.exists())
-        .map(|p| p.display().to_string())
-        .collect();
-    let mut print = fingerprint::read(&programs, &files);
+    let files: Vec<String> = plan.files().iter().map(|p| p.display().to_string()).collect();
+    let mut print = fingerprint::read(&programs, &files)
+        .with_context(|| format!("{}: what it names must be there", plan_file.display()))?;
     print.insert("plan".into(), plan.name.clone());
     if fresh_memory {
         print.insert("free memory".into(), "written before each start: the processor is emulated".into());
