@@ -6,8 +6,10 @@
 use std::{
     fs::{self, File},
     io::{BufRead, BufReader, Read},
+    os::unix::process::CommandExt,
     path::{Path, PathBuf},
     process::{Command, Stdio},
+    sync::mpsc::{self, RecvTimeoutError},
     thread,
     time::{Duration, Instant},
 };
@@ -15,7 +17,7 @@ use std::{
 use serde_json::json;
 
 use crate::{
-    boot::{BootError, Started, system},
+    boot::{BootError, Started, system, words_in},
     counts, figures,
     plan::{Class, Kind},
     record::{Stage, Window},
@@ -104,35 +106,46 @@ pub fn measure(
     let trace = directory.join("trace");
     let _ = fs::remove_file(&trace);
     let mut command = Command::new(program);
-    command.args(words(kind, directory, id)).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(stderr);
+    command.args(words(kind, directory, &["run", "--bundle"])).arg(directory.join("bundle")).arg(id);
+    // In a group of its own, so that the limit holds for what it starts, too.
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(stderr).process_group(0);
     counts::begin();
     let (began_ns, began) = (figures::monotonic_ns(), Instant::now());
     let mut child = command.spawn().map_err(system("start the runtime"))?;
+    let (sender, printed) = mpsc::channel();
     let out = child.stdout.take();
-    let reader = thread::spawn(move || {
+    // Nobody waits for its end: whoever has the runtime's output open may live on.
+    thread::spawn(move || {
         let mut line = String::new();
         let mut out = BufReader::new(out?);
         out.read_line(&mut line).ok()?;
-        let at = Instant::now();
+        // When nobody listens any more the start is over.
+        let _ = sender.send((line, Instant::now()));
         // To its end, so that the runtime can close it.
-        let _ = out.read_to_end(&mut Vec::new());
-        Some((line, at))
+        out.read_to_end(&mut Vec::new()).ok()
     });
-    let watchdog = watch(child.id(), limit);
+    let watchdog = Watchdog::new(child.id(), limit);
+    let end = figures::end_of(child.id(), true);
+    let deleted = Instant::now();
+    counts::end();
+    let in_time = watchdog.stop();
+    let left = limit.saturating_sub(began.elapsed()).max(Duration::from_millis(100));
+    let good = in_time && end.is_some_and(|end| end.success());
+    let printed = printed.recv_timeout(if good { left } else { Duration::ZERO }).ok();
+    let parsed = printed.and_then(|(line, at)| line.trim().parse::<u64>().ok().map(|ns| (ns, at)));
+    if !good || parsed.is_none() {
+        figures::kill_group(child.id());
+    }
     let mut started = Started::default();
     figures::reap(&mut child, &mut started.figures);
-    let deleted = Instant::now();
-    drop(watchdog);
-    counts::end();
-    let printed = reader.join().ok().flatten();
-    let parsed = printed.as_ref().and_then(|(line, at)| line.trim().parse::<u64>().ok().map(|ns| (ns, *at)));
-    let Some((stamp_ns, at)) = parsed else {
-        return Err(BootError::NoMark {
-            vmm: kind.word(),
-            mark: "container's output",
-            seconds: limit.as_secs(),
-            end: String::new(),
-            messages: fs::read_to_string(&messages).unwrap_or_default().trim().to_owned(),
+    let (true, Some((stamp_ns, at))) = (good, parsed) else {
+        delete(kind, program, directory, id, limit.min(DELETE_LIMIT));
+        let messages = words_in(&messages);
+        let (vmm, seconds) = (kind.word(), limit.as_secs());
+        return Err(match end {
+            _ if !in_time => BootError::TimeLimit { vmm, seconds, messages },
+            Some(end) if !end.success() => BootError::Failed { vmm, end: figures::words(end), messages },
+            _ => BootError::NoMark { vmm, mark: "container's output", seconds, end: String::new(), messages },
         });
     };
     let ms = |at: Instant| at.duration_since(began).as_secs_f64() * 1e3;
@@ -152,7 +165,8 @@ pub fn measure(
     Ok(started)
 }
 
-fn words(kind: Kind, directory: &Path, id: &str) -> Vec<String> {
+/// What a runtime is called with: its own settings and then `rest`.
+fn words(kind: Kind, directory: &Path, rest: &[&str]) -> Vec<String> {
     let mut words: Vec<String> = Vec::new();
     let state = directory.join("state").display().to_string();
     words.extend(["--root".into(), state]);
@@ -164,20 +178,52 @@ fn words(kind: Kind, directory: &Path, id: &str) -> Vec<String> {
         }
         _ => {}
     }
-    let bundle = directory.join("bundle").display().to_string();
-    words.extend(["run".into(), "--bundle".into(), bundle, id.to_owned()]);
+    words.extend(rest.iter().map(|word| (*word).to_owned()));
     words
 }
 
-/// Kills a process that takes too long, unless the guard is dropped first.
-fn watch(pid: u32, limit: Duration) -> std::sync::mpsc::Sender<()> {
-    let (guard, ended) = std::sync::mpsc::channel::<()>();
-    thread::spawn(move || {
-        if ended.recv_timeout(limit) == Err(std::sync::mpsc::RecvTimeoutError::Timeout) {
-            figures::signal(pid, libc::SIGKILL);
-        }
-    });
-    guard
+/// What a runtime has at most for deleting what a start that failed has left.
+const DELETE_LIMIT: Duration = Duration::from_secs(10);
+
+/// Has the runtime delete what a start that failed has left outside its process group. Whether it could is nobody's question: the start's failure is told.
+fn delete(kind: Kind, program: &Path, directory: &Path, id: &str, limit: Duration) {
+    let mut command = Command::new(program);
+    command.args(words(kind, directory, &["delete", "--force", id]));
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).process_group(0);
+    if let Ok(mut child) = command.spawn() {
+        let watchdog = Watchdog::new(child.id(), limit);
+        let _ = figures::end_of(child.id(), true);
+        watchdog.stop();
+        figures::kill_group(child.id());
+        let _ = child.wait();
+    }
+}
+
+/// Ends a process group that takes too long.
+struct Watchdog {
+    guard: mpsc::Sender<()>,
+    thread: thread::JoinHandle<bool>,
+}
+
+impl Watchdog {
+    /// Of the child that leads the group. It must not be reaped before [`Watchdog::stop`].
+    fn new(pid: u32, limit: Duration) -> Self {
+        let (guard, ended) = mpsc::channel::<()>();
+        let thread = thread::spawn(move || {
+            let late = ended.recv_timeout(limit) == Err(RecvTimeoutError::Timeout);
+            if late {
+                figures::kill_group(pid);
+            }
+            late
+        });
+        Self { guard, thread }
+    }
+
+    /// Kills nobody from now on; whether it had not yet.
+    fn stop(self) -> bool {
+        drop(self.guard);
+        self.thread.join().is_ok_and(|late| !late)
+    }
 }
 
 fn stages(trace: &PathBuf, began_ns: u64) -> Vec<Stage> {
@@ -203,6 +249,64 @@ mod tests {
         let started = measure(Kind::Crun, &runtime, directory.path(), "a", Duration::from_secs(60)).unwrap();
         // By how much is a busy host's to say.
         assert!(started.windows[&Window::Deleted] > started.windows[&Window::Output], "{started:?}");
+    }
+
+    /// What a shell script in a runtime's place comes to, and how long that took.
+    fn run_script(text: &str, limit: Duration) -> (Result<Started, BootError>, Duration) {
+        let directory = tempfile::tempdir().unwrap();
+        let runtime = directory.path().join("runtime");
+        fs::write(&runtime, format!("#!/bin/sh\n{text}\n")).unwrap();
+        fs::set_permissions(&runtime, fs::Permissions::from_mode(0o755)).unwrap();
+        let began = Instant::now();
+        let result = measure(Kind::Crun, &runtime, directory.path(), "a", limit);
+        (result, began.elapsed())
+    }
+
+    #[test]
+    fn the_time_limit_ends_a_runtime_whose_child_holds_its_output() {
+        let (result, took) = run_script("sleep 1000 & wait", Duration::from_secs(1));
+        let error = result.unwrap_err().to_string();
+        assert!(error.contains("not done within 1 s"), "{error}");
+        // `delete` of this runtime hangs as well.
+        assert!(took < Duration::from_secs(20), "{took:?}");
+    }
+
+    #[test]
+    fn the_time_limit_holds_where_only_a_child_is_left() {
+        let (result, took) = run_script("sleep 1000 &", Duration::from_secs(1));
+        let error = result.unwrap_err().to_string();
+        assert!(error.contains("container's output"), "{error}");
+        assert!(took < Duration::from_secs(20), "{took:?}");
+    }
+
+    #[test]
+    fn nothing_of_a_start_that_failed_is_left() {
+        let text = "case $* in *'delete --force a') echo gone >$2.deleted; exit;; esac
+            sleep 1000 & echo $! >$2.child; wait";
+        let directory = tempfile::tempdir().unwrap();
+        let runtime = directory.path().join("runtime");
+        fs::write(&runtime, format!("#!/bin/sh\n{text}\n")).unwrap();
+        fs::set_permissions(&runtime, fs::Permissions::from_mode(0o755)).unwrap();
+        measure(Kind::Crun, &runtime, directory.path(), "a", Duration::from_secs(1)).unwrap_err();
+        assert!(directory.path().join("state.deleted").exists());
+        let child = fs::read_to_string(directory.path().join("state.child")).unwrap();
+        // It is killed, but a busy host takes its time, and so may whoever inherits it.
+        let lives = || {
+            let state = fs::read_to_string(format!("/proc/{}/stat", child.trim())).unwrap_or_default();
+            !state.is_empty() && !state.contains(") Z ")
+        };
+        let began = Instant::now();
+        while lives() {
+            assert!(began.elapsed() < Duration::from_secs(60), "{child}");
+            thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    #[test]
+    fn a_runtime_that_prints_and_fails_is_no_start() {
+        let (result, _) = run_script("echo no luck >&2; echo 1; exit 1", Duration::from_secs(60));
+        let error = result.unwrap_err().to_string();
+        assert!(error.contains("exit code 1") && error.contains("no luck"), "{error}");
     }
 
     #[test]

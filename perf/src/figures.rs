@@ -2,7 +2,12 @@
 //!
 //! Owns: reading them. Does not own: when. Names say the unit; what has none is a count.
 
-use std::{collections::BTreeMap, fs, io, process::Child};
+use std::{
+    collections::BTreeMap,
+    fs, io,
+    os::unix::process::ExitStatusExt,
+    process::{Child, ExitStatus},
+};
 
 use crate::memory;
 
@@ -22,6 +27,12 @@ pub fn monotonic_ns() -> u64 {
 pub fn signal(pid: u32, number: i32) {
     // SAFETY: sends a signal; a process that is gone is an error that means nothing here.
     unsafe { libc::kill(pid as i32, number) };
+}
+
+/// Ends a child that has not been reaped, and all in its process group: it leads that.
+pub fn kill_group(pid: u32) {
+    // SAFETY: sends a signal; the group's number is the child's, which nobody else gets before it is reaped.
+    unsafe { libc::kill(-(pid as i32), libc::SIGKILL) };
 }
 
 /// Memory of a VMM's process that is alive, and KVM's counters of its VM.
@@ -78,7 +89,34 @@ fn kvm(pid: u32) -> Vec<(String, u64)> {
         .collect()
 }
 
-/// Waits for a child that was told to end, and adds what it used in its life.
+/// How a child ended, which stays to be reaped. With `wait` it is waited for; without, `None` when it still runs.
+#[must_use]
+pub fn end_of(pid: u32, wait: bool) -> Option<ExitStatus> {
+    let flags = libc::WEXITED | libc::WNOWAIT | if wait { 0 } else { libc::WNOHANG };
+    // SAFETY: an all-zero siginfo is one, and the kernel fills it.
+    let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
+    // SAFETY: `info` outlives the call; the child is ours.
+    while unsafe { libc::waitid(libc::P_PID, pid, &raw mut info, flags) } < 0 {
+        if io::Error::last_os_error().kind() != io::ErrorKind::Interrupted {
+            return None;
+        }
+    }
+    // SAFETY: a siginfo of `waitid` has both, and zeroes when nothing has ended.
+    let (ended, status) = unsafe { (info.si_pid() != 0, info.si_status()) };
+    // An exit code or a signal's number, as `wait4` has them.
+    ended.then(|| ExitStatus::from_raw(if info.si_code == libc::CLD_EXITED { status << 8 } else { status }))
+}
+
+/// "exit code 1" or "signal 9".
+#[must_use]
+pub fn words(end: ExitStatus) -> String {
+    end.code().map_or_else(
+        || format!("signal {}", end.signal().unwrap_or_default()),
+        |code| format!("exit code {code}"),
+    )
+}
+
+/// Waits for a child that ends or was told to, and adds what it used in its life.
 pub fn reap(child: &mut Child, figures: &mut Figures) {
     let mut status = 0;
     // SAFETY: an all-zero rusage is one, and the kernel fills it.
@@ -86,8 +124,12 @@ pub fn reap(child: &mut Child, figures: &mut Figures) {
     loop {
         // SAFETY: both outlive the call; the child is ours and nobody else waits for it.
         let pid = unsafe { libc::wait4(child.id() as i32, &raw mut status, 0, &raw mut usage) };
-        if pid >= 0 || io::Error::last_os_error().kind() != io::ErrorKind::Interrupted {
+        if pid >= 0 {
             break;
+        }
+        if io::Error::last_os_error().kind() != io::ErrorKind::Interrupted {
+            // What is not known is no 0.
+            return;
         }
     }
     let microseconds = |t: libc::timeval| t.tv_sec as u64 * 1_000_000 + t.tv_usec as u64;
@@ -146,6 +188,25 @@ mod tests {
         let mut figures = Figures::new();
         reap(&mut child, &mut figures);
         assert!(!figures.contains_key("peak-resident-kib"), "{figures:?}, {}", ballast.len());
+    }
+
+    #[test]
+    fn an_end_is_told_and_stays_to_be_reaped() {
+        for (script, wanted) in
+            [("exit 0", "exit code 0"), ("exit 3", "exit code 3"), ("kill -9 $$", "signal 9")]
+        {
+            let mut child = Command::new("sh").args(["-c", script]).spawn().unwrap();
+            assert_eq!(words(end_of(child.id(), true).unwrap()), wanted);
+            assert_eq!(words(end_of(child.id(), false).unwrap()), wanted);
+            let mut figures = Figures::new();
+            reap(&mut child, &mut figures);
+            assert!(figures["page-faults"] > 10, "{figures:?}");
+            assert_eq!(end_of(child.id(), false), None);
+        }
+        let mut child = Command::new("cat").stdin(Stdio::piped()).spawn().unwrap();
+        assert_eq!(end_of(child.id(), false), None);
+        drop(child.stdin.take());
+        assert!(child.wait().unwrap().success());
     }
 
     /// Two runs of one VMM, one of them slower: `perf/results/rig`, vmms-count and peers-count of coffer-vmm.

@@ -1,15 +1,44 @@
 //! The machine on which something was measured: without it a time means nothing.
 //!
-//! Owns: reading it. What cannot be read is left out, not guessed.
+//! Owns: reading it. What cannot be read of the machine is left out, not guessed; what the plan names must be there.
 
-use std::{collections::BTreeMap, fs, process::Command};
+use std::{
+    collections::BTreeMap,
+    ffi::OsStr,
+    fs::{self, File},
+    io,
+    os::unix::fs::PermissionsExt,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use sha2::{Digest, Sha256};
+use thiserror::Error;
 
 /// Names with values, all text.
 pub type Fingerprint = BTreeMap<String, String>;
 
-/// Reads the machine's. `programs` are asked for their version, `files` for their SHA-256.
-#[must_use]
-pub fn read(programs: &[String], files: &[String]) -> Fingerprint {
+/// What the plan names is not there: what would be measured is not what it says.
+#[derive(Debug, Error)]
+pub enum FingerprintError {
+    /// It cannot be read.
+    #[error("the plan's {}: {source}", path.display())]
+    File {
+        /// Which.
+        path: PathBuf,
+        /// The system's answer.
+        source: io::Error,
+    },
+    /// A name without a slash.
+    #[error("the plan's program `{0}` is nowhere in PATH")]
+    Program(String),
+}
+
+/// Reads the machine's. `programs` are asked for their version; they and the `files` have their SHA-256 taken.
+///
+/// # Errors
+/// [`FingerprintError`], naming the program or file that is missing.
+pub fn read(programs: &[String], files: &[String]) -> Result<Fingerprint, FingerprintError> {
     let mut print = Fingerprint::new();
     let mut add = |name: &str, value: Option<String>| {
         if let Some(value) = value.map(|v| v.trim().to_owned()).filter(|v| !v.is_empty()) {
@@ -42,11 +71,48 @@ pub fn read(programs: &[String], files: &[String]) -> Fingerprint {
     for program in programs {
         add(&format!("version of {program}"), output(program, &["--version"]).and_then(first_line));
     }
-    for path in files {
-        let sum = output("sha256sum", &[path]);
-        add(&format!("sha256 of {path}"), sum.and_then(|s| s.split(' ').next().map(str::to_owned)));
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    for program in programs {
+        let file = resolve(program, &path).ok_or_else(|| FingerprintError::Program(program.clone()))?;
+        add(&format!("sha256 of {}", file.display()), Some(sum(&file)?));
     }
-    print
+    for file in files {
+        add(&format!("sha256 of {file}"), Some(sum(Path::new(file))?));
+    }
+    Ok(print)
+}
+
+/// The file that is run for a program's name: as it is with a slash, or else the first in `path` that can be run.
+fn resolve(program: &str, path: &OsStr) -> Option<PathBuf> {
+    if program.contains('/') {
+        return Some(program.into());
+    }
+    let can_run =
+        |file: &PathBuf| fs::metadata(file).is_ok_and(|m| m.is_file() && m.permissions().mode() & 0o111 != 0);
+    std::env::split_paths(path).map(|place| place.join(program)).find(can_run)
+}
+
+fn sum(path: &Path) -> Result<String, FingerprintError> {
+    let of = || -> io::Result<String> {
+        let mut hash = Sha256::new();
+        io::copy(&mut File::open(path)?, &mut HashWriter(&mut hash))?;
+        Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+    };
+    of().map_err(|source| FingerprintError::File { path: path.to_owned(), source })
+}
+
+/// A digest as what is written to.
+struct HashWriter<'a>(&'a mut Sha256);
+
+impl io::Write for HashWriter<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.update(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 fn output(program: &str, words: &[&str]) -> Option<String> {
@@ -66,12 +132,50 @@ mod tests {
     fn this_machine_has_a_kernel_and_a_file_has_its_sum() {
         let file = tempfile::NamedTempFile::new().unwrap();
         let path = file.path().display().to_string();
-        let print = read(&["sh-that-is-not-there".into()], std::slice::from_ref(&path));
+        let print = read(&["sh".into(), "/bin/sh".into()], std::slice::from_ref(&path)).unwrap();
         assert!(print.contains_key("kernel"), "{print:?}");
         // The published digest of nothing.
         assert_eq!(
             print[&format!("sha256 of {path}")],
             "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
         );
+    }
+    #[test]
+    fn a_program_has_the_sum_of_the_file_that_path_leads_to() {
+        let print = read(&["sh".into()], &[]).unwrap();
+        let (key, sum) = print.iter().find(|(key, _)| key.starts_with("sha256 of ")).unwrap();
+        let path = key.strip_prefix("sha256 of ").unwrap();
+        assert!(path.ends_with("/sh"), "{path}");
+        let wanted = output("sha256sum", &[path]).unwrap();
+        assert_eq!(wanted.split(' ').next(), Some(sum.as_str()));
+    }
+
+    #[test]
+    fn what_a_plan_names_and_is_not_there_is_named() {
+        let error = read(&["sh-that-is-not-there".into()], &[]).unwrap_err().to_string();
+        assert!(error.contains("sh-that-is-not-there") && error.contains("PATH"), "{error}");
+        for (programs, files) in [(&["/no/program".to_owned()][..], &[][..]), (&[], &["/no/program".into()])]
+        {
+            let error = read(programs, files).unwrap_err().to_string();
+            assert!(error.contains("/no/program"), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_name_is_looked_up_where_it_can_be_run() {
+        let directory = tempfile::tempdir().unwrap();
+        let place = |name: &str, mode| {
+            let place = directory.path().join(name);
+            fs::create_dir(&place).unwrap();
+            fs::write(place.join("vmm"), name).unwrap();
+            fs::set_permissions(place.join("vmm"), fs::Permissions::from_mode(mode)).unwrap();
+            place
+        };
+        let path =
+            std::env::join_paths([place("no program", 0o644), place("one", 0o755), place("two", 0o755)]);
+        let path = path.unwrap();
+        assert_eq!(resolve("vmm", &path), Some(directory.path().join("one/vmm")));
+        assert_eq!(resolve("a/vmm", &path), Some("a/vmm".into()));
+        assert_eq!(resolve("other", &path), None);
     }
 }

@@ -86,14 +86,9 @@ fn measure(plan_file: &Path, out: &Path, stamp: &Path, fresh_memory: bool) -> Re
     let plan = Plan::parse(&text).with_context(|| plan_file.display().to_string())?;
     fs::create_dir_all(out).with_context(|| format!("make {}", out.display()))?;
     let programs: Vec<String> = plan.runtime.iter().map(|r| r.program.display().to_string()).collect();
-    let files: Vec<String> = plan
-        .image
-        .iter()
-        .flat_map(|i| i.igvm.iter().chain([&i.kernel, &i.initramfs]))
-        .filter(|p| p.exists())
-        .map(|p| p.display().to_string())
-        .collect();
-    let mut print = fingerprint::read(&programs, &files);
+    let files: Vec<String> = plan.files().iter().map(|p| p.display().to_string()).collect();
+    let mut print = fingerprint::read(&programs, &files)
+        .with_context(|| format!("{}: what it names must be there", plan_file.display()))?;
     print.insert("plan".into(), plan.name.clone());
     if fresh_memory {
         print.insert("free memory".into(), "written before each start: the processor is emulated".into());
@@ -106,13 +101,14 @@ fn measure(plan_file: &Path, out: &Path, stamp: &Path, fresh_memory: bool) -> Re
     let raw_path = out.join("raw.jsonl");
     let mut raw = File::create(&raw_path).with_context(|| format!("make {}", raw_path.display()))?;
     let result = run::run(&plan, stamp, &scratch, fresh_memory, &mut raw);
-    fs::remove_dir_all(&scratch).with_context(|| format!("remove {}", scratch.display()))?;
+    let removed = fs::remove_dir_all(&scratch);
     let load = fs::read_to_string("/proc/loadavg").unwrap_or_default();
     print.insert("load average at the end".into(), load.trim().to_owned());
     let print = serde_json::to_vec_pretty(&print)?;
     fs::write(out.join("machine.json"), print).context("write machine.json")?;
     raw.flush()?;
     let records = result?;
+    removed.with_context(|| format!("remove {}", scratch.display()))?;
     println!("{} starts in {}", records.len(), raw_path.display());
     Ok(())
 }

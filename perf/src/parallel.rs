@@ -4,7 +4,7 @@
 
 use std::{collections::BTreeMap, fmt::Write};
 
-use coffer_chart::work_before;
+use coffer_chart::work_between;
 
 use crate::{plan::Who, record::Record, stats::Samples};
 
@@ -68,8 +68,10 @@ pub fn table(who: &Who, records: &[&Record]) -> Option<String> {
         "---|".repeat(numbers.len())
     );
     let mut most: Option<(&str, f64)> = None;
+    let mut before = None;
     for (stage, medians) in &growth.stages {
-        let _ = write!(text, "| {} |", work_before(stage).0);
+        let work = work_between(before.replace(stage.as_str()), stage).0;
+        let _ = write!(text, "| {work} |");
         let shown = |ms: Option<f64>, digits| ms.map_or("–".to_owned(), |ms| format!("{ms:.digits$}"));
         for n in &numbers {
             let _ = write!(text, " {} |", shown(medians.get(n).copied(), 1));
@@ -77,7 +79,7 @@ pub fn table(who: &Who, records: &[&Record]) -> Option<String> {
         let times = medians.get(&many).zip(medians.get(&few)).map(|(m, f)| m / f).filter(|t| t.is_finite());
         let _ = writeln!(text, " {} | {} |", shown(slope(medians, few, many), 2), shown(times, 1));
         if let Some(times) = times.filter(|t| most.is_none_or(|(_, before)| *t > before)) {
-            most = Some((work_before(stage).0, times));
+            most = Some((work, times));
         }
     }
     if let Some((stage, times)) = most {

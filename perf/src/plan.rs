@@ -4,7 +4,10 @@
 //!
 //! Every list is multiplied with every other. Paths are relative to the repository's root, from which `perf/run` starts.
 
-use std::{collections::BTreeSet, path::PathBuf};
+use std::{
+    collections::BTreeSet,
+    path::{Path, PathBuf},
+};
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
@@ -349,7 +352,7 @@ impl Plan {
                             memory_mib,
                             vcpus,
                             parallel,
-                            runtimes: runtimes.iter().map(|r| &self.runtime[self.index(r)]).collect(),
+                            runtimes: runtimes.iter().map(|r| &self.runtime[self.place(r)]).collect(),
                         };
                         if !vmms.is_empty() {
                             cells.extend(self.image.iter().map(|image| {
@@ -368,7 +371,19 @@ impl Plan {
         cells
     }
 
-    fn index(&self, runtime: &Runtime) -> usize {
+    /// The files that it names, each once: what VMs boot.
+    #[must_use]
+    pub fn files(&self) -> BTreeSet<&Path> {
+        let of = |image| {
+            let Image { igvm, kernel, initramfs, command_line, .. }: &Image = image;
+            igvm.iter().chain([kernel, initramfs, command_line]).map(PathBuf::as_path)
+        };
+        self.image.iter().flat_map(of).collect()
+    }
+
+    /// Which of the plan's runtimes one is, from 0.
+    #[must_use]
+    pub fn place(&self, runtime: &Runtime) -> usize {
         self.runtime.iter().position(|r| r == runtime).unwrap_or(0)
     }
 }
@@ -406,6 +421,16 @@ mod tests {
         let kinds = |c: &Cell<'_>| c.runtimes.iter().map(|r| r.kind).collect::<Vec<_>>();
         assert_eq!((kinds(&cells[0]), cells[0].image.is_some()), (vec![Kind::CofferVmm], true));
         assert_eq!((kinds(&cells[1]), cells[1].image.is_some()), (vec![Kind::Crun], false));
+    }
+
+    #[test]
+    fn all_files_of_all_images_are_named() {
+        let names = |text: &str| {
+            Plan::parse(text).unwrap().files().iter().map(|p| p.display().to_string()).collect::<Vec<_>>()
+        };
+        assert_eq!(names(TEXT), ["c", "i", "k", "r"]);
+        let other = "[[image]]\nname = \"y\"\nkernel = \"k\"\ninitramfs = \"s\"\ncommand_line = \"c\"\n";
+        assert_eq!(names(&format!("{TEXT}\n{other}")), ["c", "i", "k", "r", "s"]);
     }
 
     #[test]

@@ -54,17 +54,23 @@ impl Window {
         }
     }
 
+    /// The stage of our trace with which it ends.
+    #[must_use]
+    pub fn stage(self) -> Option<&'static str> {
+        Some(match self {
+            Self::FirstGuestInstruction => "shim-entry",
+            Self::KernelEntry => "kernel-entry",
+            Self::Pid1 => "init-entry",
+            Self::Ready => "init-ready",
+            Self::Container => "container-started",
+            Self::Output | Self::Deleted => return None,
+        })
+    }
+
     /// The window that ends with a stage of our trace.
     #[must_use]
     pub fn of_stage(stage: &str) -> Option<Self> {
-        Some(match stage {
-            "shim-entry" => Self::FirstGuestInstruction,
-            "kernel-entry" => Self::KernelEntry,
-            "init-entry" => Self::Pid1,
-            "init-ready" => Self::Ready,
-            "container-started" => Self::Container,
-            _ => return None,
-        })
+        Self::ALL.into_iter().find(|window| window.stage() == Some(stage))
     }
 }
 
@@ -85,6 +91,9 @@ pub struct Record {
     /// Who.
     #[serde(flatten)]
     pub who: Who,
+    /// Which of the plan's runtimes that is, from 0. Records that were written before this was kept all have 0.
+    #[serde(default)]
+    pub place: usize,
     /// Name of the image; empty for containers.
     pub image: String,
     /// Class.
@@ -128,6 +137,7 @@ impl Record {
         Self {
             sequence: 0,
             who: kind.into(),
+            place: 0,
             image: "up".into(),
             class: Class::Warm,
             memory_mib: 128,
@@ -190,8 +200,11 @@ mod tests {
         };
         let line = serde_json::to_string(&record).unwrap();
         assert!(line.contains("\"windows\":{\"pid1\":3.5}") && !line.contains('\n'), "{line}");
-        assert!(line.contains("\"runtime\":\"coffer-vmm\",\"image\""), "{line}");
+        assert!(line.contains("\"runtime\":\"coffer-vmm\",\"place\":0,\"image\""), "{line}");
         assert_eq!(serde_json::from_str::<Record>(&line).unwrap(), record);
+        // A line of before records had it.
+        let old = line.replace("\"place\":0,", "");
+        assert_eq!(serde_json::from_str::<Record>(&old).unwrap(), record);
         let named = Record { who: Who { name: Some("new".into()), ..record.who.clone() }, ..record.clone() };
         let line = serde_json::to_string(&named).unwrap();
         assert!(line.contains("\"runtime\":\"coffer-vmm\",\"runtime-name\":\"new\""), "{line}");

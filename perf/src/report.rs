@@ -9,7 +9,7 @@ use std::{
     path::Path,
 };
 
-use coffer_chart::{Bar, Curve, bars, cdf, lines, work_before, work_between};
+use coffer_chart::{Bar, Curve, bars, cdf, lines, work_between};
 
 use crate::{
     fingerprint::Fingerprint,
@@ -19,7 +19,7 @@ use crate::{
     stats::{Samples, ratio},
 };
 
-/// Records of one group by runtime, in the order in which they first appear.
+/// Records of one group by runtime, in the plan's order.
 type Runtimes<'a> = Vec<(&'a Who, Vec<&'a Record>)>;
 
 /// Records by runtime and image.
@@ -35,9 +35,14 @@ fn grouped(records: &[Record]) -> BTreeMap<Group, Runtimes<'_>> {
         }
     }
     for runtimes in groups.values_mut() {
-        runtimes.sort_by_key(|(who, _)| *who);
+        runtimes.sort_by_key(|(who, list)| order(who, list));
     }
     groups
+}
+
+/// The plan's order. Records that do not know it have one by kind and name.
+fn order<'a>(who: &'a Who, records: &[&Record]) -> (Option<usize>, &'a Who) {
+    (records.iter().map(|r| r.place).min(), who)
 }
 
 fn window(records: &[&Record], window: Window) -> Option<Samples> {
@@ -111,7 +116,7 @@ fn across(text: &mut String, records: &[Record]) {
     }
     for (group, mut rows) in alike {
         rows.retain(|(_, _, list)| window(list, Window::Pid1).is_some());
-        rows.sort_by_key(|(who, _, _)| *who);
+        rows.sort_by_key(|(who, _, list)| order(who, list));
         let images: BTreeSet<&str> = rows.iter().map(|(_, image, _)| *image).collect();
         let Some(first) = rows.first().and_then(|(_, _, list)| window(list, Window::Pid1)) else { continue };
         if images.len() < 2 {
@@ -143,11 +148,14 @@ fn across(text: &mut String, records: &[Record]) {
 
 /// For each runtime and what was started: the stages by number of starts at the same time.
 fn at_once(text: &mut String, records: &[Record]) {
-    let mut alike: BTreeMap<(&Who, Group), Vec<&Record>> = BTreeMap::new();
+    let mut alike: BTreeMap<(usize, &Who, Group), Vec<&Record>> = BTreeMap::new();
     for record in records {
-        alike.entry((&record.who, Group { parallel: 1, ..record.group() })).or_default().push(record);
+        alike
+            .entry((record.place, &record.who, Group { parallel: 1, ..record.group() }))
+            .or_default()
+            .push(record);
     }
-    for ((who, group), records) in alike {
+    for ((_, who, group), records) in alike {
         if let Some(table) = parallel::table(who, &records) {
             let _ = writeln!(text, "## Starts at the same time: {}\n\n{table}", group.words());
         }
@@ -236,22 +244,13 @@ fn stage_bars(group: &Group, runtimes: &Runtimes<'_>) -> Vec<Bar> {
             .map(str::trim)
             .join(" ")
             .replace("  ", " ");
-        let names: Vec<&str> = list.first()?.stages.iter().map(|s| s.stage.as_str()).collect();
         let mut parts = Vec::new();
-        for (index, stage) in names.iter().enumerate() {
-            let length = |r: &&Record| {
-                let at = |i: usize| r.stages.get(i).map(|s| s.ms);
-                Some(at(index)? - if index == 0 { 0.0 } else { at(index - 1)? })
-            };
-            let samples = Samples::new(list.iter().filter_map(length).collect())?;
-            let before = index.checked_sub(1).map(|before| names[before]);
-            parts.push((work_between(before, stage).0.to_owned(), samples.median()));
-        }
-        // Who watches by KVM's tracepoint learns of PID 1, and our VMM's own trace ends where its part does.
-        let rest = |r: &&Record| Some(r.windows.get(&Window::Pid1)? - r.stages.last()?.ms);
-        let rest = list.iter().filter_map(rest).collect();
-        if let Some(rest) = Samples::new(rest).filter(|_| names.last() == Some(&"kernel-entry")) {
-            parts.push((work_before("init-entry").0.to_owned(), rest.median()));
+        let (mut before, mut before_ms) = (None, vec![0.0; list.len()]);
+        for (stage, ms) in reached(list) {
+            let lengths = ms.iter().zip(&before_ms).map(|(to, from)| to - from).collect();
+            let name = if stage == OUTPUT { OUTPUT } else { work_between(before, stage).0 };
+            parts.push((name.to_owned(), Samples::new(lengths)?.median()));
+            (before, before_ms) = (Some(stage), ms);
         }
         if parts.is_empty() {
             let up_to = if group.image.is_empty() {
@@ -265,6 +264,35 @@ fn stage_bars(group: &Group, runtimes: &Runtimes<'_>) -> Vec<Bar> {
         Some(Bar { name, parts })
     };
     if group.parallel == 1 { runtimes.iter().filter_map(bar).collect() } else { Vec::new() }
+}
+
+/// The part of a container's bar that no stage of the trace ends.
+const OUTPUT: &str = "output at the caller";
+
+/// Up to where one runtime's bar is known: stages in order, with the ms of each record. Only those that all records have: a VMM that is stopped when a
+/// tracepoint tells of a mark may or may not have written it. The windows, which have the mark in any case, close the bar, and a container's ends with its
+/// output, as the other runtimes' do. Nothing without a trace.
+fn reached<'a>(list: &[&'a Record]) -> Vec<(&'a str, Vec<f64>)> {
+    // The end of the VM belongs to no start.
+    let of_the_start = |stage: &str| !matches!(stage, "orderly-end" | "ended");
+    let at = |record: &Record, name: &str| record.stages.iter().find(|s| s.stage == name).map(|s| s.ms);
+    let names = list.first().into_iter().flat_map(|r| &r.stages).map(|s| s.stage.as_str());
+    let in_all =
+        |name: &'a str| Some((name, list.iter().map(|r| at(r, name)).collect::<Option<Vec<f64>>>()?));
+    let mut reached: Vec<_> = names.filter(|name| of_the_start(name)).filter_map(in_all).collect();
+    if reached.is_empty() {
+        return reached;
+    }
+    let known = reached.iter().filter_map(|(name, _)| Window::of_stage(name)).max();
+    for which in Window::ALL.into_iter().filter(|which| known.is_none_or(|known| *which > known)) {
+        let container = list.iter().all(|r| r.image.is_empty());
+        let name = which.stage().or((which == Window::Output && container).then_some(OUTPUT));
+        let ms = list.iter().map(|r| r.windows.get(&which).copied().filter(|ms| *ms > 0.0)).collect();
+        if let (Some(name), Some(ms)) = (name, ms) {
+            reached.push((name, ms));
+        }
+    }
+    reached
 }
 
 /// For each runtime: number of parallel starts → median over rounds of the slowest of them.
@@ -364,6 +392,21 @@ mod tests {
     }
 
     #[test]
+    fn the_plan_s_first_is_what_the_others_are_compared_with() {
+        let of = |place, name: &str, round, ms| {
+            let record = record(Kind::CofferVmm, round, 1, ms);
+            Record { place, who: Who { name: Some(name.into()), ..record.who.clone() }, ..record }
+        };
+        // Each round another one begins.
+        let records =
+            [of(1, "new", 1, 10.0), of(0, "old", 1, 20.0), of(0, "old", 2, 20.0), of(1, "new", 2, 10.0)];
+        let text = summary("x", &Fingerprint::new(), &records, false);
+        assert!(text.contains("| old / it, 95 % interval |"), "{text}");
+        assert!(text.contains("| exec → PID 1 | new | 2 | 10.0 | 10.0 | 10.0 | 10.0 | 2.00 ["), "{text}");
+        assert!(text.contains("| figure, median [min–max] | old | new |"), "{text}");
+    }
+
+    #[test]
     fn a_bar_reaches_to_pid_1_for_everybody() {
         let mut ours = record(Kind::CofferVmm, 1, 1, 50.0);
         ours.stages = vec![
@@ -378,6 +421,105 @@ mod tests {
         let plot = fs::read_to_string(directory.path().join("stages.svg")).unwrap();
         for part in ["exec: 3.0", "shim: 7.0", "kernel: 40.0", "exec → PID 1: 60.0"] {
             assert!(plot.contains(&format!("<title>{part}</title>")), "{part}: {plot}");
+        }
+    }
+
+    /// Records of one runtime whose stages are these, in ms.
+    fn with_stages(windows: &[(Window, f64)], all: &[&[(&str, f64)]]) -> Vec<Record> {
+        let stages = |stages: &[(&str, f64)]| {
+            stages.iter().map(|(stage, ms)| Stage { stage: (*stage).to_owned(), ms: *ms }).collect()
+        };
+        let windows: BTreeMap<Window, f64> = windows.iter().copied().collect();
+        let of = |own: &&[(&str, f64)]| Record {
+            stages: stages(own),
+            windows: windows.clone(),
+            ..Record::of_a_test(Kind::CofferVmm)
+        };
+        all.iter().map(of).collect()
+    }
+
+    fn only_bar(records: &[Record]) -> Vec<(String, f64)> {
+        let bars: Vec<Bar> =
+            grouped(records).iter().flat_map(|(group, all)| stage_bars(group, all)).collect();
+        let [bar] = bars.as_slice() else { panic!("{bars:?}") };
+        bar.parts.clone()
+    }
+
+    fn parts(parts: &[(&str, f64)]) -> Vec<(String, f64)> {
+        parts.iter().map(|(name, ms)| ((*name).to_owned(), *ms)).collect()
+    }
+
+    /// A tracepoint tells of the mark before the VMM has written it, and then the VMM is stopped.
+    #[test]
+    fn a_stage_that_some_starts_lack_is_no_part_and_the_bar_still_ends_with_the_window() {
+        let short: &[_] = &[("process-entry", 3.0), ("first-run", 8.0), ("kernel-entry", 10.0)];
+        let long: &[_] =
+            &[("process-entry", 3.0), ("first-run", 8.0), ("kernel-entry", 10.0), ("init-entry", 49.9)];
+        let windows = [(Window::KernelEntry, 9.9), (Window::Pid1, 50.0)];
+        let wanted = parts(&[
+            ("exec", 3.0),
+            ("start threads", 5.0),
+            ("first entry into the guest", 2.0),
+            ("kernel", 40.0),
+        ]);
+        for all in [[short, short, long], [long, short, short]] {
+            assert_eq!(only_bar(&with_stages(&windows, &all)), wanted);
+        }
+        // One that is missing in the middle is a part of what follows.
+        let other: &[_] = &[("process-entry", 3.0), ("kernel-entry", 10.0)];
+        let wanted = parts(&[("exec", 3.0), ("first entry into the guest", 7.0), ("kernel", 40.0)]);
+        let got = only_bar(&with_stages(&windows, &[short, other]));
+        assert_eq!(
+            got.iter().map(|p| p.1).collect::<Vec<_>>(),
+            wanted.iter().map(|p| p.1).collect::<Vec<_>>()
+        );
+    }
+
+    #[test]
+    fn the_guest_without_shim_is_entered_and_has_no_shim() {
+        let told: &[_] = &[("process-entry", 3.0), ("first-run", 8.0), ("kernel-entry", 10.0)];
+        let wanted = parts(&[("exec", 3.0), ("start threads", 5.0), ("first entry into the guest", 2.0)]);
+        for all in [[told, told], [told, &told[..2]], [&told[..2], told]] {
+            assert_eq!(only_bar(&with_stages(&[(Window::KernelEntry, 10.0)], &all)), wanted);
+        }
+    }
+
+    #[test]
+    fn a_container_s_bar_ends_with_its_output_as_the_others_do() {
+        let started: &[_] = &[("process-entry", 3.0), ("container-started", 50.0)];
+        let ended: &[_] = &[("process-entry", 3.0), ("container-started", 50.0), ("ended", 99.0)];
+        let wanted = parts(&[("exec", 3.0), ("wait for start; let it go", 47.0), (OUTPUT, 10.0)]);
+        for all in [[started, ended], [ended, ended]] {
+            let mut records = with_stages(
+                &[(Window::Container, 50.0), (Window::Output, 60.0), (Window::Deleted, 100.0)],
+                &all,
+            );
+            records.iter_mut().for_each(|r| r.image.clear());
+            assert_eq!(only_bar(&records), wanted);
+        }
+    }
+
+    /// The published run, whose starts do not all have the same stages.
+    #[test]
+    fn every_bar_of_a_real_run_is_as_long_as_its_window() {
+        let raw = include_str!("../results/rig/peers/raw.jsonl");
+        let records: Vec<Record> = raw.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+        for (group, runtimes) in &grouped(&records) {
+            for (who, list) in runtimes {
+                let which = if group.image == "tiny" { Window::KernelEntry } else { Window::Pid1 };
+                let bars = stage_bars(group, &vec![(*who, list.clone())]);
+                let sum: f64 = bars[0].parts.iter().map(|p| p.1).sum();
+                let wanted = window(list, which).unwrap().median();
+                // Medians of parts do not add up to the median of the whole.
+                assert!(
+                    (sum / wanted - 1.0).abs() < 0.06,
+                    "{} {}: {sum}, {wanted}",
+                    who.words(),
+                    group.words()
+                );
+                let shim = bars[0].parts.iter().any(|p| p.0 == "shim");
+                assert_eq!(shim, who.kind == Kind::CofferVmm && group.image == "up", "{}", group.words());
+            }
         }
     }
 

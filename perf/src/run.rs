@@ -88,7 +88,12 @@ pub fn run(
                 let started = starts(runtime, &cell, &setting)?;
                 for started in started {
                     if round >= plan.warm_up {
-                        let record = to_record(&cell, runtime, sequence, round - plan.warm_up + 1, started);
+                        let record = Record {
+                            sequence,
+                            round: round - plan.warm_up + 1,
+                            place: plan.place(runtime),
+                            ..to_record(&cell, runtime, started)
+                        };
                         let line = serde_json::to_string(&record).map_err(io::Error::from);
                         let line = line.map_err(system("write a record"))?;
                         writeln!(raw, "{line}").map_err(system("write raw.jsonl"))?;
@@ -102,16 +107,18 @@ pub fn run(
     Ok(records)
 }
 
-fn to_record(cell: &Cell<'_>, runtime: &Runtime, sequence: usize, round: usize, started: Started) -> Record {
+/// Without what only the run knows.
+fn to_record(cell: &Cell<'_>, runtime: &Runtime, started: Started) -> Record {
     Record {
-        sequence,
+        sequence: 0,
         who: runtime.who(),
+        place: 0,
         image: cell.image.map(|i| i.name.clone()).unwrap_or_default(),
         class: cell.class,
         memory_mib: cell.memory_mib,
         vcpus: cell.vcpus,
         parallel: cell.parallel,
-        round,
+        round: 0,
         windows: started.windows,
         stages: started.stages,
         figures: started.figures,
@@ -134,8 +141,12 @@ fn starts(runtime: &Runtime, cell: &Cell<'_>, setting: &Setting<'_>) -> Result<V
         let directory = setting.scratch.join(index.to_string());
         fs::create_dir(&directory).map_err(system(format!("make {}", directory.display())))?;
         let started = start(runtime, cell, setting, &directory, index);
-        fs::remove_dir_all(&directory).map_err(system(format!("remove {}", directory.display())))?;
-        started.map_err(|source| RunError::Start { runtime: runtime.who().words().to_owned(), source })
+        let removed = fs::remove_dir_all(&directory);
+        // Why a start failed is told first: what it left may be why its directory cannot be removed.
+        let started = started
+            .map_err(|source| RunError::Start { runtime: runtime.who().words().to_owned(), source })?;
+        removed.map_err(system(format!("remove {}", directory.display())))?;
+        Ok(started)
     };
     if cell.parallel == 1 {
         return Ok(vec![one(0)?]);
@@ -235,4 +246,41 @@ fn drop_caches() -> Result<(), RunError> {
     // SAFETY: writes dirty pages back; nothing else.
     unsafe { libc::sync() };
     fs::write("/proc/sys/vm/drop_caches", "3").map_err(system("drop the page cache (class cold needs root)"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::PermissionsExt;
+
+    /// A script in crun's place.
+    fn run_script(text: &str) -> Result<Vec<Record>, RunError> {
+        let directory = tempfile::tempdir().unwrap();
+        let script = directory.path().join("runtime");
+        fs::write(&script, format!("#!/bin/sh\n{text}\n")).unwrap();
+        fs::set_permissions(&script, fs::Permissions::from_mode(0o755)).unwrap();
+        let plan = format!(
+            "name = \"x\"\nrepetitions = 2\nwarm_up = 1\nclasses = [\"warm\"]\nmemory_mib = [128]\n
+            [[runtime]]\nkind = \"crun\"\nname = \"old\"\nprogram = {script:?}\n
+            [[runtime]]\nkind = \"crun\"\nname = \"new\"\nprogram = {script:?}\n"
+        );
+        let scratch = directory.path().join("scratch");
+        fs::create_dir(&scratch).unwrap();
+        run(&Plan::parse(&plan).unwrap(), &script, &scratch, false, &mut Vec::new())
+    }
+
+    #[test]
+    fn what_cannot_be_removed_does_not_hide_why_a_start_failed() {
+        // Its second word is a path in the directory of the start.
+        let error = run_script("rm -rf \"${2%/state}\"; echo 1; exit 1").unwrap_err().to_string();
+        assert!(error.contains("exit code 1"), "{error}");
+    }
+
+    #[test]
+    fn records_know_their_place_in_the_plan() {
+        let records = run_script("echo 1").unwrap();
+        let got: Vec<_> = records.iter().map(|r| (r.who.words(), r.place)).collect();
+        // Each round another one begins.
+        assert_eq!(got, [("new", 1), ("old", 0), ("old", 0), ("new", 1)]);
+    }
 }

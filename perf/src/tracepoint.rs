@@ -9,6 +9,8 @@ use std::{
     fs::{self, File},
     io,
     path::PathBuf,
+    thread,
+    time::Duration,
 };
 
 use coffer_layout::MARK_PORT;
@@ -49,6 +51,12 @@ impl Tracing {
         Ok(tracing)
     }
 
+    /// Its instance's.
+    #[cfg(test)]
+    pub(crate) fn directory(&self) -> &std::path::Path {
+        &self.directory
+    }
+
     /// What gives a line for each mark, waiting for it, and what puts text of ours among them.
     ///
     /// # Errors
@@ -60,9 +68,22 @@ impl Tracing {
 }
 
 impl Drop for Tracing {
+    /// Its files are closed by now. A program that another thread is just starting still has them for a moment.
     fn drop(&mut self) {
         let _ = fs::write(self.directory.join("events/enable"), "0");
-        let _ = fs::remove_dir(&self.directory);
+        let mut removed = fs::remove_dir(&self.directory);
+        for _ in 0..20 {
+            match &removed {
+                Err(error) if error.kind() == io::ErrorKind::ResourceBusy => {}
+                _ => break,
+            }
+            thread::sleep(Duration::from_millis(10));
+            removed = fs::remove_dir(&self.directory);
+        }
+        if let Err(error) = removed {
+            // Its buffers are the kernel's until then.
+            eprintln!("coffer-bench: remove {}: {error}", self.directory.display());
+        }
     }
 }
 

@@ -1,11 +1,13 @@
 //! The stages of a start, in words.
 
-/// As [`work_before`], where the stage before is known too: a VMM that `coffer` starts is not there by an exec alone.
+/// As [`work_before`], where the stage before is known too: a VMM that `coffer` starts is not there by an exec alone, and not every guest has a shim.
 #[must_use]
 pub fn work_between<'a>(before: Option<&str>, stage: &'a str) -> (&'a str, &'static str) {
     match (before, stage) {
         (Some("create-entry"), "process-entry") => ("plan the pod, start the VMM", "coffer"),
         (Some("create-entry"), "shell-taken") => ("plan the pod, take a shell", "coffer"),
+        // A guest without a shim.
+        (Some("first-run"), "kernel-entry") => work_before("shim-entry"),
         _ => work_before(stage),
     }
 }
@@ -33,5 +35,16 @@ pub fn work_before(stage: &str) -> (&str, &'static str) {
         "orderly-end" => ("the container runs", "container"),
         "ended" => ("the VM ends", "coffer-vmm"),
         other => (other, "other"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_guest_without_shim_is_only_entered() {
+        assert_eq!(work_between(Some("first-run"), "kernel-entry").0, "first entry into the guest");
+        assert_eq!(work_between(Some("shim-entry"), "kernel-entry").0, "shim");
     }
 }
