@@ -8,11 +8,11 @@ use std::{
     ffi::CString,
     fs,
     io::IoSlice,
-    os::fd::{AsRawFd, OwnedFd, RawFd},
+    os::fd::{AsFd, AsRawFd, OwnedFd, RawFd},
     path::{Path, PathBuf},
 };
 
-use coffer_protocol::{ErrorKind, WindowSize};
+use coffer_protocol::ErrorKind;
 use nix::{
     sched::{CloneFlags, setns},
     sys::socket::{ControlMessage, MsgFlags, UnixAddr, recv, sendmsg},
@@ -24,7 +24,9 @@ use super::{
     making::message,
     mounts, notify,
     process::{Shared, Theirs, fork},
-    scheduling, security, user,
+    scheduling, security,
+    terminal::Terminal,
+    user,
 };
 
 /// The container's first process.
@@ -53,7 +55,8 @@ pub(super) fn first(id: &str, shared: &[Shared], spec: &Spec, process: &Process,
             say(&theirs.sync, message::NOTIFY, "", Some(socket.as_raw_fd()));
         }
         mounts::protect(spec)?;
-        become_program(Some(id), process, spec, theirs)
+        let terminal = terminal(process, spec, theirs)?;
+        become_program(Some(id), process, spec, theirs, terminal)
     })();
     give_up(&theirs.sync, result)
 }
@@ -76,13 +79,17 @@ pub(super) fn further(process: &Process, spec: &Spec, target: i32, theirs: &Thei
         };
         // Before the container's user namespace, in which limits cannot be raised.
         security::limits(process)?;
-        // That namespace last: from inside it the others could not be joined.
-        let user = user::wanted(spec).then_some(("user", CloneFlags::CLONE_NEWUSER));
+        // That namespace is joined last: from inside it the others could not be.
+        let user = user::wanted(spec).then(|| open(&("user", CloneFlags::CLONE_NEWUSER))).transpose()?;
         let time = clocks::wanted(spec).then_some(("time", clocks::NEW_TIME));
-        let files = namespaces.iter().chain(&time).chain(&user).map(open).collect::<Result<Vec<_>, _>>()?;
-        for (file, flag) in files {
-            setns(file, flag).map_err(|e| ContainerError::guest("join the container", e))?;
-        }
+        let files = namespaces.iter().chain(&time).map(open).collect::<Result<Vec<_>, _>>()?;
+        let join = |(file, flag): (fs::File, CloneFlags)| {
+            setns(file, flag).map_err(|e| ContainerError::guest("join the container", e))
+        };
+        files.into_iter().try_for_each(join)?;
+        // While an identifier of outside can still be given to it.
+        let terminal = terminal(process, spec, theirs)?;
+        user.map_or(Ok(()), join)?;
         // The child of PID 1 by CLONE_PARENT, so that PID 1 reaps it; its number is PID 1's, because this process's
         // own namespace is still that one.
         match fork(libc::CLONE_PARENT, None, 0).map_err(|e| ContainerError::guest("fork", e))? {
@@ -90,7 +97,7 @@ pub(super) fn further(process: &Process, spec: &Spec, target: i32, theirs: &Thei
                 say(&theirs.sync, message::PID, &pid.to_string(), None);
                 std::process::exit(0)
             }
-            None => become_program(None, process, spec, theirs),
+            None => become_program(None, process, spec, theirs, terminal),
         }
     })();
     give_up(&theirs.sync, result)
@@ -157,24 +164,30 @@ fn say(sync: &OwnedFd, kind: u8, text: &str, fd: Option<RawFd>) {
     );
 }
 
+/// Of a process that has one: of the container's own devpts, in whose mount namespace this process is.
+fn terminal(process: &Process, spec: &Spec, theirs: &Theirs) -> Result<Option<Terminal>, ContainerError> {
+    if !theirs.stdio.is_empty() {
+        return Ok(None);
+    }
+    let root = fs::File::open("/").map_err(|e| ContainerError::guest("open the container's root", e))?;
+    let owner = user::outside(spec, process.user().uid());
+    Terminal::open(root.as_fd(), theirs.window, owner).map(Some)
+}
+
 /// `first` is the container's id for its first process.
 fn become_program(
     first: Option<&str>,
     process: &Process,
     spec: &Spec,
     theirs: &Theirs,
+    terminal: Option<Terminal>,
 ) -> Result<Infallible, ContainerError> {
     let sync = &theirs.sync;
     nix::unistd::setsid().map_err(|e| ContainerError::guest("start a session", e))?;
-    let terminal = match theirs.stdio.as_slice() {
-        [] => Some(open_terminal(theirs.window, user::outside(spec, process.user().uid()))?),
-        stdio => {
-            for (target, fd) in stdio.iter().enumerate() {
-                duplicate(fd.as_raw_fd(), target as RawFd)?;
-            }
-            None
-        }
-    };
+    let terminal = terminal.map(Terminal::take).transpose()?;
+    for (target, fd) in theirs.stdio.iter().enumerate() {
+        duplicate(fd.as_raw_fd(), target as RawFd)?;
+    }
     if first.is_some() {
         security::limits(process)?;
         if user::wanted(spec) {
@@ -268,53 +281,12 @@ fn words(error: nix::Error) -> &'static str {
     }
 }
 
-fn duplicate(from: RawFd, to: RawFd) -> Result<(), ContainerError> {
+pub(super) fn duplicate(from: RawFd, to: RawFd) -> Result<(), ContainerError> {
     // SAFETY: both are descriptors of this process; `to` is 0, 1 or 2, which nothing else here owns, or one right before exec.
     if unsafe { libc::dup2(from, to) } < 0 {
         return Err(ContainerError::guest("set up stdio", std::io::Error::last_os_error()));
     }
     Ok(())
-}
-
-/// A terminal of the container's own devpts, as its stdio and its user's; returns the master.
-fn open_terminal(window: Option<WindowSize>, owner: Option<u32>) -> Result<OwnedFd, ContainerError> {
-    let system = |stage: &'static str| move |e: std::io::Error| ContainerError::guest(stage, e);
-    let master = fs::File::options()
-        .read(true)
-        .write(true)
-        .open("/dev/pts/ptmx")
-        .map_err(system("open /dev/pts/ptmx"))?;
-    let (mut number, unlock) = (0u32, 0i32);
-    // SAFETY: both ioctls take a pointer to an int that outlives the call.
-    let ok = unsafe {
-        libc::ioctl(master.as_raw_fd(), libc::TIOCSPTLCK, &raw const unlock) == 0
-            && libc::ioctl(master.as_raw_fd(), libc::TIOCGPTN, &raw mut number) == 0
-    };
-    if !ok {
-        return Err(ContainerError::guest("open a terminal", std::io::Error::last_os_error()));
-    }
-    let name = format!("/dev/pts/{number}");
-    let slave =
-        fs::File::options().read(true).write(true).open(&name).map_err(system("open the terminal"))?;
-    if let Some(size) = window {
-        set_window(&master, size);
-    }
-    std::os::unix::fs::fchown(&slave, owner, None).map_err(system("give the terminal to its user"))?;
-    // SAFETY: makes the slave the session's terminal; this process has just started a session.
-    if unsafe { libc::ioctl(slave.as_raw_fd(), libc::TIOCSCTTY, 0) } < 0 {
-        return Err(ContainerError::guest("take the terminal", std::io::Error::last_os_error()));
-    }
-    for target in 0..3 {
-        duplicate(slave.as_raw_fd(), target)?;
-    }
-    Ok(master.into())
-}
-
-/// Sets a terminal's size; a terminal that cannot be sized stays as it is.
-pub(crate) fn set_window(terminal: &impl AsRawFd, size: WindowSize) {
-    let size = libc::winsize { ws_row: size.rows, ws_col: size.columns, ws_xpixel: 0, ws_ypixel: 0 };
-    // SAFETY: the pointer is to a winsize that outlives the call.
-    unsafe { libc::ioctl(terminal.as_raw_fd(), libc::TIOCSWINSZ, &raw const size) };
 }
 
 /// The environment of a program, with HOME. Of a name that is there twice the last counts, as with runc and crun: most programs take

@@ -20,7 +20,8 @@ pub(super) fn open(root: BorrowedFd<'_>, path: &Path) -> io::Result<OwnedFd> {
     open_with(root, path, libc::O_PATH | libc::O_CLOEXEC, libc::RESOLVE_NO_SYMLINKS)
 }
 
-fn open_with(root: BorrowedFd<'_>, path: &Path, flags: i32, resolve: u64) -> io::Result<OwnedFd> {
+/// Opens a path below `root` with these flags; `resolve` says what more than a way out of there is refused.
+pub(super) fn open_with(root: BorrowedFd<'_>, path: &Path, flags: i32, resolve: u64) -> io::Result<OwnedFd> {
     let inside = path.strip_prefix("/").unwrap_or(path);
     let inside = if inside.as_os_str().is_empty() { Path::new(".") } else { inside };
     let name = CString::new(inside.as_os_str().as_bytes())?;

@@ -2,11 +2,15 @@
 
 use std::{
     fs,
-    os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink},
+    io::Read,
+    os::unix::{
+        fs::{MetadataExt, PermissionsExt, chown, symlink},
+        net::UnixListener,
+    },
     path::PathBuf,
 };
 
-use coffer_replay::{Bench, config, until};
+use coffer_replay::{Bench, config, finish, take_terminal, until};
 use serde_json::{Value, json};
 
 /// Runs a script in a container with this configuration; what it printed.
@@ -408,6 +412,21 @@ fn a_user_namespace_has_the_configured_identifiers_inside_and_on_files() {
             .next(),
         Some("0")
     );
+    // On a terminal, which is its user's there.
+    let listener = UnixListener::bind(bench.path("console")).unwrap();
+    for user in ["0", "1000"] {
+        let mut command = bench.command(&["exec", "-t", "-u", user, "--console-socket"]);
+        let script = "tty; stat -c %u $(tty); read -r word";
+        command.arg(bench.path("console")).args(["--detach", "c", "sh", "-c", script]);
+        assert_eq!(finish(&mut command.spawn().unwrap()), 0);
+        let (mut terminal, mut said) = (fs::File::from(take_terminal(&listener)), String::new());
+        while said.lines().count() < 2 {
+            let mut bytes = [0; 256];
+            let count = terminal.read(&mut bytes).unwrap();
+            said.push_str(std::str::from_utf8(&bytes[..count]).unwrap());
+        }
+        assert!(said.starts_with("/dev/pts/") && said.ends_with(&format!("\r\n{user}\r\n")), "{said:?}");
+    }
     let _ = bench.call(&["start", "c"]).ok();
     bench.wait_stopped("c");
     let words: Vec<String> = bench.read("c.out").split_whitespace().map(str::to_owned).collect();

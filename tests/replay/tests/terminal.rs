@@ -2,37 +2,18 @@
 
 use std::{
     fs::File,
-    io::{IoSliceMut, Read, Write},
+    io::{Read, Write},
     os::{
-        fd::{AsRawFd, FromRawFd, OwnedFd},
+        fd::AsRawFd,
         unix::{net::UnixListener, process::CommandExt},
     },
     process::Command,
     thread,
 };
 
-use coffer_replay::{Bench, config, finish, until};
-use nix::{
-    pty::{Winsize, openpty},
-    sys::socket::{ControlMessageOwned, MsgFlags, UnixAddr, recvmsg},
-};
+use coffer_replay::{Bench, config, finish, take_terminal, until};
+use nix::pty::{Winsize, openpty};
 use serde_json::json;
-
-/// Takes the terminal as conmon does: one message with one descriptor.
-fn take(listener: &UnixListener) -> OwnedFd {
-    let (stream, _) = listener.accept().unwrap();
-    let mut bytes = [0; 64];
-    let mut buffers = [IoSliceMut::new(&mut bytes)];
-    let mut space = nix::cmsg_space!(i32);
-    let message =
-        recvmsg::<UnixAddr>(stream.as_raw_fd(), &mut buffers, Some(&mut space), MsgFlags::empty()).unwrap();
-    let Some(ControlMessageOwned::ScmRights(fds)) = message.cmsgs().unwrap().next() else {
-        panic!("no descriptor")
-    };
-    assert!(message.bytes > 0 && fds.len() == 1);
-    // SAFETY: the kernel made this descriptor for us with the message.
-    unsafe { OwnedFd::from_raw_fd(fds[0]) }
-}
 
 fn size(terminal: &impl AsRawFd, rows: u16, columns: u16) {
     let size = Winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
@@ -66,7 +47,7 @@ fn conmons_console_socket_gets_the_terminal_before_create_returns() {
     let mut command = bench.command(&["create", "--bundle"]);
     command.arg(&bundle).arg("--console-socket").arg(bench.path("console")).arg("c");
     let mut child = command.spawn().unwrap();
-    let mut terminal = File::from(take(&listener));
+    let mut terminal = File::from(take_terminal(&listener));
     assert_eq!(finish(&mut child), 0);
     size(&terminal, 30, 90);
     record(terminal.try_clone().unwrap(), &bench, "out");

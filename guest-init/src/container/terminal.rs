@@ -1,0 +1,73 @@
+//! The terminal of a container's process.
+//!
+//! Owns: opening one of the container's own devpts, its size, making it a session's. Does not own: who reads and writes it.
+
+use std::{
+    io,
+    os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
+    path::Path,
+};
+
+use coffer_protocol::WindowSize;
+
+use super::{ContainerError, child::duplicate, path};
+
+/// Both ends, not anybody's terminal yet.
+pub(super) struct Terminal {
+    master: OwnedFd,
+    slave: OwnedFd,
+}
+
+impl Terminal {
+    /// Opens one of the devpts below `root`, for `owner`: an identifier of outside, which from within the container's user namespace
+    /// could not be given.
+    ///
+    /// What is at the path may be the container's doing. The slave is therefore what the kernel has to this master, and no path's.
+    pub(super) fn open(
+        root: BorrowedFd<'_>,
+        window: Option<WindowSize>,
+        owner: Option<u32>,
+    ) -> Result<Self, ContainerError> {
+        let system = |stage: &'static str| move |e: io::Error| ContainerError::guest(stage, e);
+        let flags = libc::O_RDWR | libc::O_NOCTTY | libc::O_CLOEXEC;
+        let master = path::open_with(root, Path::new("/dev/pts/ptmx"), flags, 0)
+            .map_err(system("open /dev/pts/ptmx"))?;
+        let unlock = 0_i32;
+        // SAFETY: the first takes a pointer to an int that outlives the call, the second a number.
+        let slave = unsafe {
+            match libc::ioctl(master.as_raw_fd(), libc::TIOCSPTLCK, &raw const unlock) {
+                0 => libc::ioctl(master.as_raw_fd(), libc::TIOCGPTPEER, flags),
+                failed => failed,
+            }
+        };
+        if slave < 0 {
+            return Err(ContainerError::guest("open a terminal", io::Error::last_os_error()));
+        }
+        // SAFETY: the call returned a new descriptor that nobody else has.
+        let slave = unsafe { OwnedFd::from_raw_fd(slave) };
+        if let Some(size) = window {
+            set_window(&master, size);
+        }
+        std::os::unix::fs::fchown(&slave, owner, None).map_err(system("give the terminal to its user"))?;
+        Ok(Self { master, slave })
+    }
+
+    /// Makes it the terminal of the session that this process has just started, and its stdio; returns the master.
+    pub(super) fn take(self) -> Result<OwnedFd, ContainerError> {
+        // SAFETY: takes two numbers.
+        if unsafe { libc::ioctl(self.slave.as_raw_fd(), libc::TIOCSCTTY, 0) } < 0 {
+            return Err(ContainerError::guest("take the terminal", io::Error::last_os_error()));
+        }
+        for target in 0..3 {
+            duplicate(self.slave.as_raw_fd(), target)?;
+        }
+        Ok(self.master)
+    }
+}
+
+/// Sets a terminal's size; a terminal that cannot be sized stays as it is.
+pub(crate) fn set_window(terminal: &impl AsRawFd, size: WindowSize) {
+    let size = libc::winsize { ws_row: size.rows, ws_col: size.columns, ws_xpixel: 0, ws_ypixel: 0 };
+    // SAFETY: the pointer is to a winsize that outlives the call.
+    unsafe { libc::ioctl(terminal.as_raw_fd(), libc::TIOCSWINSZ, &raw const size) };
+}
