@@ -8,7 +8,10 @@ use std::{
     ffi::CString,
     fs,
     io::IoSlice,
-    os::fd::{AsFd, AsRawFd, OwnedFd, RawFd},
+    os::{
+        fd::{AsFd, AsRawFd, OwnedFd, RawFd},
+        unix::fs::DirBuilderExt,
+    },
     path::{Path, PathBuf},
 };
 
@@ -38,8 +41,8 @@ pub(super) fn first(id: &str, shared: &[Shared], spec: &Spec, process: &Process,
         shared.iter().try_for_each(Shared::enter)?;
         clocks::enter(spec)?;
         mounts::set_up(spec)?;
-        // As runc does; where it cannot be made, the change into it says so.
-        let _ = fs::create_dir_all(process.cwd());
+        // As runc does, for nobody else to write to; where it cannot be made, the change into it says so.
+        let _ = fs::DirBuilder::new().recursive(true).mode(0o755).create(process.cwd());
         if let Some(name) = spec.hostname() {
             nix::unistd::sethostname(name).map_err(|e| ContainerError::guest("set the host name", e))?;
         }

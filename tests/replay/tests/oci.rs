@@ -38,9 +38,9 @@ fn user_groups_umask_directory_and_environment() {
             c["process"]["cwd"] = json!("/srv/made/here");
             c["process"]["env"] = json!(["PATH=/bin", "X=a b"]);
         },
-        "id -u; id -G; umask; pwd; echo $X; hostname; echo x > /dev/null && echo null",
+        "id -u; id -G; umask; pwd; stat -c '%a %u' /srv/made .; echo $X; hostname; echo x > /dev/null && echo null",
     );
-    assert_eq!(out, "1000\n1001 5 6\n0027\n/srv/made/here\na b\nbench\nnull\n");
+    assert_eq!(out, "1000\n1001 5 6\n0027\n/srv/made/here\n755 0\n755 0\na b\nbench\nnull\n");
 }
 
 #[test]
