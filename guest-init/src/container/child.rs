@@ -40,7 +40,7 @@ pub(super) fn first(id: &str, shared: &[Shared], spec: &Spec, process: &Process,
         nix::sys::stat::umask(nix::sys::stat::Mode::empty());
         shared.iter().try_for_each(Shared::enter)?;
         clocks::enter(spec)?;
-        mounts::set_up(spec)?;
+        let late = mounts::set_up(spec)?;
         // As runc does, for nobody else to write to; where it cannot be made, the change into it says so.
         let _ = fs::DirBuilder::new().recursive(true).mode(0o755).create(process.cwd());
         if let Some(name) = spec.hostname() {
@@ -57,7 +57,7 @@ pub(super) fn first(id: &str, shared: &[Shared], spec: &Spec, process: &Process,
             let socket = notify::bind(path)?;
             say(&theirs.sync, message::NOTIFY, "", Some(socket.as_raw_fd()));
         }
-        mounts::protect(spec)?;
+        mounts::protect(spec, late)?;
         let terminal = terminal(process, spec, theirs)?;
         become_program(Some(id), process, spec, theirs, terminal)
     })();

@@ -30,8 +30,12 @@ fn failed(stage: String) -> impl FnOnce(nix::Error) -> ContainerError {
     move |e| ContainerError::guest(&stage, io::Error::from(e))
 }
 
-/// Makes everything below the spec's root and leaves `/` the container's. `directories` says which bind sources are.
-pub(super) fn set_up(spec: &Spec) -> Result<(), ContainerError> {
+/// Mounts that are to be read-only once everything is in them.
+#[derive(Default)]
+pub(super) struct Late(Vec<OwnedFd>);
+
+/// Makes everything below the spec's root and leaves `/` the container's.
+pub(super) fn set_up(spec: &Spec) -> Result<Late, ContainerError> {
     let root = spec.root().as_ref().map(|r| r.path().clone()).unwrap_or_default();
     mount(NONE, "/", NONE, MsFlags::MS_REC | MsFlags::MS_SLAVE, NONE)
         .map_err(failed("make / a slave".into()))?;
@@ -47,8 +51,9 @@ pub(super) fn set_up(spec: &Spec) -> Result<(), ContainerError> {
     fd = root_fd()?;
     mount(NONE, path::name(&fd).as_str(), NONE, MsFlags::MS_PRIVATE, NONE)
         .map_err(failed("make the root private".into()))?;
+    let mut late = Late::default();
     for mount in spec.mounts().iter().flatten() {
-        one(fd.as_fd(), &root, mount)?;
+        late.0.extend(one(fd.as_fd(), &root, mount)?);
         if mount.destination() == Path::new("/") {
             fd = root_fd()?;
         }
@@ -56,7 +61,7 @@ pub(super) fn set_up(spec: &Spec) -> Result<(), ContainerError> {
     devices::make(fd.as_fd(), spec)?;
     pivot(&fd)?;
     match spec.linux().as_ref().and_then(|l| l.rootfs_propagation().as_deref()) {
-        None | Some("") => Ok(()),
+        None | Some("") => {}
         Some(word) => {
             let how = options::propagation(word).ok_or_else(|| {
                 ContainerError::new(
@@ -64,9 +69,10 @@ pub(super) fn set_up(spec: &Spec) -> Result<(), ContainerError> {
                     format!("config.json: linux.rootfsPropagation: {word:?}"),
                 )
             })?;
-            mount(NONE, "/", NONE, how, NONE).map_err(failed(format!("make the root {word}")))
+            mount(NONE, "/", NONE, how, NONE).map_err(failed(format!("make the root {word}")))?;
         }
     }
+    Ok(late)
 }
 
 /// The place of a mount, as it is after mounting: below `root`, or, where the root itself was mounted over, by its path. No link is
@@ -80,7 +86,8 @@ fn opened(root: BorrowedFd<'_>, root_path: &Path, target: &Path) -> Result<Owned
     place.map_err(|e| ContainerError::guest(&format!("open {}", target.display()), e))
 }
 
-fn one(root: BorrowedFd<'_>, root_path: &Path, wanted: &Mount) -> Result<(), ContainerError> {
+/// Mounts one; returns it where it is to be read-only later.
+fn one(root: BorrowedFd<'_>, root_path: &Path, wanted: &Mount) -> Result<Option<OwnedFd>, ContainerError> {
     let words = wanted.options().clone().unwrap_or_default();
     let options = options::parse(&words);
     let target_path = wanted.destination();
@@ -121,7 +128,8 @@ fn one(root: BorrowedFd<'_>, root_path: &Path, wanted: &Mount) -> Result<(), Con
             .recursive
             .apply(&mounted)
             .map_err(|e| ContainerError::guest(&stage("set attributes of"), e))?;
-        return propagate(&mounted, &options, &stage("set propagation of"));
+        propagate(&mounted, &options, &stage("set propagation of"))?;
+        return Ok(None);
     }
     let kind = match wanted.typ().as_deref().unwrap_or("none") {
         // The guest has version 2 only, whatever the host has.
@@ -139,14 +147,19 @@ fn one(root: BorrowedFd<'_>, root_path: &Path, wanted: &Mount) -> Result<(), Con
     let before = options.copy_up.then(|| directory(&target.fd)).transpose().ok().flatten();
     // By the configuration's name, which /proc/self/mountinfo shows.
     let device = if source.as_os_str().is_empty() { Path::new(kind) } else { &source };
-    mount(Some(device), name.as_str(), Some(kind), options.set, Some(data.join(",").as_str()))
+    // As with runc: what lay there, places for mounts below and devices are still to come into these.
+    let late = options.set.contains(MsFlags::MS_RDONLY)
+        && (kind == "tmpfs" || Path::new("/").join(target_path) == Path::new("/dev"));
+    let flags = if late { options.set - MsFlags::MS_RDONLY } else { options.set };
+    mount(Some(device), name.as_str(), Some(kind), flags, Some(data.join(",").as_str()))
         .map_err(failed(stage(&format!("mount {kind} at"))))?;
     let mounted = opened(root, root_path, &target.path)?;
     if let Some(before) = before {
         copy_tree(&before, &mounted, 0).map_err(|e| ContainerError::guest(&stage("copy up"), e))?;
     }
     options.recursive.apply(&mounted).map_err(|e| ContainerError::guest(&stage("set attributes of"), e))?;
-    propagate(&mounted, &options, &stage("set propagation of"))
+    propagate(&mounted, &options, &stage("set propagation of"))?;
+    Ok(late.then_some(mounted))
 }
 
 /// A tmpfs over a directory has that one's permissions, as with runc; the kernel's own choice would be everybody's.
@@ -238,8 +251,11 @@ fn null() -> io::Result<OwnedFd> {
     }
 }
 
-/// Read-only root, masked and read-only paths: after everything that still writes there.
-pub(super) fn protect(spec: &Spec) -> Result<(), ContainerError> {
+/// Read-only root and file systems, masked and read-only paths: after everything that still writes there.
+pub(super) fn protect(spec: &Spec, late: Late) -> Result<(), ContainerError> {
+    for mounted in late.0 {
+        options::read_only(&mounted).map_err(|e| ContainerError::guest("make a file system read-only", e))?;
+    }
     let linux = spec.linux().as_ref();
     for masked in linux.iter().flat_map(|l| l.masked_paths().iter().flatten()) {
         let hidden = match fs::metadata(masked) {

@@ -163,6 +163,32 @@ fn tmpfs_may_keep_what_lay_there_and_propagation_is_set() {
     assert_eq!(out, "root:x:0:0:root:/root:/bin/sh\n2\n1\n");
 }
 
+/// As with runc: what has to be written there is written before.
+#[test]
+fn a_read_only_tmpfs_and_dev_are_read_only_once_everything_is_in_them() {
+    let out = inside(
+        |bench, c| {
+            let options = json!(["ro", "tmpcopyup", "nosuid", "noexec", "size=1m"]);
+            mount(
+                c,
+                json!({ "destination": "/etc", "type": "tmpfs", "source": "tmpfs", "options": options }),
+            );
+            fs::create_dir(bench.path("volume")).unwrap();
+            mount(
+                c,
+                json!({ "destination": "/etc/below/volume", "type": "bind", "source": bench.path("volume"), "options": ["bind"] }),
+            );
+            let dev = &mut c["mounts"][1];
+            assert_eq!(dev["destination"], "/dev");
+            dev["options"].as_array_mut().unwrap().push(json!("ro"));
+        },
+        "head -n 1 /etc/passwd; touch /etc/below/volume/x && echo written; echo x >/dev/null; \
+         for d in /etc /dev /etc/below; do touch $d/x 2>/dev/null || echo ro; done; \
+         grep -c ' /etc tmpfs ro,nosuid,noexec,' /proc/self/mounts; grep -c ' /dev tmpfs ro,nosuid,' /proc/self/mounts",
+    );
+    assert_eq!(out, "root:x:0:0:root:/root:/bin/sh\nwritten\nro\nro\nro\n1\n1\n");
+}
+
 #[test]
 fn sysctls_and_seccomp_hold() {
     let out = inside(
