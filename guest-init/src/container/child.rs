@@ -8,10 +8,7 @@ use std::{
     ffi::CString,
     fs,
     io::IoSlice,
-    os::{
-        fd::{AsFd, AsRawFd, OwnedFd, RawFd},
-        unix::fs::DirBuilderExt,
-    },
+    os::fd::{AsFd, AsRawFd, OwnedFd, RawFd},
     path::{Path, PathBuf},
 };
 
@@ -25,7 +22,7 @@ use oci_spec::runtime::{Process, Spec};
 use super::{
     ContainerError, clocks, hooks,
     making::message,
-    mounts, notify,
+    mounts, notify, path,
     process::{Shared, Theirs, fork},
     scheduling, security,
     terminal::Terminal,
@@ -42,7 +39,11 @@ pub(super) fn first(id: &str, shared: &[Shared], spec: &Spec, process: &Process,
         clocks::enter(spec)?;
         let late = mounts::set_up(spec)?;
         // As runc does, for nobody else to write to; where it cannot be made, the change into it says so.
-        let _ = fs::DirBuilder::new().recursive(true).mode(0o755).create(process.cwd());
+        if !process.cwd().exists() {
+            let root =
+                fs::File::open("/").map_err(|e| ContainerError::guest("open the container's root", e))?;
+            let _ = path::make(root.as_fd(), process.cwd(), false, user::root(spec));
+        }
         if let Some(name) = spec.hostname() {
             nix::unistd::sethostname(name).map_err(|e| ContainerError::guest("set the host name", e))?;
         }

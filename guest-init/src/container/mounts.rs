@@ -6,7 +6,7 @@ use std::{
     fs, io,
     os::{
         fd::{AsFd, BorrowedFd, OwnedFd},
-        unix::fs::symlink,
+        unix::fs::{lchown, symlink},
     },
     path::{Component, Path},
 };
@@ -21,7 +21,7 @@ use oci_spec::runtime::{Mount, Spec};
 use super::{
     ContainerError, devices,
     options::{self, Options},
-    path, places,
+    path, places, user,
 };
 
 const NONE: Option<&str> = None;
@@ -53,7 +53,7 @@ pub(super) fn set_up(spec: &Spec) -> Result<Late, ContainerError> {
         .map_err(failed("make the root private".into()))?;
     let mut late = Late::default();
     for mount in spec.mounts().iter().flatten() {
-        late.0.extend(one(fd.as_fd(), &root, mount)?);
+        late.0.extend(one(fd.as_fd(), &root, mount, spec)?);
         if mount.destination() == Path::new("/") {
             fd = root_fd()?;
         }
@@ -87,7 +87,12 @@ fn opened(root: BorrowedFd<'_>, root_path: &Path, target: &Path) -> Result<Owned
 }
 
 /// Mounts one; returns it where it is to be read-only later.
-fn one(root: BorrowedFd<'_>, root_path: &Path, wanted: &Mount) -> Result<Option<OwnedFd>, ContainerError> {
+fn one(
+    root: BorrowedFd<'_>,
+    root_path: &Path,
+    wanted: &Mount,
+    spec: &Spec,
+) -> Result<Option<OwnedFd>, ContainerError> {
     let words = wanted.options().clone().unwrap_or_default();
     let options = options::parse(&words);
     let target_path = wanted.destination();
@@ -109,7 +114,7 @@ fn one(root: BorrowedFd<'_>, root_path: &Path, wanted: &Mount) -> Result<Option<
         false => None,
     };
     let is_file = from.as_ref().is_some_and(|from| !Path::new(&path::name(from)).is_dir());
-    let target = path::make(root, target_path, is_file)
+    let target = path::make(root, target_path, is_file, user::root(spec))
         .map_err(|e| ContainerError::guest(&stage("make the mount point"), e))?;
     let name = path::name(&target.fd);
     if let Some(from) = from {
@@ -143,6 +148,10 @@ fn one(root: BorrowedFd<'_>, root_path: &Path, wanted: &Mount) -> Result<Option<
     if kind == "tmpfs" && !target.made && !data.iter().any(|word| word.starts_with("mode=")) {
         data.extend(mode(&target.fd));
     }
+    let data = owners(spec, kind, data).map_err(|word| {
+        let message = format!("{}: {word}: the container's user namespace does not have it", stage("mount"));
+        ContainerError::new(ErrorKind::Invalid, message)
+    })?;
     // What is no directory has nothing to copy, and one that waits for its other end is not waited for.
     let before = options.copy_up.then(|| directory(&target.fd)).transpose().ok().flatten();
     // By the configuration's name, which /proc/self/mountinfo shows.
@@ -154,12 +163,48 @@ fn one(root: BorrowedFd<'_>, root_path: &Path, wanted: &Mount) -> Result<Option<
     mount(Some(device), name.as_str(), Some(kind), flags, Some(data.join(",").as_str()))
         .map_err(failed(stage(&format!("mount {kind} at"))))?;
     let mounted = opened(root, root_path, &target.path)?;
+    if let ("devpts", Some((user, group))) = (kind, user::root(spec)) {
+        lchown(format!("{}/ptmx", path::name(&mounted)), Some(user), Some(group))
+            .map_err(|e| ContainerError::guest(&stage("give its owner"), e))?;
+    }
     if let Some(before) = before {
         copy_tree(&before, &mounted, 0).map_err(|e| ContainerError::guest(&stage("copy up"), e))?;
     }
     options.recursive.apply(&mounted).map_err(|e| ContainerError::guest(&stage("set attributes of"), e))?;
     propagate(&mounted, &options, &stage("set propagation of"))?;
     Ok(late.then_some(mounted))
+}
+
+/// A file system's data with whom they name as they are outside: it is mounted from there, where a host's runtime does that from within the
+/// container's user namespace. Who is not named is the container's root. The error is the word that names nobody.
+fn owners(spec: &Spec, kind: &str, data: Vec<String>) -> Result<Vec<String>, String> {
+    let Some((user, group)) = user::root(spec) else { return Ok(data) };
+    let mut owned = Vec::with_capacity(data.len() + 2);
+    let (mut has_user, mut has_group) = (false, false);
+    for word in data {
+        // What is no number is for the kernel to refuse.
+        let id = |name: &str| word.strip_prefix(name).and_then(|id| id.parse::<u32>().ok());
+        let outside = match (id("uid="), id("gid=")) {
+            (Some(uid), _) => {
+                has_user = true;
+                user::outside(spec, uid).map(|uid| format!("uid={uid}"))
+            }
+            (_, Some(gid)) => {
+                has_group = true;
+                user::outside_group(spec, gid).map(|gid| format!("gid={gid}"))
+            }
+            _ => Some(word.clone()),
+        };
+        owned.push(outside.ok_or(word)?);
+    }
+    if kind == "tmpfs" && !has_user {
+        owned.push(format!("uid={user}"));
+    }
+    // A terminal that one of the guest's processes opens is that one's group's.
+    if matches!(kind, "tmpfs" | "devpts") && !has_group {
+        owned.push(format!("gid={group}"));
+    }
+    Ok(owned)
 }
 
 /// A tmpfs over a directory has that one's permissions, as with runc; the kernel's own choice would be everybody's.
@@ -183,7 +228,7 @@ fn directory(place: &OwnedFd) -> io::Result<OwnedFd> {
 /// Copies what lay under a new tmpfs into it (podman's `tmpcopyup`). Where that is the host's, each name may be a link by the time it is
 /// opened, whatever the directory said: what was opened is looked at, and copied.
 fn copy_tree(from: &OwnedFd, to: &OwnedFd, depth: usize) -> io::Result<()> {
-    use std::os::unix::fs::{MetadataExt, fchown, lchown};
+    use std::os::unix::fs::{MetadataExt, fchown};
     const DEEPEST: usize = 64;
     if depth > DEEPEST {
         return Err(io::Error::other("directories are nested too deeply"));

@@ -465,6 +465,45 @@ fn a_user_namespace_has_the_configured_identifiers_inside_and_on_files() {
     assert_eq!(fs::metadata(bundle.join("rootfs/srv/made")).unwrap().uid(), 100_000);
 }
 
+/// As on a host, where they are mounted and made from within.
+#[test]
+fn with_a_user_namespace_file_systems_and_what_is_made_are_its_roots() {
+    let bench = Bench::new();
+    let script = "stat -c '%n %u %g' /plain /own /made /made/below /srv/cwd /srv/cwd/here /dev /dev/null /dev/mine /dev/fd /dev/pts/ptmx; \
+                  touch /plain/x && echo written; grep -c '^devpts /dev/pts devpts .*gid=200005,' /proc/self/mounts";
+    let mut config = config(&["sh", "-c", script]);
+    config["linux"]["namespaces"].as_array_mut().unwrap().push(json!({ "type": "user" }));
+    config["linux"]["uidMappings"] = json!([{ "containerID": 0, "hostID": 100_000, "size": 65_536 }]);
+    config["linux"]["gidMappings"] = json!([{ "containerID": 0, "hostID": 200_000, "size": 65_536 }]);
+    config["linux"]["devices"] = json!([{ "path": "/dev/mine", "type": "c", "major": 1, "minor": 5, "fileMode": 0o640, "uid": 7, "gid": 8 }]);
+    config["process"]["cwd"] = json!("/srv/cwd/here");
+    fs::create_dir(bench.path("volume")).unwrap();
+    for (destination, kind, source, options) in [
+        ("/plain", "tmpfs", json!("tmpfs"), json!(["mode=755"])),
+        ("/own", "tmpfs", json!("tmpfs"), json!(["mode=755", "uid=5", "gid=6"])),
+        ("/made/below/volume", "bind", json!(bench.path("volume")), json!(["bind"])),
+    ] {
+        mount(
+            &mut config,
+            json!({ "destination": destination, "type": kind, "source": source, "options": options }),
+        );
+    }
+    let bundle = bench.bundle("c", &config);
+    fs::set_permissions(bench.path(""), fs::Permissions::from_mode(0o755)).unwrap();
+    chown(bundle.join("rootfs/srv"), Some(100_000), Some(200_000)).unwrap();
+    bench.start("c", &config);
+    bench.wait_stopped("c");
+    let wanted = "/plain 0 0\n/own 5 6\n/made 0 0\n/made/below 0 0\n/srv/cwd 0 0\n/srv/cwd/here 0 0\n\
+                  /dev 0 0\n/dev/null 0 0\n/dev/mine 7 8\n/dev/fd 0 0\n/dev/pts/ptmx 0 0\nwritten\n1\n";
+    assert_eq!(bench.read("c.out"), wanted, "{}", bench.read("c.err"));
+    // Whom the container does not know can own nothing in it.
+    config["mounts"].as_array_mut().unwrap().last_mut().unwrap()["type"] = json!("tmpfs");
+    config["mounts"].as_array_mut().unwrap().last_mut().unwrap()["options"] = json!(["uid=70000"]);
+    let bundle = bench.bundle("d", &config);
+    let said = bench.create("d", &bundle).failed(1);
+    assert!(said.contains("/made/below/volume") && said.contains("uid=70000"), "{said}");
+}
+
 #[test]
 fn what_the_specification_does_not_know_is_no_error_and_what_is_wrong_is_named() {
     let out = inside(
