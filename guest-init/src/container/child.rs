@@ -8,7 +8,7 @@ use std::{
     ffi::CString,
     fs,
     io::IoSlice,
-    os::fd::{AsFd, AsRawFd, OwnedFd, RawFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd},
     path::{Path, PathBuf},
 };
 
@@ -37,12 +37,14 @@ pub(super) fn first(id: &str, shared: &[Shared], spec: &Spec, process: &Process,
         nix::sys::stat::umask(nix::sys::stat::Mode::empty());
         shared.iter().try_for_each(Shared::enter)?;
         clocks::enter(spec)?;
-        let late = mounts::set_up(spec)?;
+        let (late, terminal) = mounts::set_up(spec, |root| {
+            let terminal = terminal(root, process, spec, theirs)?;
+            terminal.iter().try_for_each(|t| t.be_console(root, user::root(spec)))?;
+            Ok(terminal)
+        })?;
         // As runc does, for nobody else to write to; where it cannot be made, the change into it says so.
         if !process.cwd().exists() {
-            let root =
-                fs::File::open("/").map_err(|e| ContainerError::guest("open the container's root", e))?;
-            let _ = path::make(root.as_fd(), process.cwd(), false, user::root(spec));
+            let _ = path::make(open_root()?.as_fd(), process.cwd(), false, user::root(spec));
         }
         if let Some(name) = spec.hostname() {
             nix::unistd::sethostname(name).map_err(|e| ContainerError::guest("set the host name", e))?;
@@ -59,7 +61,6 @@ pub(super) fn first(id: &str, shared: &[Shared], spec: &Spec, process: &Process,
             say(&theirs.sync, message::NOTIFY, "", Some(socket.as_raw_fd()));
         }
         mounts::protect(spec, late)?;
-        let terminal = terminal(process, spec, theirs)?;
         become_program(Some(id), process, spec, theirs, terminal)
     })();
     give_up(&theirs.sync, result)
@@ -92,7 +93,7 @@ pub(super) fn further(process: &Process, spec: &Spec, target: i32, theirs: &Thei
         };
         files.into_iter().try_for_each(join)?;
         // While an identifier of outside can still be given to it.
-        let terminal = terminal(process, spec, theirs)?;
+        let terminal = terminal(open_root()?.as_fd(), process, spec, theirs)?;
         user.map_or(Ok(()), join)?;
         // The child of PID 1 by CLONE_PARENT, so that PID 1 reaps it; its number is PID 1's, because this process's
         // own namespace is still that one.
@@ -168,14 +169,19 @@ fn say(sync: &OwnedFd, kind: u8, text: &str, fd: Option<RawFd>) {
     );
 }
 
-/// Of a process that has one: of the container's own devpts, in whose mount namespace this process is.
-fn terminal(process: &Process, spec: &Spec, theirs: &Theirs) -> Result<Option<Terminal>, ContainerError> {
-    if !theirs.stdio.is_empty() {
-        return Ok(None);
-    }
-    let root = fs::File::open("/").map_err(|e| ContainerError::guest("open the container's root", e))?;
+fn open_root() -> Result<fs::File, ContainerError> {
+    fs::File::open("/").map_err(|e| ContainerError::guest("open the container's root", e))
+}
+
+/// Of a process that has one: of the container's own devpts below `root`.
+fn terminal(
+    root: BorrowedFd<'_>,
+    process: &Process,
+    spec: &Spec,
+    theirs: &Theirs,
+) -> Result<Option<Terminal>, ContainerError> {
     let owner = user::outside(spec, process.user().uid());
-    Terminal::open(root.as_fd(), theirs.window, owner).map(Some)
+    theirs.stdio.is_empty().then(|| Terminal::open(root, theirs.window, owner)).transpose()
 }
 
 /// `first` is the container's id for its first process.

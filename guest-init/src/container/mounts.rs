@@ -34,8 +34,12 @@ fn failed(stage: String) -> impl FnOnce(nix::Error) -> ContainerError {
 #[derive(Default)]
 pub(super) struct Late(Vec<OwnedFd>);
 
-/// Makes everything below the spec's root and leaves `/` the container's.
-pub(super) fn set_up(spec: &Spec) -> Result<Late, ContainerError> {
+/// Makes everything below the spec's root and leaves `/` the container's. `last` is done there while everything of the guest still has its
+/// names, too.
+pub(super) fn set_up<T>(
+    spec: &Spec,
+    last: impl FnOnce(BorrowedFd<'_>) -> Result<T, ContainerError>,
+) -> Result<(Late, T), ContainerError> {
     let root = spec.root().as_ref().map(|r| r.path().clone()).unwrap_or_default();
     mount(NONE, "/", NONE, MsFlags::MS_REC | MsFlags::MS_SLAVE, NONE)
         .map_err(failed("make / a slave".into()))?;
@@ -59,6 +63,7 @@ pub(super) fn set_up(spec: &Spec) -> Result<Late, ContainerError> {
         }
     }
     devices::make(fd.as_fd(), spec)?;
+    let done = last(fd.as_fd())?;
     pivot(&fd)?;
     match spec.linux().as_ref().and_then(|l| l.rootfs_propagation().as_deref()) {
         None | Some("") => {}
@@ -72,7 +77,7 @@ pub(super) fn set_up(spec: &Spec) -> Result<Late, ContainerError> {
             mount(NONE, "/", NONE, how, NONE).map_err(failed(format!("make the root {word}")))?;
         }
     }
-    Ok(late)
+    Ok((late, done))
 }
 
 /// The place of a mount, as it is after mounting: below `root`, or, where the root itself was mounted over, by its path. No link is

@@ -9,8 +9,13 @@ use std::{
 };
 
 use coffer_protocol::WindowSize;
+use nix::mount::{MsFlags, mount};
 
-use super::{ContainerError, child::duplicate, path};
+use super::{
+    ContainerError,
+    child::duplicate,
+    path::{self, Owner},
+};
 
 /// Both ends, not anybody's terminal yet.
 pub(super) struct Terminal {
@@ -50,6 +55,20 @@ impl Terminal {
         }
         std::os::unix::fs::fchown(&slave, owner, None).map_err(system("give the terminal to its user"))?;
         Ok(Self { master, slave })
+    }
+
+    /// Lays it over the container's `/dev/console` (config-linux.md, "Default Devices"). Where this init's own /proc still is: the
+    /// names of open places are there.
+    pub(super) fn be_console(
+        &self,
+        root: BorrowedFd<'_>,
+        owner: Option<Owner>,
+    ) -> Result<(), ContainerError> {
+        let failed = |e: io::Error| ContainerError::guest("make /dev/console", e);
+        let place = path::make(root, Path::new("/dev/console"), true, owner).map_err(failed)?.fd;
+        let (slave, place) = (path::name(&self.slave), path::name(&place));
+        mount(Some(slave.as_str()), place.as_str(), None::<&str>, MsFlags::MS_BIND, None::<&str>)
+            .map_err(|e| failed(e.into()))
     }
 
     /// Makes it the terminal of the session that this process has just started, and its stdio; returns the master.

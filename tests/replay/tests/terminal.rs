@@ -63,6 +63,35 @@ fn conmons_console_socket_gets_the_terminal_before_create_returns() {
     bench.wait_stopped("c");
 }
 
+/// config-linux.md, "Default Devices".
+#[test]
+fn the_console_is_the_first_processs_terminal() {
+    for read_only in [false, true] {
+        let bench = Bench::new();
+        let script =
+            "test -c /dev/console && echo seen >/dev/console; readlink /proc/self/fd/0; read -r word";
+        let mut config = config(&["sh", "-c", script]);
+        config["process"]["terminal"] = json!(true);
+        config["root"]["readonly"] = json!(read_only);
+        let bundle = bench.bundle("c", &config);
+        let listener = UnixListener::bind(bench.path("console")).unwrap();
+        let mut command = bench.command(&["create", "--bundle"]);
+        command.arg(&bundle).arg("--console-socket").arg(bench.path("console")).arg("c");
+        let mut child = command.spawn().unwrap();
+        let mut terminal = File::from(take_terminal(&listener));
+        assert_eq!(finish(&mut child), 0);
+        record(terminal.try_clone().unwrap(), &bench, "out");
+        let _ = bench.call(&["start", "c"]).ok();
+        until(|| bench.read("out").lines().count() == 2);
+        assert_eq!(bench.read("out"), "seen\r\n/dev/pts/0\r\n");
+        // A further process has it, too, whatever its own terminal.
+        let _ = bench.call(&["exec", "c", "sh", "-c", "echo further >/dev/console"]).ok();
+        until(|| bench.read("out").contains("further"));
+        terminal.write_all(b"word\n").unwrap();
+        bench.wait_stopped("c");
+    }
+}
+
 #[test]
 fn a_users_own_terminal_is_raw_while_run_lasts_and_its_size_follows() {
     let bench = Bench::new();
