@@ -307,7 +307,9 @@ pub(super) fn environment(process: &Process, home: impl FnOnce() -> String) -> V
     let mut pairs: Vec<String> =
         process.env().iter().flatten().rev().filter(|pair| seen.insert(name(pair))).cloned().collect();
     pairs.reverse();
-    if !seen.contains("HOME") {
+    // runc takes an empty one for none.
+    pairs.retain(|pair| pair != "HOME=");
+    if !pairs.iter().any(|pair| pair.starts_with("HOME=")) {
         pairs.push(format!("HOME={}", home()));
     }
     pairs
@@ -416,5 +418,8 @@ mod tests {
         assert_eq!(environment(&process(&["A=1", "B=2", "A=3=4"]), home), ["B=2", "A=3=4", "HOME=/root"]);
         assert_eq!(environment(&process(&["HOME=/a", "HOME=/b"]), home), ["HOME=/b"]);
         assert_eq!(environment(&process(&[]), home), ["HOME=/root"]);
+        // runc takes an empty one for none.
+        assert_eq!(environment(&process(&["HOME=", "A=1"]), home), ["A=1", "HOME=/root"]);
+        assert_eq!(environment(&process(&["HOME=/a", "HOME="]), home), ["HOME=/root"]);
     }
 }
