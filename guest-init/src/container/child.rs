@@ -127,20 +127,26 @@ fn enter_directory(
     path: &Path,
     identity: impl FnOnce() -> Result<(), ContainerError>,
 ) -> Result<(), ContainerError> {
-    let failed =
-        |error: &dyn std::fmt::Display| ContainerError::guest(&format!("chdir to cwd ({path:?})"), error);
+    // runc's sentence, from which podman takes its exit code: 127 for one that is not there, as for a program.
+    let failed = |kind, why| {
+        ContainerError::new(kind, format!("chdir to cwd ({path:?}) set in config.json failed: {why}"))
+    };
+    let refused = |error| match error {
+        nix::Error::ENOENT => failed(ErrorKind::NotFound, words(error)),
+        _ => failed(ErrorKind::Guest, words(error)),
+    };
     let entered = match nix::unistd::chdir(path) {
         Ok(()) => true,
         Err(nix::Error::EACCES | nix::Error::EPERM) => false,
-        Err(error) => return Err(failed(&error)),
+        Err(error) => return Err(refused(error)),
     };
     identity()?;
     if !entered {
-        nix::unistd::chdir(path).map_err(|e| failed(&e))?;
+        nix::unistd::chdir(path).map_err(refused)?;
     }
     match nix::unistd::getcwd() {
         Ok(name) if name.is_absolute() => Ok(()),
-        _ => Err(failed(&"it is outside of the container's root")),
+        _ => Err(failed(ErrorKind::Guest, "it is outside of the container's root")),
     }
 }
 
