@@ -200,16 +200,18 @@ fn become_program(
 ) -> Result<Infallible, ContainerError> {
     let sync = &theirs.sync;
     nix::unistd::setsid().map_err(|e| ContainerError::guest("start a session", e))?;
-    let terminal = terminal.map(Terminal::take).transpose()?;
     for (target, fd) in theirs.stdio.iter().enumerate() {
         duplicate(fd.as_raw_fd(), target as RawFd)?;
     }
+    let mut terminal = terminal;
     if first.is_some() {
         security::limits(process)?;
         if user::wanted(spec) {
             enter_user_namespace(sync)?;
+            terminal = terminal.map(|t| t.reopened(open_root()?.as_fd())).transpose()?;
         }
     }
+    let terminal = terminal.map(Terminal::take).transpose()?;
     scheduling::personality(spec)?;
     // Without no_new_privs a filter needs CAP_SYS_ADMIN, which the change of identity takes away; with it the filter
     // comes as late as it can.

@@ -17,6 +17,8 @@ use super::{
     path::{self, Owner},
 };
 
+const FLAGS: i32 = libc::O_RDWR | libc::O_NOCTTY | libc::O_CLOEXEC;
+
 /// Both ends, not anybody's terminal yet.
 pub(super) struct Terminal {
     master: OwnedFd,
@@ -34,14 +36,13 @@ impl Terminal {
         owner: Option<u32>,
     ) -> Result<Self, ContainerError> {
         let system = |stage: &'static str| move |e: io::Error| ContainerError::guest(stage, e);
-        let flags = libc::O_RDWR | libc::O_NOCTTY | libc::O_CLOEXEC;
-        let master = path::open_with(root, Path::new("/dev/pts/ptmx"), flags, 0)
+        let master = path::open_with(root, Path::new("/dev/pts/ptmx"), FLAGS, 0)
             .map_err(system("open /dev/pts/ptmx"))?;
         let unlock = 0_i32;
         // SAFETY: the first takes a pointer to an int that outlives the call, the second a number.
         let slave = unsafe {
             match libc::ioctl(master.as_raw_fd(), libc::TIOCSPTLCK, &raw const unlock) {
-                0 => libc::ioctl(master.as_raw_fd(), libc::TIOCGPTPEER, flags),
+                0 => libc::ioctl(master.as_raw_fd(), libc::TIOCGPTPEER, FLAGS),
                 failed => failed,
             }
         };
@@ -69,6 +70,25 @@ impl Terminal {
         let (slave, place) = (path::name(&self.slave), path::name(&place));
         mount(Some(slave.as_str()), place.as_str(), None::<&str>, MsFlags::MS_BIND, None::<&str>)
             .map_err(|e| failed(e.into()))
+    }
+
+    /// The same by way of the mount namespace in which this process is by now: what was opened in the one that it left has none of the
+    /// names there, and `tty` would find nothing under that which /proc says.
+    pub(super) fn reopened(self, root: BorrowedFd<'_>) -> Result<Self, ContainerError> {
+        let failed = |e: io::Error| ContainerError::guest("open the terminal again", e);
+        let mut number = 0_u32;
+        // SAFETY: takes a pointer to an int that outlives the call.
+        if unsafe { libc::ioctl(self.master.as_raw_fd(), libc::TIOCGPTN, &raw mut number) } < 0 {
+            return Err(failed(io::Error::last_os_error()));
+        }
+        let path = format!("/dev/pts/{number}");
+        let slave = path::open_with(root, Path::new(&path), FLAGS, 0).map_err(failed)?;
+        let place =
+            |fd| nix::sys::stat::fstat(fd).map(|s| (s.st_dev, s.st_ino)).map_err(|e| failed(e.into()));
+        match place(&slave)? == place(&self.slave)? {
+            true => Ok(Self { slave, ..self }),
+            false => Err(failed(io::Error::other(format!("{path} is another")))),
+        }
     }
 
     /// Makes it the terminal of the session that this process has just started, and its stdio; returns the master.

@@ -1,11 +1,11 @@
 //! Terminals: what conmon asks for over its console socket, and what a user's own terminal sees.
 
 use std::{
-    fs::File,
+    fs::{self, File},
     io::{Read, Write},
     os::{
         fd::AsRawFd,
-        unix::{net::UnixListener, process::CommandExt},
+        unix::{fs::PermissionsExt, net::UnixListener, process::CommandExt},
     },
     process::Command,
     thread,
@@ -66,14 +66,21 @@ fn conmons_console_socket_gets_the_terminal_before_create_returns() {
 /// config-linux.md, "Default Devices".
 #[test]
 fn the_console_is_the_first_processs_terminal() {
-    for read_only in [false, true] {
+    for (read_only, mapped) in [(false, false), (true, false), (true, true)] {
         let bench = Bench::new();
         let script =
             "test -c /dev/console && echo seen >/dev/console; readlink /proc/self/fd/0; read -r word";
         let mut config = config(&["sh", "-c", script]);
         config["process"]["terminal"] = json!(true);
         config["root"]["readonly"] = json!(read_only);
+        if mapped {
+            config["linux"]["namespaces"].as_array_mut().unwrap().push(json!({ "type": "user" }));
+            let map = json!([{ "containerID": 0, "hostID": 100_000, "size": 65_536 }]);
+            config["linux"]["uidMappings"] = map.clone();
+            config["linux"]["gidMappings"] = map;
+        }
         let bundle = bench.bundle("c", &config);
+        fs::set_permissions(bench.path(""), fs::Permissions::from_mode(0o755)).unwrap();
         let listener = UnixListener::bind(bench.path("console")).unwrap();
         let mut command = bench.command(&["create", "--bundle"]);
         command.arg(&bundle).arg("--console-socket").arg(bench.path("console")).arg("c");
@@ -83,7 +90,7 @@ fn the_console_is_the_first_processs_terminal() {
         record(terminal.try_clone().unwrap(), &bench, "out");
         let _ = bench.call(&["start", "c"]).ok();
         until(|| bench.read("out").lines().count() == 2);
-        assert_eq!(bench.read("out"), "seen\r\n/dev/pts/0\r\n");
+        assert_eq!(bench.read("out"), "seen\r\n/dev/pts/0\r\n", "mapped: {mapped}");
         // A further process has it, too, whatever its own terminal.
         let _ = bench.call(&["exec", "c", "sh", "-c", "echo further >/dev/console"]).ok();
         until(|| bench.read("out").contains("further"));
