@@ -302,7 +302,7 @@ pub enum Reply {
 #[derive(Clone, Copy, Debug, Serialize, Deserialize, PartialEq, Eq)]
 #[serde(rename_all = "kebab-case")]
 pub enum ErrorKind {
-    /// The program is not there: exit code 127 from podman.
+    /// The program, or the directory that it is to be in, is not there: exit code 127 from podman.
     NotFound,
     /// The program cannot be executed: exit code 126 from podman.
     NotExecutable,

@@ -61,8 +61,8 @@ pub fn host<E: Into<io::Error>>(stage: impl Into<String>) -> impl FnOnce(E) -> E
 }
 
 impl Error {
-    /// The line for callers. podman takes "no such file or directory" for a command that is not there, so these words stay
-    /// for that alone.
+    /// The line for callers. podman takes "no such file or directory" for a command or a working directory that is
+    /// not there, so these words stay for those alone.
     #[must_use]
     pub fn line(&self) -> String {
         const TAKEN: &str = "no such file or directory";

@@ -8,11 +8,11 @@ use std::{
     ffi::CString,
     fs,
     io::IoSlice,
-    os::fd::{AsRawFd, OwnedFd, RawFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd},
     path::{Path, PathBuf},
 };
 
-use coffer_protocol::{ErrorKind, WindowSize};
+use coffer_protocol::ErrorKind;
 use nix::{
     sched::{CloneFlags, setns},
     sys::socket::{ControlMessage, MsgFlags, UnixAddr, recv, sendmsg},
@@ -22,9 +22,11 @@ use oci_spec::runtime::{Process, Spec};
 use super::{
     ContainerError, clocks, hooks,
     making::message,
-    mounts, notify,
+    mounts, notify, path,
     process::{Shared, Theirs, fork},
-    scheduling, security, user,
+    scheduling, security,
+    terminal::Terminal,
+    user,
 };
 
 /// The container's first process.
@@ -35,9 +37,15 @@ pub(super) fn first(id: &str, shared: &[Shared], spec: &Spec, process: &Process,
         nix::sys::stat::umask(nix::sys::stat::Mode::empty());
         shared.iter().try_for_each(Shared::enter)?;
         clocks::enter(spec)?;
-        mounts::set_up(spec)?;
-        // As runc does; where it cannot be made, the change into it says so.
-        let _ = fs::create_dir_all(process.cwd());
+        let (late, terminal) = mounts::set_up(spec, |root| {
+            let terminal = terminal(root, process, spec, theirs)?;
+            terminal.iter().try_for_each(|t| t.be_console(root, user::root(spec)))?;
+            Ok(terminal)
+        })?;
+        // As runc does, for nobody else to write to; where it cannot be made, the change into it says so.
+        if !process.cwd().exists() {
+            let _ = path::make(open_root()?.as_fd(), process.cwd(), false, user::root(spec));
+        }
         if let Some(name) = spec.hostname() {
             nix::unistd::sethostname(name).map_err(|e| ContainerError::guest("set the host name", e))?;
         }
@@ -52,8 +60,8 @@ pub(super) fn first(id: &str, shared: &[Shared], spec: &Spec, process: &Process,
             let socket = notify::bind(path)?;
             say(&theirs.sync, message::NOTIFY, "", Some(socket.as_raw_fd()));
         }
-        mounts::protect(spec)?;
-        become_program(Some(id), process, spec, theirs)
+        mounts::protect(spec, late)?;
+        become_program(Some(id), process, spec, theirs, terminal)
     })();
     give_up(&theirs.sync, result)
 }
@@ -76,13 +84,17 @@ pub(super) fn further(process: &Process, spec: &Spec, target: i32, theirs: &Thei
         };
         // Before the container's user namespace, in which limits cannot be raised.
         security::limits(process)?;
-        // That namespace last: from inside it the others could not be joined.
-        let user = user::wanted(spec).then_some(("user", CloneFlags::CLONE_NEWUSER));
+        // That namespace is joined last: from inside it the others could not be.
+        let user = user::wanted(spec).then(|| open(&("user", CloneFlags::CLONE_NEWUSER))).transpose()?;
         let time = clocks::wanted(spec).then_some(("time", clocks::NEW_TIME));
-        let files = namespaces.iter().chain(&time).chain(&user).map(open).collect::<Result<Vec<_>, _>>()?;
-        for (file, flag) in files {
-            setns(file, flag).map_err(|e| ContainerError::guest("join the container", e))?;
-        }
+        let files = namespaces.iter().chain(&time).map(open).collect::<Result<Vec<_>, _>>()?;
+        let join = |(file, flag): (fs::File, CloneFlags)| {
+            setns(file, flag).map_err(|e| ContainerError::guest("join the container", e))
+        };
+        files.into_iter().try_for_each(join)?;
+        // While an identifier of outside can still be given to it.
+        let terminal = terminal(open_root()?.as_fd(), process, spec, theirs)?;
+        user.map_or(Ok(()), join)?;
         // The child of PID 1 by CLONE_PARENT, so that PID 1 reaps it; its number is PID 1's, because this process's
         // own namespace is still that one.
         match fork(libc::CLONE_PARENT, None, 0).map_err(|e| ContainerError::guest("fork", e))? {
@@ -90,7 +102,7 @@ pub(super) fn further(process: &Process, spec: &Spec, target: i32, theirs: &Thei
                 say(&theirs.sync, message::PID, &pid.to_string(), None);
                 std::process::exit(0)
             }
-            None => become_program(None, process, spec, theirs),
+            None => become_program(None, process, spec, theirs, terminal),
         }
     })();
     give_up(&theirs.sync, result)
@@ -115,20 +127,26 @@ fn enter_directory(
     path: &Path,
     identity: impl FnOnce() -> Result<(), ContainerError>,
 ) -> Result<(), ContainerError> {
-    let failed =
-        |error: &dyn std::fmt::Display| ContainerError::guest(&format!("chdir to cwd ({path:?})"), error);
+    // runc's sentence, from which podman takes its exit code: 127 for one that is not there, as for a program.
+    let failed = |kind, why| {
+        ContainerError::new(kind, format!("chdir to cwd ({path:?}) set in config.json failed: {why}"))
+    };
+    let refused = |error| match error {
+        nix::Error::ENOENT => failed(ErrorKind::NotFound, words(error)),
+        _ => failed(ErrorKind::Guest, words(error)),
+    };
     let entered = match nix::unistd::chdir(path) {
         Ok(()) => true,
         Err(nix::Error::EACCES | nix::Error::EPERM) => false,
-        Err(error) => return Err(failed(&error)),
+        Err(error) => return Err(refused(error)),
     };
     identity()?;
     if !entered {
-        nix::unistd::chdir(path).map_err(|e| failed(&e))?;
+        nix::unistd::chdir(path).map_err(refused)?;
     }
     match nix::unistd::getcwd() {
         Ok(name) if name.is_absolute() => Ok(()),
-        _ => Err(failed(&"it is outside of the container's root")),
+        _ => Err(failed(ErrorKind::Guest, "it is outside of the container's root")),
     }
 }
 
@@ -157,30 +175,43 @@ fn say(sync: &OwnedFd, kind: u8, text: &str, fd: Option<RawFd>) {
     );
 }
 
+fn open_root() -> Result<fs::File, ContainerError> {
+    fs::File::open("/").map_err(|e| ContainerError::guest("open the container's root", e))
+}
+
+/// Of a process that has one: of the container's own devpts below `root`.
+fn terminal(
+    root: BorrowedFd<'_>,
+    process: &Process,
+    spec: &Spec,
+    theirs: &Theirs,
+) -> Result<Option<Terminal>, ContainerError> {
+    let owner = user::outside(spec, process.user().uid());
+    theirs.stdio.is_empty().then(|| Terminal::open(root, theirs.window, owner)).transpose()
+}
+
 /// `first` is the container's id for its first process.
 fn become_program(
     first: Option<&str>,
     process: &Process,
     spec: &Spec,
     theirs: &Theirs,
+    terminal: Option<Terminal>,
 ) -> Result<Infallible, ContainerError> {
     let sync = &theirs.sync;
     nix::unistd::setsid().map_err(|e| ContainerError::guest("start a session", e))?;
-    let terminal = match theirs.stdio.as_slice() {
-        [] => Some(open_terminal(theirs.window, user::outside(spec, process.user().uid()))?),
-        stdio => {
-            for (target, fd) in stdio.iter().enumerate() {
-                duplicate(fd.as_raw_fd(), target as RawFd)?;
-            }
-            None
-        }
-    };
+    for (target, fd) in theirs.stdio.iter().enumerate() {
+        duplicate(fd.as_raw_fd(), target as RawFd)?;
+    }
+    let mut terminal = terminal;
     if first.is_some() {
         security::limits(process)?;
         if user::wanted(spec) {
             enter_user_namespace(sync)?;
+            terminal = terminal.map(|t| t.reopened(open_root()?.as_fd())).transpose()?;
         }
     }
+    let terminal = terminal.map(Terminal::take).transpose()?;
     scheduling::personality(spec)?;
     // Without no_new_privs a filter needs CAP_SYS_ADMIN, which the change of identity takes away; with it the filter
     // comes as late as it can.
@@ -268,53 +299,12 @@ fn words(error: nix::Error) -> &'static str {
     }
 }
 
-fn duplicate(from: RawFd, to: RawFd) -> Result<(), ContainerError> {
+pub(super) fn duplicate(from: RawFd, to: RawFd) -> Result<(), ContainerError> {
     // SAFETY: both are descriptors of this process; `to` is 0, 1 or 2, which nothing else here owns, or one right before exec.
     if unsafe { libc::dup2(from, to) } < 0 {
         return Err(ContainerError::guest("set up stdio", std::io::Error::last_os_error()));
     }
     Ok(())
-}
-
-/// A terminal of the container's own devpts, as its stdio and its user's; returns the master.
-fn open_terminal(window: Option<WindowSize>, owner: Option<u32>) -> Result<OwnedFd, ContainerError> {
-    let system = |stage: &'static str| move |e: std::io::Error| ContainerError::guest(stage, e);
-    let master = fs::File::options()
-        .read(true)
-        .write(true)
-        .open("/dev/pts/ptmx")
-        .map_err(system("open /dev/pts/ptmx"))?;
-    let (mut number, unlock) = (0u32, 0i32);
-    // SAFETY: both ioctls take a pointer to an int that outlives the call.
-    let ok = unsafe {
-        libc::ioctl(master.as_raw_fd(), libc::TIOCSPTLCK, &raw const unlock) == 0
-            && libc::ioctl(master.as_raw_fd(), libc::TIOCGPTN, &raw mut number) == 0
-    };
-    if !ok {
-        return Err(ContainerError::guest("open a terminal", std::io::Error::last_os_error()));
-    }
-    let name = format!("/dev/pts/{number}");
-    let slave =
-        fs::File::options().read(true).write(true).open(&name).map_err(system("open the terminal"))?;
-    if let Some(size) = window {
-        set_window(&master, size);
-    }
-    std::os::unix::fs::fchown(&slave, owner, None).map_err(system("give the terminal to its user"))?;
-    // SAFETY: makes the slave the session's terminal; this process has just started a session.
-    if unsafe { libc::ioctl(slave.as_raw_fd(), libc::TIOCSCTTY, 0) } < 0 {
-        return Err(ContainerError::guest("take the terminal", std::io::Error::last_os_error()));
-    }
-    for target in 0..3 {
-        duplicate(slave.as_raw_fd(), target)?;
-    }
-    Ok(master.into())
-}
-
-/// Sets a terminal's size; a terminal that cannot be sized stays as it is.
-pub(crate) fn set_window(terminal: &impl AsRawFd, size: WindowSize) {
-    let size = libc::winsize { ws_row: size.rows, ws_col: size.columns, ws_xpixel: 0, ws_ypixel: 0 };
-    // SAFETY: the pointer is to a winsize that outlives the call.
-    unsafe { libc::ioctl(terminal.as_raw_fd(), libc::TIOCSWINSZ, &raw const size) };
 }
 
 /// The environment of a program, with HOME. Of a name that is there twice the last counts, as with runc and crun: most programs take
@@ -325,7 +315,9 @@ pub(super) fn environment(process: &Process, home: impl FnOnce() -> String) -> V
     let mut pairs: Vec<String> =
         process.env().iter().flatten().rev().filter(|pair| seen.insert(name(pair))).cloned().collect();
     pairs.reverse();
-    if !seen.contains("HOME") {
+    // runc takes an empty one for none.
+    pairs.retain(|pair| pair != "HOME=");
+    if !pairs.iter().any(|pair| pair.starts_with("HOME=")) {
         pairs.push(format!("HOME={}", home()));
     }
     pairs
@@ -434,5 +426,8 @@ mod tests {
         assert_eq!(environment(&process(&["A=1", "B=2", "A=3=4"]), home), ["B=2", "A=3=4", "HOME=/root"]);
         assert_eq!(environment(&process(&["HOME=/a", "HOME=/b"]), home), ["HOME=/b"]);
         assert_eq!(environment(&process(&[]), home), ["HOME=/root"]);
+        // runc takes an empty one for none.
+        assert_eq!(environment(&process(&["HOME=", "A=1"]), home), ["A=1", "HOME=/root"]);
+        assert_eq!(environment(&process(&["HOME=/a", "HOME="]), home), ["HOME=/root"]);
     }
 }

@@ -8,7 +8,10 @@ use std::{
     fs, io,
     os::{
         fd::BorrowedFd,
-        unix::{ffi::OsStrExt, fs::symlink},
+        unix::{
+            ffi::OsStrExt,
+            fs::{lchown, symlink},
+        },
     },
     path::{Path, PathBuf},
 };
@@ -16,7 +19,11 @@ use std::{
 use nix::mount::{MsFlags, mount};
 use oci_spec::runtime::{LinuxDeviceType, Spec};
 
-use super::{ContainerError, path, user};
+use super::{
+    ContainerError,
+    path::{self, Owner},
+    user,
+};
 
 /// Where nodes are made that the host's file system does not take: what is bound from /run opens no device.
 const OWN_NODES: &str = "/dev/coffer-node";
@@ -27,12 +34,13 @@ struct Node<'a> {
     kind: u32,
     mode: u32,
     number: (u32, u32),
-    owner: (u32, u32),
+    owner: Owner,
 }
 
 /// Makes the default devices, those of the configuration, and the links into /proc. What is there already stays.
 pub(super) fn make(root: BorrowedFd<'_>, spec: &Spec) -> Result<(), ContainerError> {
-    let owner = user::outside(spec, 0).unwrap_or(0);
+    let roots = user::root(spec);
+    let owner = roots.unwrap_or((0, 0));
     for (name, major, minor) in [
         ("/dev/null", 1, 3),
         ("/dev/zero", 1, 5),
@@ -42,9 +50,8 @@ pub(super) fn make(root: BorrowedFd<'_>, spec: &Spec) -> Result<(), ContainerErr
         ("/dev/tty", 5, 0),
     ] {
         let path = Path::new(name);
-        let node =
-            Node { path, kind: libc::S_IFCHR, mode: 0o666, number: (major, minor), owner: (owner, owner) };
-        one(root, &node)?;
+        let node = Node { path, kind: libc::S_IFCHR, mode: 0o666, number: (major, minor), owner };
+        one(root, &node, roots)?;
     }
     for device in spec.linux().iter().flat_map(|l| l.devices().iter().flatten()) {
         let kind = match device.typ() {
@@ -60,12 +67,18 @@ pub(super) fn make(root: BorrowedFd<'_>, spec: &Spec) -> Result<(), ContainerErr
                 kind,
                 mode: device.file_mode().unwrap_or(0o666) & 0o7777,
                 number: (number(device.major()), number(device.minor())),
-                owner: (device.uid().unwrap_or(owner), device.gid().unwrap_or(owner)),
+                // Whom the configuration names are the container's.
+                owner: (
+                    device.uid().and_then(|uid| user::outside(spec, uid)).unwrap_or(owner.0),
+                    device.gid().and_then(|gid| user::outside_group(spec, gid)).unwrap_or(owner.1),
+                ),
             },
+            roots,
         )?;
     }
-    let dev =
-        path::make(root, Path::new("/dev"), false).map_err(|e| ContainerError::guest("open /dev", e))?.fd;
+    let dev = path::make(root, Path::new("/dev"), false, roots)
+        .map_err(|e| ContainerError::guest("open /dev", e))?
+        .fd;
     for (link, target) in [
         ("ptmx", "pts/ptmx"),
         ("fd", "/proc/self/fd"),
@@ -74,25 +87,31 @@ pub(super) fn make(root: BorrowedFd<'_>, spec: &Spec) -> Result<(), ContainerErr
         ("stderr", "/proc/self/fd/2"),
     ] {
         let place = format!("{}/{link}", path::name(&dev));
-        if let Err(e) = symlink(target, &place)
-            && e.kind() != io::ErrorKind::AlreadyExists
-        {
-            return Err(ContainerError::guest(&format!("link /dev/{link}"), e));
+        match symlink(target, &place) {
+            Ok(()) => {
+                if let Some((user, group)) = roots {
+                    // As path::make has it.
+                    let _ = lchown(&place, Some(user), Some(group));
+                }
+            }
+            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {}
+            Err(e) => return Err(ContainerError::guest(&format!("link /dev/{link}"), e)),
         }
     }
     Ok(())
 }
 
-fn one(root: BorrowedFd<'_>, node: &Node<'_>) -> Result<(), ContainerError> {
+/// What has to be made for it is `roots`.
+fn one(root: BorrowedFd<'_>, node: &Node<'_>, roots: Option<Owner>) -> Result<(), ContainerError> {
     let failed = |e: io::Error| ContainerError::guest(&format!("make device {}", node.path.display()), e);
     let (Some(parent), Some(name)) = (node.path.parent(), node.path.file_name()) else {
         return Err(failed(io::ErrorKind::InvalidInput.into()));
     };
-    let parent = path::make(root, parent, false).map_err(failed)?.fd;
+    let parent = path::make(root, parent, false, roots).map_err(failed)?.fd;
     let place = CString::new([path::name(&parent).as_bytes(), b"/", name.as_bytes()].concat())
         .map_err(|e| failed(e.into()))?;
     match make_at(&place, node) {
-        Err(e) if e.raw_os_error() == Some(libc::EPERM) => lay_over(root, node),
+        Err(e) if e.raw_os_error() == Some(libc::EPERM) => lay_over(root, node, roots),
         Err(e) if e.kind() != io::ErrorKind::AlreadyExists => Err(failed(e)),
         _ => Ok(()),
     }
@@ -112,13 +131,13 @@ fn make_at(place: &CStr, node: &Node<'_>) -> io::Result<()> {
 }
 
 /// The host's file system takes no devices: one of this guest's then lies over an empty file.
-fn lay_over(root: BorrowedFd<'_>, node: &Node<'_>) -> Result<(), ContainerError> {
+fn lay_over(root: BorrowedFd<'_>, node: &Node<'_>, roots: Option<Owner>) -> Result<(), ContainerError> {
     if node.path.starts_with("/dev") && node.path.exists() {
-        return bind(root, node.path, node.path);
+        return bind(root, node.path, node.path, roots);
     }
     let failed = |e: io::Error| ContainerError::guest(&format!("make device {}", node.path.display()), e);
     let own = make_own(node).map_err(failed)?;
-    let bound = bind(root, &own, node.path);
+    let bound = bind(root, &own, node.path, roots);
     // What is bound needs no name.
     fs::remove_file(&own).map_err(failed)?;
     bound
@@ -136,9 +155,14 @@ fn make_own(node: &Node<'_>) -> io::Result<PathBuf> {
     }
 }
 
-fn bind(root: BorrowedFd<'_>, source: &Path, device: &Path) -> Result<(), ContainerError> {
+fn bind(
+    root: BorrowedFd<'_>,
+    source: &Path,
+    device: &Path,
+    roots: Option<Owner>,
+) -> Result<(), ContainerError> {
     let failed = |e: io::Error| ContainerError::guest(&format!("bind device {}", device.display()), e);
-    let place = path::make(root, device, true).map_err(failed)?.fd;
+    let place = path::make(root, device, true, roots).map_err(failed)?.fd;
     mount(Some(source), path::name(&place).as_str(), None::<&str>, MsFlags::MS_BIND, None::<&str>)
         .map_err(|e| failed(e.into()))
 }

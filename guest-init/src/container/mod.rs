@@ -25,14 +25,15 @@ mod scheduling;
 mod seccomp;
 mod security;
 mod shm;
+mod terminal;
 mod user;
 
 pub use cgroup::Cgroup;
-pub(crate) use child::set_window;
 pub use making::{Making, Stage};
 #[cfg(feature = "confidential")]
 pub(crate) use places::is_in_share;
 pub use process::{Files, Shared, exec, launch};
+pub(crate) use terminal::set_window;
 
 use coffer_protocol::ErrorKind;
 use oci_spec::runtime::{Process, Spec};

@@ -6,7 +6,7 @@ use std::{
     fs, io,
     os::{
         fd::{AsFd, BorrowedFd, OwnedFd},
-        unix::fs::symlink,
+        unix::fs::{lchown, symlink},
     },
     path::{Component, Path},
 };
@@ -21,7 +21,7 @@ use oci_spec::runtime::{Mount, Spec};
 use super::{
     ContainerError, devices,
     options::{self, Options},
-    path, places,
+    path, places, user,
 };
 
 const NONE: Option<&str> = None;
@@ -30,8 +30,16 @@ fn failed(stage: String) -> impl FnOnce(nix::Error) -> ContainerError {
     move |e| ContainerError::guest(&stage, io::Error::from(e))
 }
 
-/// Makes everything below the spec's root and leaves `/` the container's. `directories` says which bind sources are.
-pub(super) fn set_up(spec: &Spec) -> Result<(), ContainerError> {
+/// Mounts that are to be read-only once everything is in them.
+#[derive(Default)]
+pub(super) struct Late(Vec<OwnedFd>);
+
+/// Makes everything below the spec's root and leaves `/` the container's. `last` is done there while everything of the guest still has its
+/// names, too.
+pub(super) fn set_up<T>(
+    spec: &Spec,
+    last: impl FnOnce(BorrowedFd<'_>) -> Result<T, ContainerError>,
+) -> Result<(Late, T), ContainerError> {
     let root = spec.root().as_ref().map(|r| r.path().clone()).unwrap_or_default();
     mount(NONE, "/", NONE, MsFlags::MS_REC | MsFlags::MS_SLAVE, NONE)
         .map_err(failed("make / a slave".into()))?;
@@ -47,16 +55,18 @@ pub(super) fn set_up(spec: &Spec) -> Result<(), ContainerError> {
     fd = root_fd()?;
     mount(NONE, path::name(&fd).as_str(), NONE, MsFlags::MS_PRIVATE, NONE)
         .map_err(failed("make the root private".into()))?;
+    let mut late = Late::default();
     for mount in spec.mounts().iter().flatten() {
-        one(fd.as_fd(), &root, mount)?;
+        late.0.extend(one(fd.as_fd(), &root, mount, spec)?);
         if mount.destination() == Path::new("/") {
             fd = root_fd()?;
         }
     }
     devices::make(fd.as_fd(), spec)?;
+    let done = last(fd.as_fd())?;
     pivot(&fd)?;
     match spec.linux().as_ref().and_then(|l| l.rootfs_propagation().as_deref()) {
-        None | Some("") => Ok(()),
+        None | Some("") => {}
         Some(word) => {
             let how = options::propagation(word).ok_or_else(|| {
                 ContainerError::new(
@@ -64,9 +74,10 @@ pub(super) fn set_up(spec: &Spec) -> Result<(), ContainerError> {
                     format!("config.json: linux.rootfsPropagation: {word:?}"),
                 )
             })?;
-            mount(NONE, "/", NONE, how, NONE).map_err(failed(format!("make the root {word}")))
+            mount(NONE, "/", NONE, how, NONE).map_err(failed(format!("make the root {word}")))?;
         }
     }
+    Ok((late, done))
 }
 
 /// The place of a mount, as it is after mounting: below `root`, or, where the root itself was mounted over, by its path. No link is
@@ -80,7 +91,13 @@ fn opened(root: BorrowedFd<'_>, root_path: &Path, target: &Path) -> Result<Owned
     place.map_err(|e| ContainerError::guest(&format!("open {}", target.display()), e))
 }
 
-fn one(root: BorrowedFd<'_>, root_path: &Path, wanted: &Mount) -> Result<(), ContainerError> {
+/// Mounts one; returns it where it is to be read-only later.
+fn one(
+    root: BorrowedFd<'_>,
+    root_path: &Path,
+    wanted: &Mount,
+    spec: &Spec,
+) -> Result<Option<OwnedFd>, ContainerError> {
     let words = wanted.options().clone().unwrap_or_default();
     let options = options::parse(&words);
     let target_path = wanted.destination();
@@ -102,7 +119,7 @@ fn one(root: BorrowedFd<'_>, root_path: &Path, wanted: &Mount) -> Result<(), Con
         false => None,
     };
     let is_file = from.as_ref().is_some_and(|from| !Path::new(&path::name(from)).is_dir());
-    let target = path::make(root, target_path, is_file)
+    let target = path::make(root, target_path, is_file, user::root(spec))
         .map_err(|e| ContainerError::guest(&stage("make the mount point"), e))?;
     let name = path::name(&target.fd);
     if let Some(from) = from {
@@ -121,7 +138,8 @@ fn one(root: BorrowedFd<'_>, root_path: &Path, wanted: &Mount) -> Result<(), Con
             .recursive
             .apply(&mounted)
             .map_err(|e| ContainerError::guest(&stage("set attributes of"), e))?;
-        return propagate(&mounted, &options, &stage("set propagation of"));
+        propagate(&mounted, &options, &stage("set propagation of"))?;
+        return Ok(None);
     }
     let kind = match wanted.typ().as_deref().unwrap_or("none") {
         // The guest has version 2 only, whatever the host has.
@@ -135,18 +153,63 @@ fn one(root: BorrowedFd<'_>, root_path: &Path, wanted: &Mount) -> Result<(), Con
     if kind == "tmpfs" && !target.made && !data.iter().any(|word| word.starts_with("mode=")) {
         data.extend(mode(&target.fd));
     }
+    let data = owners(spec, kind, data).map_err(|word| {
+        let message = format!("{}: {word}: the container's user namespace does not have it", stage("mount"));
+        ContainerError::new(ErrorKind::Invalid, message)
+    })?;
     // What is no directory has nothing to copy, and one that waits for its other end is not waited for.
     let before = options.copy_up.then(|| directory(&target.fd)).transpose().ok().flatten();
     // By the configuration's name, which /proc/self/mountinfo shows.
     let device = if source.as_os_str().is_empty() { Path::new(kind) } else { &source };
-    mount(Some(device), name.as_str(), Some(kind), options.set, Some(data.join(",").as_str()))
+    // As with runc: what lay there, places for mounts below and devices are still to come into these.
+    let late = options.set.contains(MsFlags::MS_RDONLY)
+        && (kind == "tmpfs" || Path::new("/").join(target_path) == Path::new("/dev"));
+    let flags = if late { options.set - MsFlags::MS_RDONLY } else { options.set };
+    mount(Some(device), name.as_str(), Some(kind), flags, Some(data.join(",").as_str()))
         .map_err(failed(stage(&format!("mount {kind} at"))))?;
     let mounted = opened(root, root_path, &target.path)?;
+    if let ("devpts", Some((user, group))) = (kind, user::root(spec)) {
+        lchown(format!("{}/ptmx", path::name(&mounted)), Some(user), Some(group))
+            .map_err(|e| ContainerError::guest(&stage("give its owner"), e))?;
+    }
     if let Some(before) = before {
         copy_tree(&before, &mounted, 0).map_err(|e| ContainerError::guest(&stage("copy up"), e))?;
     }
     options.recursive.apply(&mounted).map_err(|e| ContainerError::guest(&stage("set attributes of"), e))?;
-    propagate(&mounted, &options, &stage("set propagation of"))
+    propagate(&mounted, &options, &stage("set propagation of"))?;
+    Ok(late.then_some(mounted))
+}
+
+/// A file system's data with whom they name as they are outside: it is mounted from there, where a host's runtime does that from within the
+/// container's user namespace. Who is not named is the container's root. The error is the word that names nobody.
+fn owners(spec: &Spec, kind: &str, data: Vec<String>) -> Result<Vec<String>, String> {
+    let Some((user, group)) = user::root(spec) else { return Ok(data) };
+    let mut owned = Vec::with_capacity(data.len() + 2);
+    let (mut has_user, mut has_group) = (false, false);
+    for word in data {
+        // What is no number is for the kernel to refuse.
+        let id = |name: &str| word.strip_prefix(name).and_then(|id| id.parse::<u32>().ok());
+        let outside = match (id("uid="), id("gid=")) {
+            (Some(uid), _) => {
+                has_user = true;
+                user::outside(spec, uid).map(|uid| format!("uid={uid}"))
+            }
+            (_, Some(gid)) => {
+                has_group = true;
+                user::outside_group(spec, gid).map(|gid| format!("gid={gid}"))
+            }
+            _ => Some(word.clone()),
+        };
+        owned.push(outside.ok_or(word)?);
+    }
+    if kind == "tmpfs" && !has_user {
+        owned.push(format!("uid={user}"));
+    }
+    // A terminal that one of the guest's processes opens is that one's group's.
+    if matches!(kind, "tmpfs" | "devpts") && !has_group {
+        owned.push(format!("gid={group}"));
+    }
+    Ok(owned)
 }
 
 /// A tmpfs over a directory has that one's permissions, as with runc; the kernel's own choice would be everybody's.
@@ -170,7 +233,7 @@ fn directory(place: &OwnedFd) -> io::Result<OwnedFd> {
 /// Copies what lay under a new tmpfs into it (podman's `tmpcopyup`). Where that is the host's, each name may be a link by the time it is
 /// opened, whatever the directory said: what was opened is looked at, and copied.
 fn copy_tree(from: &OwnedFd, to: &OwnedFd, depth: usize) -> io::Result<()> {
-    use std::os::unix::fs::{MetadataExt, fchown, lchown};
+    use std::os::unix::fs::{MetadataExt, fchown};
     const DEEPEST: usize = 64;
     if depth > DEEPEST {
         return Err(io::Error::other("directories are nested too deeply"));
@@ -238,8 +301,11 @@ fn null() -> io::Result<OwnedFd> {
     }
 }
 
-/// Read-only root, masked and read-only paths: after everything that still writes there.
-pub(super) fn protect(spec: &Spec) -> Result<(), ContainerError> {
+/// Read-only root and file systems, masked and read-only paths: after everything that still writes there.
+pub(super) fn protect(spec: &Spec, late: Late) -> Result<(), ContainerError> {
+    for mounted in late.0 {
+        options::read_only(&mounted).map_err(|e| ContainerError::guest("make a file system read-only", e))?;
+    }
     let linux = spec.linux().as_ref();
     for masked in linux.iter().flat_map(|l| l.masked_paths().iter().flatten()) {
         let hidden = match fs::metadata(masked) {

@@ -146,25 +146,33 @@ pub(super) fn parse(words: &[String]) -> Options {
 impl Recursive {
     /// Applies them to what is mounted at an open place, and to all below it.
     pub(super) fn apply(self, mounted: &OwnedFd) -> io::Result<()> {
-        if self == Self::default() {
-            return Ok(());
+        match self == Self::default() {
+            true => Ok(()),
+            // The kernel wants all bits of access times to be cleared when one of them is set.
+            false => set_attributes(mounted, self, libc::AT_RECURSIVE),
         }
-        // The kernel wants all bits of access times to be cleared when one of them is set.
-        let attr = MountAttr { set: self.set, clear: self.clear, propagation: 0, userns_fd: 0 };
-        let flags = libc::AT_EMPTY_PATH | libc::AT_RECURSIVE;
-        // SAFETY: the path and the structure outlive the call; the size is the structure's.
-        let done = unsafe {
-            libc::syscall(
-                libc::SYS_mount_setattr,
-                mounted.as_raw_fd(),
-                c"".as_ptr(),
-                flags,
-                &raw const attr,
-                size_of::<MountAttr>(),
-            )
-        };
-        if done < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
     }
+}
+
+/// Makes the mount of an open place read-only, and neither those below it nor the file system elsewhere. Its other flags stay.
+pub(super) fn read_only(mounted: &OwnedFd) -> io::Result<()> {
+    set_attributes(mounted, Recursive { set: libc::MOUNT_ATTR_RDONLY, clear: 0 }, 0)
+}
+
+fn set_attributes(mounted: &OwnedFd, attributes: Recursive, flags: i32) -> io::Result<()> {
+    let attr = MountAttr { set: attributes.set, clear: attributes.clear, propagation: 0, userns_fd: 0 };
+    // SAFETY: the path and the structure outlive the call; the size is the structure's.
+    let done = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            mounted.as_raw_fd(),
+            c"".as_ptr(),
+            libc::AT_EMPTY_PATH | flags,
+            &raw const attr,
+            size_of::<MountAttr>(),
+        )
+    };
+    if done < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 #[cfg(test)]

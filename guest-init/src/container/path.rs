@@ -20,7 +20,8 @@ pub(super) fn open(root: BorrowedFd<'_>, path: &Path) -> io::Result<OwnedFd> {
     open_with(root, path, libc::O_PATH | libc::O_CLOEXEC, libc::RESOLVE_NO_SYMLINKS)
 }
 
-fn open_with(root: BorrowedFd<'_>, path: &Path, flags: i32, resolve: u64) -> io::Result<OwnedFd> {
+/// Opens a path below `root` with these flags; `resolve` says what more than a way out of there is refused.
+pub(super) fn open_with(root: BorrowedFd<'_>, path: &Path, flags: i32, resolve: u64) -> io::Result<OwnedFd> {
     let inside = path.strip_prefix("/").unwrap_or(path);
     let inside = if inside.as_os_str().is_empty() { Path::new(".") } else { inside };
     let name = CString::new(inside.as_os_str().as_bytes())?;
@@ -52,6 +53,9 @@ pub(super) fn is_link(root: BorrowedFd<'_>, path: &Path) -> bool {
     there.and_then(|there| there.metadata()).is_ok_and(|meta| meta.is_symlink())
 }
 
+/// A user and a group, as they are outside of the container's user namespace.
+pub(super) type Owner = (u32, u32);
+
 /// As many links as the kernel follows in one path.
 const MOST_LINKS: usize = 40;
 
@@ -68,21 +72,24 @@ pub(super) struct Place {
 /// Makes a directory with all parents, or with `file` an empty file in them, where nothing is; opens it. A link to what is not
 /// there, as an image's /etc/resolv.conf often is, gets its target made, inside the root.
 ///
+/// What is made is `owner`'s, where there is one and the file system knows owners.
+///
 /// In a root that is this guest's own, a link in what the host has mounted there is refused: it would let the host choose which of
 /// the image's files the next mount lies over.
-pub(super) fn make(root: BorrowedFd<'_>, path: &Path, file: bool) -> io::Result<Place> {
+pub(super) fn make(root: BorrowedFd<'_>, path: &Path, file: bool, owner: Option<Owner>) -> io::Result<Place> {
     let is_hosts = |place: BorrowedFd<'_>| {
         nix::sys::statfs::fstatfs(place)
             .is_ok_and(|s| s.filesystem_type() == nix::sys::statfs::FUSE_SUPER_MAGIC)
     };
     let strict = !is_hosts(root);
-    make_with(root, path, file, &|link| strict && is_hosts(link))
+    make_with(root, path, file, owner, &|link| strict && is_hosts(link))
 }
 
 fn make_with(
     root: BorrowedFd<'_>,
     path: &Path,
     file: bool,
+    owner: Option<Owner>,
     is_foreign: &dyn Fn(BorrowedFd<'_>) -> bool,
 ) -> io::Result<Place> {
     if let Ok(fd) = open(root, path) {
@@ -108,7 +115,7 @@ fn make_with(
         so_far.push(&name);
         let itself = libc::O_PATH | libc::O_NOFOLLOW | libc::O_CLOEXEC;
         let Ok(place) = open_with(root, &so_far, itself, 0) else {
-            make_one(&parent, &name, file && left.is_empty())?;
+            make_one(&parent, &name, file && left.is_empty(), owner)?;
             made = left.is_empty();
             continue;
         };
@@ -131,7 +138,7 @@ fn make_with(
 }
 
 /// Makes a directory or an empty file of this name.
-fn make_one(parent: &OwnedFd, name: &OsStr, file: bool) -> io::Result<()> {
+fn make_one(parent: &OwnedFd, name: &OsStr, file: bool, owner: Option<Owner>) -> io::Result<()> {
     let name = CString::new(name.as_bytes())?;
     // SAFETY: the name outlives the call; both take a name of one component relative to an open directory.
     let made = unsafe {
@@ -142,9 +149,18 @@ fn make_one(parent: &OwnedFd, name: &OsStr, file: bool) -> io::Result<()> {
         }
     };
     match io::Error::last_os_error() {
-        error if made < 0 && error.kind() != io::ErrorKind::AlreadyExists => Err(error),
-        _ => Ok(()),
+        error if made < 0 && error.kind() == io::ErrorKind::AlreadyExists => return Ok(()),
+        error if made < 0 => return Err(error),
+        _ => {}
     }
+    if let Some((user, group)) = owner {
+        // A file system of the host's may know no owners, and does then as it does for everybody.
+        // SAFETY: as above.
+        unsafe {
+            libc::fchownat(parent.as_raw_fd(), name.as_ptr(), user, group, libc::AT_SYMLINK_NOFOLLOW);
+        }
+    }
+    Ok(())
 }
 
 /// The name under which an open place can be given to calls that want a path.
@@ -170,11 +186,11 @@ mod tests {
         assert!(link("/up") && link("link") && link("/loop"));
         assert!(!link("/dir") && !link("/none") && !link("/link/made"));
         for path in ["/up/made", "../../made", "/link/../made"] {
-            make(fd.as_fd(), Path::new(path), false).unwrap();
+            make(fd.as_fd(), Path::new(path), false, None).unwrap();
             assert!(root.join("made").is_dir(), "{path}");
             fs::remove_dir(root.join("made")).unwrap();
         }
-        make(fd.as_fd(), Path::new("/link/a/file"), true).unwrap();
+        make(fd.as_fd(), Path::new("/link/a/file"), true, None).unwrap();
         assert!(root.join("dir/a/file").is_file());
         assert_eq!(fs::read_dir(outer.path()).unwrap().count(), 1);
     }
@@ -189,7 +205,7 @@ mod tests {
         let fd: OwnedFd = fs::File::open(root.path()).unwrap().into();
         let hosts = fs::read_link(root.path().join("data/sub")).unwrap();
         let is_hosts = |link: BorrowedFd<'_>| readlinkat(link, "").is_ok_and(|target| *target == *hosts);
-        let make = |path: &str| make_with(fd.as_fd(), Path::new(path), false, &is_hosts);
+        let make = |path: &str| make_with(fd.as_fd(), Path::new(path), false, None, &is_hosts);
         for path in ["/data/sub", "/data/sub/new", "data/plain/../sub/new"] {
             let refused = make(path).err().unwrap().to_string();
             assert!(refused.contains("data/sub is a link in what the host has mounted"), "{refused}");
@@ -211,7 +227,7 @@ mod tests {
         symlink("nowhere", root.join("var")).unwrap();
         symlink("loop", root.join("loop")).unwrap();
         let fd: OwnedFd = fs::File::open(&root).unwrap().into();
-        let made = |path: &str, file| make(fd.as_fd(), Path::new(path), file);
+        let made = |path: &str, file| make(fd.as_fd(), Path::new(path), file, None);
         made("/etc/resolv.conf", true).unwrap();
         assert!(root.join("run/resolve/stub.conf").is_file());
         made("/etc/localtime", true).unwrap();

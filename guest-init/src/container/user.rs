@@ -8,7 +8,7 @@ use std::{fmt::Write, fs, sync::LazyLock};
 use coffer_protocol::ErrorKind;
 use oci_spec::runtime::{LinuxIdMapping, LinuxIdMappingBuilder, LinuxNamespaceType, Spec};
 
-use super::ContainerError;
+use super::{ContainerError, path::Owner};
 
 /// The kernel's own limit (user_namespaces(7)).
 const MOST_LINES: usize = 340;
@@ -94,14 +94,32 @@ impl Maps {
 
 /// The identifier outside that a user of the container has.
 pub(super) fn outside(spec: &Spec, uid: u32) -> Option<u32> {
-    if !wanted(spec) {
-        return Some(uid);
-    }
     let [uids, _] = mappings(spec);
-    uids.iter().find_map(|m| {
-        let offset = uid.checked_sub(m.container_id()).filter(|o| *o < m.size())?;
+    mapped(spec, uids, uid)
+}
+
+/// The same of a group.
+pub(super) fn outside_group(spec: &Spec, gid: u32) -> Option<u32> {
+    let [_, gids] = mappings(spec);
+    mapped(spec, gids, gid)
+}
+
+fn mapped(spec: &Spec, list: &[LinuxIdMapping], id: u32) -> Option<u32> {
+    if !wanted(spec) {
+        return Some(id);
+    }
+    list.iter().find_map(|m| {
+        let offset = id.checked_sub(m.container_id()).filter(|o| *o < m.size())?;
         m.host_id().checked_add(offset)
     })
+}
+
+/// Who outside, user and group, the root of a container with a user namespace is. What this init makes in its stead is to be that one's.
+pub(super) fn root(spec: &Spec) -> Option<Owner> {
+    match wanted(spec) {
+        true => Some((outside(spec, 0)?, outside_group(spec, 0)?)),
+        false => None,
+    }
 }
 
 #[cfg(test)]
@@ -127,6 +145,8 @@ mod tests {
             (outside(&spec, 5), outside(&spec, 1000), outside(&spec, 1001)),
             (Some(100_005), Some(7), None)
         );
+        assert_eq!((outside_group(&spec, 5), outside_group(&spec, 65_536)), (Some(100_005), None));
+        assert_eq!(root(&spec), Some((100_000, 100_000)));
         assert_eq!(lines(mappings(&spec)[0]), "0 100000 1000\n1000 7 1\n");
     }
 
@@ -136,7 +156,7 @@ mod tests {
         let spec: Spec = serde_json::from_value(value).unwrap();
         check(&spec).unwrap();
         assert_eq!(lines(mappings(&spec)[1]), "0 0 4294967295\n");
-        assert_eq!(outside(&spec, 1000), Some(1000));
+        assert_eq!((outside(&spec, 1000), root(&spec)), (Some(1000), Some((0, 0))));
     }
 
     #[test]
@@ -147,5 +167,6 @@ mod tests {
         let mut without = spec(json!([{ "containerID": 0, "hostID": 1, "size": 1 }]));
         without.linux_mut().as_mut().unwrap().set_namespaces(None);
         assert!(check(&without).is_err());
+        assert_eq!(root(&without), None);
     }
 }

@@ -6,8 +6,11 @@
 
 use std::{
     fs,
-    io::Read,
-    os::unix::{fs::symlink, process::CommandExt},
+    io::{IoSliceMut, Read},
+    os::{
+        fd::{AsRawFd, FromRawFd, OwnedFd},
+        unix::{fs::symlink, net::UnixListener, process::CommandExt},
+    },
     path::{Path, PathBuf},
     process::{Child, Command, Output, Stdio},
     thread,
@@ -17,6 +20,7 @@ use std::{
 use nix::{
     mount::{MsFlags, mount},
     sched::{CloneFlags, unshare},
+    sys::socket::{ControlMessageOwned, MsgFlags, UnixAddr, recvmsg},
 };
 use serde_json::{Value, json};
 
@@ -445,4 +449,24 @@ pub fn finish(child: &mut Child) -> i32 {
         assert!(began.elapsed() < PATIENCE, "it does not end");
         thread::sleep(Duration::from_millis(2));
     }
+}
+
+/// Takes the terminal of a console socket as conmon does: one message with one descriptor.
+///
+/// # Panics
+/// When something else comes.
+#[must_use]
+pub fn take_terminal(listener: &UnixListener) -> OwnedFd {
+    let (stream, _) = listener.accept().expect("a connection");
+    let mut bytes = [0; 64];
+    let mut buffers = [IoSliceMut::new(&mut bytes)];
+    let mut space = nix::cmsg_space!(i32);
+    let message = recvmsg::<UnixAddr>(stream.as_raw_fd(), &mut buffers, Some(&mut space), MsgFlags::empty())
+        .expect("a message");
+    let Some(ControlMessageOwned::ScmRights(fds)) = message.cmsgs().expect("control messages").next() else {
+        panic!("no descriptor")
+    };
+    assert!(message.bytes > 0 && fds.len() == 1);
+    // SAFETY: the kernel made this descriptor for us with the message.
+    unsafe { OwnedFd::from_raw_fd(fds[0]) }
 }

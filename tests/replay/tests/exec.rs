@@ -107,6 +107,12 @@ fn what_cannot_be_executed_writes_no_pid_file() {
     let mut wrong = process(&["pwd"]);
     wrong["cwd"] = json!("/etc/passwd");
     assert!(detached(&bench, "e", &wrong).failed(255).contains("cwd"));
+    // podman's exit code for these words is 127.
+    wrong["cwd"] = json!("/none");
+    let said = detached(&bench, "e", &wrong).failed(255);
+    let words = "chdir to cwd (\"/none\") set in config.json failed: no such file or directory";
+    assert!(said.contains(words), "{said}");
+    assert!(bench.logged("e").contains(words));
 }
 
 /// Whoever called takes it for one that never ran.

@@ -2,11 +2,15 @@
 
 use std::{
     fs,
-    os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink},
+    io::Read,
+    os::unix::{
+        fs::{MetadataExt, PermissionsExt, chown, symlink},
+        net::UnixListener,
+    },
     path::PathBuf,
 };
 
-use coffer_replay::{Bench, config, until};
+use coffer_replay::{Bench, config, finish, take_terminal, until};
 use serde_json::{Value, json};
 
 /// Runs a script in a container with this configuration; what it printed.
@@ -34,9 +38,9 @@ fn user_groups_umask_directory_and_environment() {
             c["process"]["cwd"] = json!("/srv/made/here");
             c["process"]["env"] = json!(["PATH=/bin", "X=a b"]);
         },
-        "id -u; id -G; umask; pwd; echo $X; hostname; echo x > /dev/null && echo null",
+        "id -u; id -G; umask; pwd; stat -c '%a %u' /srv/made .; echo $X; hostname; echo x > /dev/null && echo null",
     );
-    assert_eq!(out, "1000\n1001 5 6\n0027\n/srv/made/here\na b\nbench\nnull\n");
+    assert_eq!(out, "1000\n1001 5 6\n0027\n/srv/made/here\n755 0\n755 0\na b\nbench\nnull\n");
 }
 
 #[test]
@@ -157,6 +161,32 @@ fn tmpfs_may_keep_what_lay_there_and_propagation_is_set() {
         "head -n 1 /etc/passwd; grep -E ' / | /tmp ' /proc/self/mountinfo | grep -c shared:; grep -c '/tmp tmpfs.*noexec.*size=64k' /proc/self/mounts",
     );
     assert_eq!(out, "root:x:0:0:root:/root:/bin/sh\n2\n1\n");
+}
+
+/// As with runc: what has to be written there is written before.
+#[test]
+fn a_read_only_tmpfs_and_dev_are_read_only_once_everything_is_in_them() {
+    let out = inside(
+        |bench, c| {
+            let options = json!(["ro", "tmpcopyup", "nosuid", "noexec", "size=1m"]);
+            mount(
+                c,
+                json!({ "destination": "/etc", "type": "tmpfs", "source": "tmpfs", "options": options }),
+            );
+            fs::create_dir(bench.path("volume")).unwrap();
+            mount(
+                c,
+                json!({ "destination": "/etc/below/volume", "type": "bind", "source": bench.path("volume"), "options": ["bind"] }),
+            );
+            let dev = &mut c["mounts"][1];
+            assert_eq!(dev["destination"], "/dev");
+            dev["options"].as_array_mut().unwrap().push(json!("ro"));
+        },
+        "head -n 1 /etc/passwd; touch /etc/below/volume/x && echo written; echo x >/dev/null; \
+         for d in /etc /dev /etc/below; do touch $d/x 2>/dev/null || echo ro; done; \
+         grep -c ' /etc tmpfs ro,nosuid,noexec,' /proc/self/mounts; grep -c ' /dev tmpfs ro,nosuid,' /proc/self/mounts",
+    );
+    assert_eq!(out, "root:x:0:0:root:/root:/bin/sh\nwritten\nro\nro\nro\n1\n1\n");
 }
 
 #[test]
@@ -408,6 +438,21 @@ fn a_user_namespace_has_the_configured_identifiers_inside_and_on_files() {
             .next(),
         Some("0")
     );
+    // On a terminal, which is its user's there.
+    let listener = UnixListener::bind(bench.path("console")).unwrap();
+    for user in ["0", "1000"] {
+        let mut command = bench.command(&["exec", "-t", "-u", user, "--console-socket"]);
+        let script = "tty; stat -c %u $(tty); read -r word";
+        command.arg(bench.path("console")).args(["--detach", "c", "sh", "-c", script]);
+        assert_eq!(finish(&mut command.spawn().unwrap()), 0);
+        let (mut terminal, mut said) = (fs::File::from(take_terminal(&listener)), String::new());
+        while said.lines().count() < 2 {
+            let mut bytes = [0; 256];
+            let count = terminal.read(&mut bytes).unwrap();
+            said.push_str(std::str::from_utf8(&bytes[..count]).unwrap());
+        }
+        assert!(said.starts_with("/dev/pts/") && said.ends_with(&format!("\r\n{user}\r\n")), "{said:?}");
+    }
     let _ = bench.call(&["start", "c"]).ok();
     bench.wait_stopped("c");
     let words: Vec<String> = bench.read("c.out").split_whitespace().map(str::to_owned).collect();
@@ -418,6 +463,45 @@ fn a_user_namespace_has_the_configured_identifiers_inside_and_on_files() {
         bench.read("c.err")
     );
     assert_eq!(fs::metadata(bundle.join("rootfs/srv/made")).unwrap().uid(), 100_000);
+}
+
+/// As on a host, where they are mounted and made from within.
+#[test]
+fn with_a_user_namespace_file_systems_and_what_is_made_are_its_roots() {
+    let bench = Bench::new();
+    let script = "stat -c '%n %u %g' /plain /own /made /made/below /srv/cwd /srv/cwd/here /dev /dev/null /dev/mine /dev/fd /dev/pts/ptmx; \
+                  touch /plain/x && echo written; grep -c '^devpts /dev/pts devpts .*gid=200005,' /proc/self/mounts";
+    let mut config = config(&["sh", "-c", script]);
+    config["linux"]["namespaces"].as_array_mut().unwrap().push(json!({ "type": "user" }));
+    config["linux"]["uidMappings"] = json!([{ "containerID": 0, "hostID": 100_000, "size": 65_536 }]);
+    config["linux"]["gidMappings"] = json!([{ "containerID": 0, "hostID": 200_000, "size": 65_536 }]);
+    config["linux"]["devices"] = json!([{ "path": "/dev/mine", "type": "c", "major": 1, "minor": 5, "fileMode": 0o640, "uid": 7, "gid": 8 }]);
+    config["process"]["cwd"] = json!("/srv/cwd/here");
+    fs::create_dir(bench.path("volume")).unwrap();
+    for (destination, kind, source, options) in [
+        ("/plain", "tmpfs", json!("tmpfs"), json!(["mode=755"])),
+        ("/own", "tmpfs", json!("tmpfs"), json!(["mode=755", "uid=5", "gid=6"])),
+        ("/made/below/volume", "bind", json!(bench.path("volume")), json!(["bind"])),
+    ] {
+        mount(
+            &mut config,
+            json!({ "destination": destination, "type": kind, "source": source, "options": options }),
+        );
+    }
+    let bundle = bench.bundle("c", &config);
+    fs::set_permissions(bench.path(""), fs::Permissions::from_mode(0o755)).unwrap();
+    chown(bundle.join("rootfs/srv"), Some(100_000), Some(200_000)).unwrap();
+    bench.start("c", &config);
+    bench.wait_stopped("c");
+    let wanted = "/plain 0 0\n/own 5 6\n/made 0 0\n/made/below 0 0\n/srv/cwd 0 0\n/srv/cwd/here 0 0\n\
+                  /dev 0 0\n/dev/null 0 0\n/dev/mine 7 8\n/dev/fd 0 0\n/dev/pts/ptmx 0 0\nwritten\n1\n";
+    assert_eq!(bench.read("c.out"), wanted, "{}", bench.read("c.err"));
+    // Whom the container does not know can own nothing in it.
+    config["mounts"].as_array_mut().unwrap().last_mut().unwrap()["type"] = json!("tmpfs");
+    config["mounts"].as_array_mut().unwrap().last_mut().unwrap()["options"] = json!(["uid=70000"]);
+    let bundle = bench.bundle("d", &config);
+    let said = bench.create("d", &bundle).failed(1);
+    assert!(said.contains("/made/below/volume") && said.contains("uid=70000"), "{said}");
 }
 
 #[test]

@@ -1,38 +1,19 @@
 //! Terminals: what conmon asks for over its console socket, and what a user's own terminal sees.
 
 use std::{
-    fs::File,
-    io::{IoSliceMut, Read, Write},
+    fs::{self, File},
+    io::{Read, Write},
     os::{
-        fd::{AsRawFd, FromRawFd, OwnedFd},
-        unix::{net::UnixListener, process::CommandExt},
+        fd::AsRawFd,
+        unix::{fs::PermissionsExt, net::UnixListener, process::CommandExt},
     },
     process::Command,
     thread,
 };
 
-use coffer_replay::{Bench, config, finish, until};
-use nix::{
-    pty::{Winsize, openpty},
-    sys::socket::{ControlMessageOwned, MsgFlags, UnixAddr, recvmsg},
-};
+use coffer_replay::{Bench, config, finish, take_terminal, until};
+use nix::pty::{Winsize, openpty};
 use serde_json::json;
-
-/// Takes the terminal as conmon does: one message with one descriptor.
-fn take(listener: &UnixListener) -> OwnedFd {
-    let (stream, _) = listener.accept().unwrap();
-    let mut bytes = [0; 64];
-    let mut buffers = [IoSliceMut::new(&mut bytes)];
-    let mut space = nix::cmsg_space!(i32);
-    let message =
-        recvmsg::<UnixAddr>(stream.as_raw_fd(), &mut buffers, Some(&mut space), MsgFlags::empty()).unwrap();
-    let Some(ControlMessageOwned::ScmRights(fds)) = message.cmsgs().unwrap().next() else {
-        panic!("no descriptor")
-    };
-    assert!(message.bytes > 0 && fds.len() == 1);
-    // SAFETY: the kernel made this descriptor for us with the message.
-    unsafe { OwnedFd::from_raw_fd(fds[0]) }
-}
 
 fn size(terminal: &impl AsRawFd, rows: u16, columns: u16) {
     let size = Winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
@@ -66,7 +47,7 @@ fn conmons_console_socket_gets_the_terminal_before_create_returns() {
     let mut command = bench.command(&["create", "--bundle"]);
     command.arg(&bundle).arg("--console-socket").arg(bench.path("console")).arg("c");
     let mut child = command.spawn().unwrap();
-    let mut terminal = File::from(take(&listener));
+    let mut terminal = File::from(take_terminal(&listener));
     assert_eq!(finish(&mut child), 0);
     size(&terminal, 30, 90);
     record(terminal.try_clone().unwrap(), &bench, "out");
@@ -80,6 +61,42 @@ fn conmons_console_socket_gets_the_terminal_before_create_returns() {
     until(|| bench.read("out").contains("got word"));
     assert_eq!(bench.read("out").matches("word\r\n").count(), 2, "{:?}", bench.read("out"));
     bench.wait_stopped("c");
+}
+
+/// config-linux.md, "Default Devices".
+#[test]
+fn the_console_is_the_first_processs_terminal() {
+    for (read_only, mapped) in [(false, false), (true, false), (true, true)] {
+        let bench = Bench::new();
+        let script =
+            "test -c /dev/console && echo seen >/dev/console; readlink /proc/self/fd/0; read -r word";
+        let mut config = config(&["sh", "-c", script]);
+        config["process"]["terminal"] = json!(true);
+        config["root"]["readonly"] = json!(read_only);
+        if mapped {
+            config["linux"]["namespaces"].as_array_mut().unwrap().push(json!({ "type": "user" }));
+            let map = json!([{ "containerID": 0, "hostID": 100_000, "size": 65_536 }]);
+            config["linux"]["uidMappings"] = map.clone();
+            config["linux"]["gidMappings"] = map;
+        }
+        let bundle = bench.bundle("c", &config);
+        fs::set_permissions(bench.path(""), fs::Permissions::from_mode(0o755)).unwrap();
+        let listener = UnixListener::bind(bench.path("console")).unwrap();
+        let mut command = bench.command(&["create", "--bundle"]);
+        command.arg(&bundle).arg("--console-socket").arg(bench.path("console")).arg("c");
+        let mut child = command.spawn().unwrap();
+        let mut terminal = File::from(take_terminal(&listener));
+        assert_eq!(finish(&mut child), 0);
+        record(terminal.try_clone().unwrap(), &bench, "out");
+        let _ = bench.call(&["start", "c"]).ok();
+        until(|| bench.read("out").lines().count() == 2);
+        assert_eq!(bench.read("out"), "seen\r\n/dev/pts/0\r\n", "mapped: {mapped}");
+        // A further process has it, too, whatever its own terminal.
+        let _ = bench.call(&["exec", "c", "sh", "-c", "echo further >/dev/console"]).ok();
+        until(|| bench.read("out").contains("further"));
+        terminal.write_all(b"word\n").unwrap();
+        bench.wait_stopped("c");
+    }
 }
 
 #[test]
