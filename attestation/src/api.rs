@@ -23,7 +23,7 @@ use crate::{encoding::from_base64url, guest::Guest, kbs::ResourceUri};
 pub const ADDRESS: &str = "127.0.0.1:8006";
 /// Longest request, in bytes.
 const MOST: usize = 16 * 1024;
-/// A caller that has not said what it wants is not waited for longer: others wait meanwhile.
+/// A caller that has not said what it wants is not waited for longer: it has the place of another.
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Status and body.

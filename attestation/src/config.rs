@@ -101,7 +101,7 @@ pub struct Coffer {
 pub struct Config {
     /// The KBS, when one is named.
     pub kbs: Option<Kbs>,
-    /// Files to fetch at boot.
+    /// Files to fetch for the first container: every one sees them.
     pub credentials: Vec<Credential>,
     /// For the layer pipeline.
     pub image: Image,

@@ -273,7 +273,7 @@ fn questions(request: &Request) -> Vec<(Rule, Value)> {
         Request::Update { id, resources } => {
             vec![(Rule::UpdateContainer, json!({ "container_id": id, "resources": resources }))]
         }
-        // No guest in a TEE takes any memory, and its host need not ask to let processors wait.
+        // No guest in a TEE obeys either.
         Request::TakeMemory | Request::Processors { .. } => Vec::new(),
         Request::Processes { id } => vec![(Rule::ListProcesses, of(id))],
         Request::Stats { id } => vec![(Rule::StatsContainer, of(id))],

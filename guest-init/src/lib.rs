@@ -1,4 +1,5 @@
-//! PID 1 of the guest: one process, no shell, no other program.
+//! PID 1 of the guest: one program, no shell, no other. A second process of it answers the workload, where initdata gives it something
+//! to answer (`confidential`).
 //!
 //! Owns: devices and mounts at boot, the control protocol's guest side, containers. Everything from the host is hostile
 //! input: it is checked, and what is wrong is answered, not obeyed.

@@ -10,7 +10,7 @@ use coffer_protocol::ErrorKind;
 
 use crate::{container::ContainerError, slots};
 
-/// What only a guest in a TEE has. Memory that was not validated at boot is poison there.
+/// What only a guest in a TEE has.
 const TEE: [&str; 2] = ["dev/sev-guest", "dev/tdx_guest"];
 /// The driver of the device behind it.
 const MEMORY_DRIVER: &str = "sys/bus/virtio/drivers/virtio_mem";
@@ -24,8 +24,14 @@ pub(crate) fn take() -> Result<(), ContainerError> {
     take_in(Path::new("/"))
 }
 
+/// Whether the machine changes no more once it has booted: memory that was not validated then is poison in a TEE, and the state that a
+/// processor starts with is measured.
+pub(crate) fn in_tee(root: &Path) -> bool {
+    TEE.iter().any(|device| root.join(device).exists())
+}
+
 fn take_in(root: &Path) -> Result<(), ContainerError> {
-    if TEE.iter().any(|device| root.join(device).exists()) {
+    if in_tee(root) {
         let words = "memory: a guest in a TEE has what was validated when it booted, and takes no more";
         return Err(ContainerError::new(ErrorKind::Invalid, words));
     }

@@ -19,7 +19,6 @@ use coffer_protocol::{
 };
 use nix::sys::socket::{ControlMessage, MsgFlags, UnixAddr, sendmsg};
 use oci_spec::runtime::Hook;
-use serde_json::Value;
 
 use crate::error::{Error, host};
 
@@ -36,19 +35,14 @@ const KILL_LIMIT: Duration = Duration::from_secs(10);
 /// Bytes of a guest's words that are shown.
 const MOST_WORDS: usize = 4096;
 
-/// How long the answer to a request may take.
-fn limit(request: &Request) -> Duration {
-    if matches!(request, Request::Signal { signal, .. } if *signal == libc::SIGKILL as u32) {
-        return KILL_LIMIT;
+/// How long the answer to a request may take. `waits` is whether something in its pod may have to wait for a KBS or an image: init does what
+/// is asked for one container after what it does so for another.
+fn limit(request: &Request, waits: bool) -> Duration {
+    match request {
+        Request::Signal { signal, .. } if *signal == libc::SIGKILL as u32 => KILL_LIMIT,
+        Request::Create(_) | Request::Exec(_) if waits => LONG_ANSWER_LIMIT,
+        _ => ANSWER_LIMIT,
     }
-    let (process, image) = match request {
-        Request::Create(create) => (&create.spec["process"], create.image.is_some()),
-        Request::Exec(exec) => (&exec.process, false),
-        _ => return ANSWER_LIMIT,
-    };
-    let environment = process["env"].as_array().into_iter().flatten();
-    let sealed = environment.filter_map(Value::as_str).any(|pair| pair.contains("=sealed."));
-    if image || sealed { LONG_ANSWER_LIMIT } else { ANSWER_LIMIT }
 }
 
 /// How long a container with these hooks of its own may take to start: what they may take themselves, which is no limit for one that has
@@ -115,7 +109,15 @@ impl Connection {
     /// # Errors
     /// [`Error::Guest`] when init refuses, [`Error::Vm`] when there is no answer, [`Error::VmGone`] when there is no VM.
     pub fn ask(&mut self, request: &Request) -> Result<Reply, Error> {
-        self.ask_within(request, Some(limit(request)))
+        self.ask_of(request, false)
+    }
+
+    /// The same in a pod of which something may wait for a KBS or an image, or nothing.
+    ///
+    /// # Errors
+    /// As [`Self::ask`].
+    pub fn ask_of(&mut self, request: &Request, waits: bool) -> Result<Reply, Error> {
+        self.ask_within(request, Some(limit(request, waits)))
     }
 
     /// The same with another limit, or with none.
@@ -227,7 +229,29 @@ fn question(socket: &Path, line: Line, descriptor: Option<RawFd>) -> Result<Stri
 #[cfg(test)]
 mod tests {
     use super::*;
-    use serde_json::json;
+    use coffer_protocol::SignalTarget;
+    use serde_json::{Value, json};
+
+    #[test]
+    fn a_container_or_process_of_a_pod_that_may_wait_may_take_long_and_nothing_else() {
+        let create = json!({ "id": "c", "spec": {}, "window": null, "binds": [], "shared": [] });
+        let create = Request::Create(serde_json::from_value(create).unwrap());
+        let exec = json!({ "id": "c", "exec_id": "e", "process": {}, "window": null });
+        let exec = Request::Exec(serde_json::from_value(exec).unwrap());
+        let start = Request::Start { id: "c".into() };
+        let signal =
+            |signal: i32| Request::Signal { target: SignalTarget::Init("c".into()), signal: signal as u32 };
+        for (request, at_once, waits) in [
+            (&create, 60, 1200),
+            (&exec, 60, 1200),
+            (&start, 60, 60),
+            (&signal(libc::SIGTERM), 60, 60),
+            (&signal(libc::SIGKILL), 10, 10),
+        ] {
+            assert_eq!(limit(request, false).as_secs(), at_once, "{request:?}");
+            assert_eq!(limit(request, true).as_secs(), waits, "{request:?}");
+        }
+    }
 
     #[test]
     fn a_start_may_take_as_long_as_its_hooks_may() {

@@ -25,6 +25,8 @@ const EMULATED: &str = "snp-emulated";
 /// Longest initdata in bytes that is read from its file; the guest's own bound is smaller.
 const MOST_INITDATA: u64 = 1 << 20;
 
+/// The annotation that names a file with initdata.
+const OF_FILE: &str = "io.coffer.initdata";
 /// Initdata in the annotation itself, as Kata's users write it: Base64 of gzip of the text.
 const INLINE: &str = "io.katacontainers.config.hypervisor.cc_init_data";
 /// Longest such value. What is in it may be no longer than a guest takes, whatever it is packed to.
@@ -55,7 +57,7 @@ pub enum Source {
 impl Source {
     fn annotation(&self) -> &'static str {
         match self {
-            Self::File(_) => "io.coffer.initdata",
+            Self::File(_) => OF_FILE,
             Self::Inline(_) => INLINE,
         }
     }
@@ -68,6 +70,12 @@ impl std::fmt::Display for Source {
             Self::Inline(text) => write!(f, "{}…", text.chars().take(16).collect::<String>()),
         }
     }
+}
+
+/// Whether a container with these annotations, the first of its pod, brings initdata.
+#[must_use]
+pub fn has_initdata(annotations: &HashMap<String, String>) -> bool {
+    [OF_FILE, INLINE].iter().any(|name| annotations.contains_key(*name))
 }
 
 impl Confidential {
@@ -87,7 +95,7 @@ impl Confidential {
             let wrong = format!("annotation io.coffer.tee={tee} is none of none, snp, {EMULATED}");
             return Err(Error::Bundle(wrong));
         }
-        let file = annotations.get("io.coffer.initdata").map(PathBuf::from);
+        let file = annotations.get(OF_FILE).map(PathBuf::from);
         if let Some(file) = file.as_ref().filter(|file| !file.is_absolute()) {
             let wrong = format!("annotation io.coffer.initdata={} is not an absolute path", file.display());
             return Err(Error::Bundle(wrong));

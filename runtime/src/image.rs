@@ -26,7 +26,7 @@ use crate::{
 pub const SHARED: &str = "/var/lib/coffer/images";
 
 /// The annotation that names the image of a pod: `LAYOUT[:TAG]@sha256:…`, or `docker://REGISTRY/REPOSITORY[:TAG]@sha256:…`.
-const IMAGE: &str = "io.coffer.image";
+pub const IMAGE: &str = "io.coffer.image";
 /// The annotation with the image's name in a registry.
 const NAME: &str = "io.coffer.image.name";
 

@@ -1,12 +1,13 @@
 //! The KBS protocol, version 0.4.0: request, challenge, attestation, response, and then resources.
 //!
 //! Owns: the client as a state machine without I/O (`client`), HTTP/1.1 (`http`), addresses of
-//! names (`resolve`), and a blocking driver (`transport`).
+//! names (`resolve`), and a blocking driver (`transport`) with one limit on time (`deadline`).
 //! Does not own: evidence, or what a resource is for.
 //!
 //! Source: kbs-types 0.18, guest-components `kbs_protocol` and Trustee's `kbs/src` as of August 2026.
 
 mod client;
+mod deadline;
 mod http;
 mod message;
 mod resolve;
@@ -16,6 +17,7 @@ mod transport;
 mod uri;
 
 pub use client::{Client, ClientError, Credential, Outcome, Step};
+pub use deadline::Deadline;
 pub use http::{HttpError, MOST_BODY, Request, Response, ResponseReader};
 pub use message::{Challenge, ErrorBody, TokenBody};
 pub use resolve::{DnsError, Kind as AddressKind, MOST_SERVERS, addresses, question};

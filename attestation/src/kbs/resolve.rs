@@ -14,6 +14,8 @@ use std::{
 
 use thiserror::Error;
 
+use super::Deadline;
+
 const PORT: u16 = 53;
 /// As resolv.conf(5).
 pub const MOST_SERVERS: usize = 3;
@@ -160,11 +162,18 @@ fn record<'a>(reader: &mut Reader<'a>) -> Result<(u16, u16, &'a [u8]), DnsError>
 ///
 /// # Errors
 /// Naming the name, and the last server's fault.
-pub(super) fn lookup(name: &str, servers: &[IpAddr]) -> io::Result<Vec<IpAddr>> {
+pub(super) fn lookup(name: &str, servers: &[IpAddr], limit: Deadline) -> io::Result<Vec<IpAddr>> {
+    let servers: Vec<_> = servers.iter().map(|server| SocketAddr::new(*server, PORT)).collect();
+    lookup_at(name, &servers, limit)
+}
+
+fn lookup_at(name: &str, servers: &[SocketAddr], limit: Deadline) -> io::Result<Vec<IpAddr>> {
     let mut last = io::Error::other("it has no address");
     for server in (0..ROUNDS).flat_map(|_| servers.iter().take(MOST_SERVERS)) {
-        let server = SocketAddr::new(*server, PORT);
-        let found = [Kind::A, Kind::Aaaa].map(|kind| ask(name, kind, server));
+        if limit.left().is_err() {
+            break;
+        }
+        let found = [Kind::A, Kind::Aaaa].map(|kind| ask(name, kind, *server, limit));
         let all: Vec<IpAddr> = found.iter().flatten().flatten().copied().collect();
         if !all.is_empty() {
             return Ok(all);
@@ -176,7 +185,7 @@ pub(super) fn lookup(name: &str, servers: &[IpAddr]) -> io::Result<Vec<IpAddr>> 
     Err(io::Error::new(last.kind(), format!("look up {name}: {last}")))
 }
 
-fn ask(name: &str, kind: Kind, server: SocketAddr) -> io::Result<Vec<IpAddr>> {
+fn ask(name: &str, kind: Kind, server: SocketAddr, limit: Deadline) -> io::Result<Vec<IpAddr>> {
     let mut id = [0; 2];
     getrandom::fill(&mut id).map_err(io::Error::other)?;
     let packet = question(u16::from_ne_bytes(id), name, kind).map_err(io::Error::other)?;
@@ -185,7 +194,7 @@ fn ask(name: &str, kind: Kind, server: SocketAddr) -> io::Result<Vec<IpAddr>> {
     let socket = UdpSocket::bind((any, 0))?;
     socket.connect(server)?;
     socket.send(&packet)?;
-    let end = Instant::now() + PATIENCE;
+    let end = Instant::now() + limit.left()?.min(PATIENCE);
     let mut buffer = [0; MOST_ANSWER];
     loop {
         let left = end.saturating_duration_since(Instant::now());
@@ -259,6 +268,18 @@ mod tests {
         assert_eq!(changed(3, 0x82), Err(DnsError::Failed(2)));
         // Of another class.
         assert_eq!(changed(answer().len() - 23, 3).unwrap().len(), 1);
+    }
+
+    /// Three servers, three times, two questions: ten seconds for each would be minutes.
+    #[test]
+    fn servers_that_say_nothing_do_not_take_longer_than_there_is_time() {
+        let silent: Vec<_> = (0..3).map(|_| UdpSocket::bind("127.0.0.1:0").unwrap()).collect();
+        let servers: Vec<_> = silent.iter().map(|s| s.local_addr().unwrap()).collect();
+        let began = Instant::now();
+        let limit = Deadline::after(Duration::from_millis(200));
+        let error = lookup_at("kbs.example", &servers, limit).unwrap_err().to_string();
+        assert!(began.elapsed() < Duration::from_secs(2), "{:?}", began.elapsed());
+        assert_eq!(error, "look up kbs.example: no answer from 127.0.0.1");
     }
 
     proptest! {

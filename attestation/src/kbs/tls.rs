@@ -17,7 +17,8 @@ use rustls::{
 use thiserror::Error;
 
 use super::{
-    Connect, Stream, Url,
+    Connect, Deadline, Stream, Url,
+    deadline::Timed,
     transport::{Transport, tcp},
 };
 
@@ -65,10 +66,17 @@ pub fn trusting(url: Url, certificates: &str) -> Result<Transport, TlsError> {
 struct Tls(Arc<ClientConfig>);
 
 impl Connect for Tls {
-    fn connect(&mut self, url: &Url) -> io::Result<Box<dyn Stream>> {
+    fn connect(&mut self, url: &Url, limit: Deadline) -> io::Result<Box<dyn Stream>> {
         let name = ServerName::try_from(url.host.clone()).map_err(io::Error::other)?;
         let connection = ClientConnection::new(self.0.clone(), name).map_err(io::Error::other)?;
-        Ok(Box::new(StreamOwned::new(connection, tcp(url)?)))
+        Ok(Box::new(StreamOwned::new(connection, tcp(url, limit)?)))
+    }
+}
+
+/// The limit is below TLS, which reads and writes until a handshake or a record is whole.
+impl Stream for StreamOwned<ClientConnection, Timed> {
+    fn until(&mut self, limit: Deadline) {
+        self.sock.until(limit);
     }
 }
 
@@ -129,5 +137,40 @@ impl ServerCertVerifier for Pinned {
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
         self.provider.signature_verification_algorithms.supported_schemes()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kbs::Request;
+    use std::{
+        io::{Read, Write},
+        net::TcpListener,
+        thread,
+        time::{Duration, Instant},
+    };
+
+    /// Whoever is between promises a whole record and sends it byte by byte: for TLS that is one read.
+    #[test]
+    fn a_handshake_that_dribbles_is_over_when_the_time_is() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let url = Url::parse(&format!("https://{}", listener.local_addr().unwrap())).unwrap();
+        thread::spawn(move || {
+            let (mut peer, _) = listener.accept().unwrap();
+            let _ = peer.read(&mut [0; 4096]);
+            // A handshake's record of 16 KiB, in it one message.
+            let _ = peer.write_all(&[22, 3, 3, 0x40, 0, 2, 0, 0x3f, 0xfc]);
+            let began = Instant::now();
+            while began.elapsed() < Duration::from_secs(5) && peer.write_all(&[3]).is_ok() {
+                thread::sleep(Duration::from_millis(20));
+            }
+        });
+        let pem = "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n";
+        let mut transport = trusting(url, pem).unwrap().within(Duration::from_millis(300));
+        let began = Instant::now();
+        let error = transport.exchange(&Request::get("/".into())).unwrap_err();
+        assert!(began.elapsed() < Duration::from_secs(3), "{:?}: {error}", began.elapsed());
+        assert!(error.to_string().contains("it took longer than 0.3 s"), "{error}");
     }
 }

@@ -6,17 +6,18 @@
 use std::{
     io::{self, Read, Write},
     net::{IpAddr, SocketAddr, TcpStream, ToSocketAddrs},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use thiserror::Error;
 
 use super::{
-    Client, ClientError, HttpError, Request, Response, ResponseReader, Step, client::Outcome, resolve::lookup,
+    Client, ClientError, Deadline, HttpError, Request, Response, ResponseReader, Step, client::Outcome,
+    deadline::Timed, resolve::lookup,
 };
 use crate::evidence::Attesters;
 
-/// No single wait for the server is longer, and no answer takes longer from its request to its end, as upstream's client.
+/// No exchange takes longer, from looking up the server's name to the end of its answer, as upstream's client.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// Steps of one run. The client ends by itself long before; a mistake in it must not hold PID 1 for ever.
 const MOST_STEPS: u32 = 128;
@@ -101,27 +102,35 @@ impl Url {
         format!("{host}:{}", self.port)
     }
 
-    fn addresses(&self) -> io::Result<Vec<SocketAddr>> {
+    fn addresses(&self, limit: Deadline) -> io::Result<Vec<SocketAddr>> {
         let host = self.host.as_str();
         if self.name_servers.is_empty() || host.parse::<IpAddr>().is_ok() {
             return Ok((host, self.port).to_socket_addrs()?.collect());
         }
-        let found = lookup(host, &self.name_servers)?;
+        let found = lookup(host, &self.name_servers, limit)?;
         Ok(found.into_iter().map(|address| SocketAddr::new(address, self.port)).collect())
     }
 }
 
 /// A connection: plain or under TLS, a test's or a socket.
-pub trait Stream: Read + Write + Send {}
-impl<T: Read + Write + Send> Stream for T {}
+pub trait Stream: Read + Write + Send {
+    /// Nothing is read or written after that.
+    fn until(&mut self, limit: Deadline);
+}
+
+impl Stream for Timed {
+    fn until(&mut self, limit: Deadline) {
+        self.limit = limit;
+    }
+}
 
 /// Makes connections to the KBS.
 pub trait Connect: Send {
-    /// One more.
+    /// One more, which is there and is used until then.
     ///
     /// # Errors
     /// The system's.
-    fn connect(&mut self, url: &Url) -> io::Result<Box<dyn Stream>>;
+    fn connect(&mut self, url: &Url, limit: Deadline) -> io::Result<Box<dyn Stream>>;
 }
 
 /// TCP from here.
@@ -129,21 +138,26 @@ pub trait Connect: Send {
 pub struct Tcp;
 
 impl Connect for Tcp {
-    fn connect(&mut self, url: &Url) -> io::Result<Box<dyn Stream>> {
-        tcp(url).map(|stream| Box::new(stream) as Box<dyn Stream>)
+    fn connect(&mut self, url: &Url, limit: Deadline) -> io::Result<Box<dyn Stream>> {
+        tcp(url, limit).map(|stream| Box::new(stream) as Box<dyn Stream>)
     }
 }
 
-/// A TCP connection with limits on every wait.
-pub(super) fn tcp(url: &Url) -> io::Result<TcpStream> {
+/// A TCP connection.
+pub(super) fn tcp(url: &Url, limit: Deadline) -> io::Result<Timed> {
+    reach(&url.addresses(limit)?, limit)
+}
+
+/// Connects to the first that answers. Each gets its share of what is left: one that is silent leaves time for the next.
+fn reach(addresses: &[SocketAddr], limit: Deadline) -> io::Result<Timed> {
     let mut last = io::Error::other("the name has no address");
-    for address in url.addresses()? {
-        match TcpStream::connect_timeout(&address, PATIENCE) {
+    for (address, others) in addresses.iter().zip((1..=addresses.len() as u32).rev()) {
+        let share = limit.left()? / others;
+        // Zero is not taken.
+        match TcpStream::connect_timeout(address, share.max(Duration::from_millis(1))) {
             Ok(stream) => {
-                stream.set_read_timeout(Some(PATIENCE))?;
-                stream.set_write_timeout(Some(PATIENCE))?;
                 stream.set_nodelay(true)?;
-                return Ok(stream);
+                return Ok(Timed::new(stream, limit));
             }
             Err(error) => last = error,
         }
@@ -156,13 +170,14 @@ pub struct Transport {
     url: Url,
     connect: Box<dyn Connect>,
     kept: Option<Box<dyn Stream>>,
+    patience: Duration,
 }
 
 impl Transport {
     /// To this KBS.
     #[must_use]
     pub fn new(url: Url, connect: Box<dyn Connect>) -> Self {
-        Self { url, connect, kept: None }
+        Self { url, connect, kept: None, patience: PATIENCE }
     }
 
     /// Over plain TCP.
@@ -171,28 +186,35 @@ impl Transport {
         Self::new(url, Box::new(Tcp))
     }
 
+    /// The same with another limit on an exchange: a test has no minute.
+    #[must_use]
+    pub fn within(self, patience: Duration) -> Self {
+        Self { patience, ..self }
+    }
+
     /// Asks these for addresses of the KBS's name.
     pub fn ask_for_names(&mut self, servers: &[IpAddr]) {
         self.url.name_servers = servers.to_vec();
     }
 
-    /// One request, one answer. A kept connection that the server has closed meanwhile is made anew, once.
+    /// One request, one answer. A kept connection that the server has closed meanwhile is made anew, once. All of it has one limit.
     ///
     /// # Errors
     /// [`TransportError`].
     pub fn exchange(&mut self, request: &Request) -> Result<Response, TransportError> {
         let bytes = request.encode(&self.url.authority(), &self.url.prefix);
+        let limit = Deadline::after(self.patience);
         if let Some(mut stream) = self.kept.take()
-            && let Ok(response) = carry(stream.as_mut(), &bytes, PATIENCE)
+            && let Ok(response) = carry(stream.as_mut(), &bytes, limit)
         {
             self.keep(stream, &response);
             return Ok(response);
         }
         let mut stream = self
             .connect
-            .connect(&self.url)
+            .connect(&self.url, limit)
             .map_err(|source| TransportError::Connect { address: self.url.authority(), source })?;
-        let response = carry(stream.as_mut(), &bytes, PATIENCE)?;
+        let response = carry(stream.as_mut(), &bytes, limit)?;
         self.keep(stream, &response);
         Ok(response)
     }
@@ -242,14 +264,15 @@ impl Transport {
     }
 }
 
-/// One exchange. A server that sends a byte now and then is not read for longer than `patience` either.
-fn carry(stream: &mut dyn Stream, request: &[u8], patience: Duration) -> Result<Response, TransportError> {
-    let began = Instant::now();
+/// One exchange on a connection. A server that sends a byte now and then is not read for longer either.
+fn carry(stream: &mut dyn Stream, request: &[u8], limit: Deadline) -> Result<Response, TransportError> {
+    stream.until(limit);
     stream.write_all(request)?;
     stream.flush()?;
     let mut reader = ResponseReader::default();
     let mut buffer = [0; 16 * 1024];
     loop {
+        limit.left()?;
         let count = match stream.read(&mut buffer) {
             Ok(0) => return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into()),
             Ok(count) => count,
@@ -259,10 +282,6 @@ fn carry(stream: &mut dyn Stream, request: &[u8], patience: Duration) -> Result<
         if let Some(response) = reader.push(&buffer[..count])? {
             return Ok(response);
         }
-        if began.elapsed() > patience {
-            let message = format!("the answer was not whole after {} s", patience.as_secs());
-            return Err(io::Error::new(io::ErrorKind::TimedOut, message).into());
-        }
     }
 }
 
@@ -270,6 +289,7 @@ fn carry(stream: &mut dyn Stream, request: &[u8], patience: Duration) -> Result<
 mod tests {
     use super::*;
     use proptest::prelude::*;
+    use std::{net::TcpListener, os::fd::AsRawFd, thread, time::Instant};
 
     #[test]
     fn urls_are_taken_apart() {
@@ -320,13 +340,80 @@ mod tests {
         }
     }
 
+    impl Stream for Dribble {
+        fn until(&mut self, _: Deadline) {}
+    }
+
     #[test]
     fn an_answer_that_never_ends_is_not_read_for_ever() {
         let began = Instant::now();
         let mut server = Dribble(b"HTTP/1.1 200 OK\r\nContent-Length: 4000000\r\n\r\n");
-        let error = carry(&mut server, b"GET", Duration::from_millis(50)).unwrap_err();
-        assert!(error.to_string().contains("was not whole"), "{error}");
+        let limit = Deadline::after(Duration::from_millis(50));
+        let error = carry(&mut server, b"GET", limit).unwrap_err();
+        assert!(error.to_string().contains("longer than 0.05 s"), "{error}");
         assert!(began.elapsed() < Duration::from_secs(20));
+    }
+
+    /// A server whose connections go to `serves`.
+    fn server(serves: impl Fn(TcpStream) + Send + 'static) -> Url {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let url = Url::parse(&format!("http://{}", listener.local_addr().unwrap())).unwrap();
+        thread::spawn(move || listener.incoming().flatten().for_each(serves));
+        url
+    }
+
+    /// How long an exchange took that came to nothing within `patience`.
+    fn fails(url: Url, request: &Request, patience: Duration) -> Duration {
+        let began = Instant::now();
+        let error = Transport::plain(url).within(patience).exchange(request).unwrap_err();
+        assert!(error.to_string().contains("it took longer than "), "{error}");
+        began.elapsed()
+    }
+
+    /// The last wait is not another whole limit.
+    #[test]
+    fn a_server_that_falls_silent_late_gets_no_second_limit() {
+        let patience = Duration::from_secs(2);
+        let url = server(move |mut stream| {
+            thread::sleep(patience * 4 / 5);
+            let _ = stream.write_all(b"HTTP/1.1 200 OK\r\n");
+            thread::sleep(patience * 4);
+        });
+        let took = fails(url, &Request::get("/".into()), patience);
+        assert!(took < patience * 3 / 2, "{took:?}");
+    }
+
+    /// Each write is over soon, all of them are not.
+    #[test]
+    fn a_server_that_reads_slowly_gets_no_more_time() {
+        let url = server(|mut stream| {
+            let mut buffer = vec![0; 256 * 1024];
+            while stream.read(&mut buffer).is_ok_and(|count| count > 0) {
+                thread::sleep(Duration::from_millis(10));
+            }
+        });
+        let took = fails(url, &Request::post("/".into(), vec![0; 64 << 20]), Duration::from_millis(500));
+        assert!(took < Duration::from_secs(2), "{took:?}");
+    }
+
+    #[test]
+    fn an_address_that_is_silent_leaves_time_for_the_next() {
+        let silent = TcpListener::bind("127.0.0.1:0").unwrap();
+        let good = TcpListener::bind("127.0.0.1:0").unwrap();
+        let addresses = [silent.local_addr().unwrap(), good.local_addr().unwrap()];
+        // Of connections that nobody accepts it keeps one; what comes after them is not answered.
+        // SAFETY: has no memory.
+        assert_eq!(unsafe { libc::listen(silent.as_raw_fd(), 0) }, 0);
+        let short = Duration::from_millis(100);
+        let _kept: Vec<_> =
+            std::iter::from_fn(|| TcpStream::connect_timeout(&addresses[0], short).ok()).take(10).collect();
+        let patience = Duration::from_secs(2);
+        let began = Instant::now();
+        let found = reach(&addresses, Deadline::after(patience)).unwrap();
+        drop(found);
+        assert!(began.elapsed() < patience, "{:?}", began.elapsed());
+        let error = reach(&addresses[..1], Deadline::after(short)).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut);
     }
 
     proptest! {

@@ -16,7 +16,7 @@ use nix::{
 };
 use serde_json::json;
 
-use super::{create, find, foreground, network, process::process, terminal};
+use super::{create, find, foreground, network, pod, process::process, terminal};
 use crate::{
     cgroup,
     cli::Call,
@@ -77,6 +77,7 @@ pub(super) fn exec(call: &Call, root: &Path) -> Result<i32, Error> {
     let words: Vec<String> = serde_json::from_value(process["args"].clone()).unwrap_or_default();
     let streams = carried.iter().map(|c| c.stream).collect();
     let (id, cgroup) = (record.id.clone(), below(call)?);
+    let waits = pod::waits(root, &record);
     let signals = if call.has("detach") { None } else { Some(foreground::Signals::hold()?) };
     let request = Request::Exec(Box::new(Exec { id, cgroup, exec_id, process, window, streams }));
     let (ready, tell_ready) = pipe2(OFlag::O_CLOEXEC).map_err(host("make a pipe"))?;
@@ -155,7 +156,7 @@ pub(super) fn exec(call: &Call, root: &Path) -> Result<i32, Error> {
     }
     let _raw = own.map(foreground::Raw::new).transpose()?;
     // Not before the stub is there: what runs may end the container at once, and with it every process in the host's namespace of it.
-    if let Err(error) = connection.ask(&request) {
+    if let Err(error) = connection.ask_of(&request, waits) {
         drop(tell_to_go);
         let _ = waitpid(Pid::from_raw(pid), None);
         return Err(error);

@@ -7,6 +7,7 @@
 //! the last of them, whichever that is.
 
 use std::{
+    collections::HashMap,
     ffi::{CString, OsStr, OsString},
     fs::{self, File},
     io,
@@ -34,8 +35,9 @@ use nix::{
 use oci_spec::runtime::{LinuxNamespaceType as Kind, Spec};
 
 use crate::{
-    cgroup,
+    cgroup, confidential,
     error::{Error, host},
+    image,
     pid::Pid,
     plan::{Bind, namespace},
     spawn::{clone, make_read_only},
@@ -104,6 +106,18 @@ fn owner(root: &Path, record: &Record) -> Option<Running> {
     let (directory, _) = orphans(root).find(|(_, pid)| *pid == record.vmm.pid)?;
     let first = of_orphan(&directory).filter(|first| first.vmm == record.vmm)?;
     Some(Running { directory, record: first })
+}
+
+/// Whether something in a pod may have to wait for a KBS or an image, by annotations of its first container or of one that is asked for.
+/// Which volumes have sealed files, and what initdata wants fetched, is the guest's to know.
+pub(super) fn may_wait(annotations: &HashMap<String, String>) -> bool {
+    confidential::has_initdata(annotations) || annotations.contains_key(image::IMAGE)
+}
+
+/// The same of a container that is there.
+pub(super) fn waits(root: &Path, record: &Record) -> bool {
+    let pods = || owner(root, record).is_some_and(|vm| may_wait(&vm.record.annotations));
+    may_wait(&record.annotations) || record.share.is_some() && pods()
 }
 
 /// Which of the configuration's namespaces are another container's of the same VM.
@@ -392,6 +406,35 @@ mod tests {
         let spec: Spec =
             serde_json::from_value(json!({ "ociVersion": "1.0.2", "annotations": { "a": "b" } })).unwrap();
         assert_eq!(sandbox(&spec), None);
+    }
+
+    /// Sealed files in a volume and credentials are seen in no configuration of the host's: initdata is.
+    #[test]
+    fn every_container_of_a_pod_with_initdata_may_wait_for_a_kbs() {
+        let root = tempfile::tempdir().unwrap();
+        let record = |id: &str, vmm: i32, share: Option<&str>, annotations: serde_json::Value| {
+            let vmm = json!({ "pid": vmm, "start": 1 });
+            let record: Record = serde_json::from_value(json!({
+                "id": id, "oci_version": "1.0.2", "bundle": "/b", "rootfs": "/b/rootfs", "annotations": annotations,
+                "created": "", "stub": null, "vmm": vmm, "cgroup": null, "share": share,
+            }))
+            .unwrap();
+            let directory = Directory::of(root.path(), id).unwrap();
+            fs::create_dir_all(directory.file("")).unwrap();
+            directory.write(&record).unwrap();
+            record
+        };
+        let inline = json!({ "io.katacontainers.config.hypervisor.cc_init_data": "H4s" });
+        let file = json!({ "io.coffer.initdata": "/i" });
+        let image = json!({ "io.coffer.image": "/images/a" });
+        let first = record("first", 1, None, file);
+        let member = record("member", 1, Some("/s/member"), json!({}));
+        let kubernetes = record("kubernetes", 2, None, inline);
+        let plain = record("plain", 3, None, json!({}));
+        let beside = record("beside", 3, Some("/s/beside"), json!({}));
+        let unpacks = record("unpacks", 3, Some("/s/unpacks"), image);
+        let found = [&first, &member, &kubernetes, &plain, &beside, &unpacks].map(|r| waits(root.path(), r));
+        assert_eq!(found, [true, true, true, false, false, true]);
     }
 
     #[test]

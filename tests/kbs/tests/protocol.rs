@@ -15,7 +15,7 @@ use std::{
 use coffer_attestation::{
     evidence::{Attesters, Sample, SampleDevice},
     hash::HashAlgorithm,
-    kbs::{Client, ClientError, Credential, Outcome, Transport, Url, trusting},
+    kbs::{Client, ClientError, Credential, Outcome, Request, Transport, Url, trusting},
     key::{KeyAlgorithm, TeeKey},
 };
 use coffer_kbs::{Config, Identity, Kbs, Query, Running, serve};
@@ -185,6 +185,25 @@ fn a_middle_that_delays_and_cuts_into_pieces_changes_nothing() {
         bytes
     });
     assert_eq!(through(address, &identity), secret());
+}
+
+/// Connection, handshake, request and answer have one limit: here no wait is as long as it, and all together are longer.
+#[test]
+fn a_whole_exchange_has_one_limit() {
+    let identity = identity();
+    let server = server(Some(&identity), config());
+    let address = middle(server.address, Duration::from_secs(60), |_, bytes| {
+        thread::sleep(Duration::from_millis(400));
+        bytes
+    });
+    let exchange = |patience: Duration| {
+        let url = Url::parse(&format!("https://{address}")).unwrap();
+        let mut transport = trusting(url, &identity.certificate_pem).unwrap().within(patience);
+        let found = transport.exchange(&Request::get("/kbs/v0/nothing".into()));
+        found.map(|response| response.status).map_err(|e| e.to_string())
+    };
+    assert_eq!(exchange(Duration::from_secs(60)), Ok(404));
+    assert_eq!(exchange(Duration::from_millis(1200)), Err("connection: it took longer than 1.2 s".into()));
 }
 
 #[test]

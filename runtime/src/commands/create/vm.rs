@@ -166,13 +166,15 @@ impl Making<'_> {
             notify: self.plan.notify.as_ref().map(|n| n.inside.clone()),
             streams: self.streams.clone(),
         };
+        let pod = self.vm.as_ref().map(|vm| &vm.record.annotations);
+        let waits = pod.into_iter().chain(self.plan.spec.annotations()).any(pod::may_wait);
         let mut talk = || {
             if vm.fresh {
                 let mut connection = Connection::open(&socket, || vm.is_alive() && !interrupt::came())?;
-                asked(&mut connection, &Request::Sandbox(sandbox.clone()))?;
+                asked(&mut connection, &Request::Sandbox(sandbox.clone()), waits)?;
             }
             let mut connection = Connection::open(&socket, || vm.is_alive() && !interrupt::came())?;
-            asked(&mut connection, &Request::Create(Box::new(create.clone())))?;
+            asked(&mut connection, &Request::Create(Box::new(create.clone())), waits)?;
             Ok(connection)
         };
         talk().map_err(|error| match error {
@@ -201,9 +203,9 @@ impl Making<'_> {
 }
 
 /// A signal ends the wait for the answer, which may be long.
-fn asked(connection: &mut Connection, request: &Request) -> Result<(), Error> {
+fn asked(connection: &mut Connection, request: &Request, waits: bool) -> Result<(), Error> {
     let _ends = interrupt::Ends::connection(connection.stream.as_raw_fd());
-    if interrupt::came() { Err(interrupted()) } else { connection.ask(request).map(drop) }
+    if interrupt::came() { Err(interrupted()) } else { connection.ask_of(request, waits).map(drop) }
 }
 
 /// Why a container is not made that somebody has asked for.
