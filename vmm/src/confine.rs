@@ -10,6 +10,7 @@ mod filter;
 use std::io;
 
 use caps::{CapSet, Capability, CapsHashSet};
+use filter::Verdict;
 use syscalls::Sysno;
 
 /// Exit code after a refused call.
@@ -29,7 +30,7 @@ const CAPABILITIES: [Capability; 9] = [
 ];
 
 /// Calls that neither devices nor processors make. Sockets that devices need are made before the guest runs.
-const CALLS: [Sysno; 69] = [
+const CALLS: [Sysno; 79] = [
     Sysno::execve,
     Sysno::execveat,
     Sysno::fork,
@@ -38,6 +39,7 @@ const CALLS: [Sysno; 69] = [
     Sysno::process_vm_readv,
     Sysno::process_vm_writev,
     Sysno::process_madvise,
+    Sysno::process_mrelease,
     Sysno::pidfd_open,
     Sysno::pidfd_getfd,
     Sysno::pidfd_send_signal,
@@ -46,6 +48,15 @@ const CALLS: [Sysno; 69] = [
     Sysno::tkill,
     Sysno::rt_sigqueueinfo,
     Sysno::rt_tgsigqueueinfo,
+    Sysno::get_robust_list,
+    Sysno::sched_setaffinity,
+    Sysno::sched_setscheduler,
+    Sysno::sched_setparam,
+    Sysno::sched_setattr,
+    Sysno::setpriority,
+    Sysno::ioprio_set,
+    Sysno::migrate_pages,
+    Sysno::move_pages,
     Sysno::socket,
     Sysno::socketpair,
     Sysno::connect,
@@ -101,6 +112,25 @@ const CALLS: [Sysno; 69] = [
     Sysno::shmget,
 ];
 
+/// FIOSETOWN and SIOCSPGRP (asm-generic/sockios.h), F_SETOWN_EX (asm-generic/fcntl.h): as F_SETOWN they say whom a descriptor's
+/// signals go to, which may be any process of this user.
+const FIOSETOWN: u32 = 0x8901;
+const SIOCSPGRP: u32 = 0x8902;
+const F_SETOWN_EX: u32 = 15;
+
+/// What is not allowed of all calls. Libraries make some for this process that could be made for another: `pthread_kill` and `abort` do
+/// `tgkill` with the process's own id, limits are read and set of process 0, which is the caller.
+fn rules(own: u32) -> Vec<(u32, Verdict)> {
+    let refused = CALLS.iter().map(|call| (*call, Verdict::Refuse));
+    let compared = [
+        (Sysno::tgkill, Verdict::AllowOnly { argument: 0, value: own }),
+        (Sysno::prlimit64, Verdict::AllowOnly { argument: 0, value: 0 }),
+        (Sysno::fcntl, Verdict::AllowBut { argument: 1, values: &[libc::F_SETOWN as u32, F_SETOWN_EX] }),
+        (Sysno::ioctl, Verdict::AllowBut { argument: 1, values: &[FIOSETOWN, SIOCSPGRP] }),
+    ];
+    refused.chain(compared).map(|(call, verdict)| (call.id() as u32, verdict)).collect()
+}
+
 /// Takes capabilities from this thread and from all that it starts, and refuses them the calls, for good. No program that they
 /// could start would gain rights either (no_new_privs).
 ///
@@ -109,9 +139,8 @@ const CALLS: [Sysno; 69] = [
 pub fn install() -> io::Result<()> {
     give_up_capabilities().map_err(io::Error::other)?;
     say_which();
-    let refused: Vec<u32> = CALLS.iter().map(|call| call.id() as u32).collect();
-    let program =
-        filter::program(&refused).ok_or_else(|| io::Error::other("too many calls for one filter"))?;
+    let program = filter::program(&rules(std::process::id()))
+        .ok_or_else(|| io::Error::other("too many calls for one filter"))?;
     seccompiler::apply_filter(&program).map_err(io::Error::other)
 }
 
@@ -152,7 +181,13 @@ fn say_which() {
 
 #[cfg(test)]
 mod tests {
-    use std::process::Command;
+    use std::{
+        os::{
+            fd::AsRawFd,
+            unix::{process::ExitStatusExt, thread::JoinHandleExt},
+        },
+        process::Command,
+    };
 
     use super::*;
 
@@ -177,12 +212,73 @@ mod tests {
             std::thread::spawn(made).join().unwrap();
             unreachable!("{call} was made");
         }
-        for call in ["execve", "socket", "mount", "ptrace"] {
+        let others =
+            ["sched_setaffinity", "sched_setscheduler", "sched_setparam", "sched_setattr", "setpriority"];
+        let others =
+            others.into_iter().chain(["ioprio_set", "migrate_pages", "move_pages", "get_robust_list"]);
+        for call in ["execve", "socket", "mount", "ptrace", "process_mrelease"].into_iter().chain(others) {
             let output = child("confine::tests::a_refused_call_ends_the_process_with_its_name", call);
             let words = String::from_utf8_lossy(&output.stderr);
             assert_eq!(output.status.code(), Some(REFUSED), "{call}: {words}");
             assert!(words.contains(&format!("the system call {call},")), "{words}");
         }
+    }
+
+    #[test]
+    fn calls_that_this_process_needs_for_itself_reach_no_other() {
+        use libc::{SYS_fcntl, SYS_ioctl, SYS_prlimit64, SYS_tgkill};
+        if let Ok(call) = std::env::var(CHILD) {
+            let call: Vec<i64> = call.split(',').map(|number| number.parse().unwrap()).collect();
+            install().unwrap();
+            // SAFETY: none would change anything if it were made: signal 0, no limits, descriptor -1.
+            let made = move || unsafe { libc::syscall(call[0], call[1], call[2], call[3], 0i64) };
+            std::thread::spawn(made).join().unwrap();
+            unreachable!("it was made");
+        }
+        let other = i64::from(std::process::id());
+        for (name, call) in [
+            ("tgkill", [SYS_tgkill, other, other, 0]),
+            ("prlimit64", [SYS_prlimit64, other, 0, 0]),
+            ("fcntl", [SYS_fcntl, -1, i64::from(libc::F_SETOWN), other]),
+            // Of this one the kernel reads the lower half.
+            ("fcntl", [SYS_fcntl, -1, 1 << 32 | i64::from(libc::F_SETOWN), other]),
+            // F_SETOWN_EX, FIOSETOWN, SIOCSPGRP.
+            ("fcntl", [SYS_fcntl, -1, 15, 0]),
+            ("ioctl", [SYS_ioctl, -1, 0x8901, 0]),
+            ("ioctl", [SYS_ioctl, -1, 0x8902, 0]),
+        ] {
+            let words = call.map(|number| number.to_string()).join(",");
+            let test = "confine::tests::calls_that_this_process_needs_for_itself_reach_no_other";
+            let output = child(test, &words);
+            let said = String::from_utf8_lossy(&output.stderr);
+            assert_eq!(output.status.code(), Some(REFUSED), "{name} {words}: {said}");
+            assert!(said.contains(&format!("the system call {name},")), "{name} {words}: {said}");
+        }
+    }
+
+    #[test]
+    fn what_it_needs_for_itself_still_works() {
+        if std::env::var(CHILD).is_ok() {
+            install().unwrap();
+            let sleeper = std::thread::spawn(|| std::thread::sleep(std::time::Duration::from_millis(50)));
+            // SAFETY: the handle keeps the thread's id valid; URG is ignored; the calls write into what outlives them.
+            unsafe {
+                assert_eq!(libc::pthread_kill(sleeper.as_pthread_t(), libc::SIGURG), 0);
+                assert_eq!(libc::raise(libc::SIGURG), 0);
+                let mut limit = std::mem::zeroed();
+                assert_eq!(libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit), 0);
+                assert_eq!(libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit), 0);
+                let (file, mut waits) = (std::fs::File::open("/proc/self/status").unwrap(), 0);
+                assert!(libc::fcntl(file.as_raw_fd(), libc::F_GETFL) >= 0);
+                libc::ioctl(file.as_raw_fd(), libc::FIONREAD, &raw mut waits);
+            }
+            sleeper.join().unwrap();
+            assert!(std::thread::available_parallelism().is_ok());
+            std::thread::spawn(|| std::process::abort()).join().unwrap();
+        }
+        let output = child("confine::tests::what_it_needs_for_itself_still_works", "none");
+        let words = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.signal(), Some(libc::SIGABRT), "{:?}: {words}", output.status);
     }
 
     #[test]
