@@ -74,7 +74,9 @@ sandbox = call("RunPodSandbox", {1: pod, 2: handler})[1].decode()
 
 
 def container(name, *command, **own):
-    config = {1: {1: name}, 2: {1: image}, 3: list(command), 11: name + ".log", 15: {1: {4: 64 << 20} | own.get("limits", {})}}
+    # A kubelet says these two of every container: no huge pages (hugepage_limits), no swap (unified).
+    none = {8: {1: "2MB"}, 9: {1: "memory.swap.max", 2: "0"}}
+    config = {1: {1: name}, 2: {1: image}, 3: list(command), 11: name + ".log", 15: {1: {4: 64 << 20} | none | own.get("limits", {})}}
     identifier = call("CreateContainer", {1: sandbox, 2: config, 3: pod})[1].decode()
     call("StartContainer", {1: identifier})
     return identifier

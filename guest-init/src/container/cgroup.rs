@@ -17,6 +17,9 @@ const ROOT: &str = "/sys/fs/cgroup";
 /// Most cgroups below a container's that are looked at; the container makes them.
 const MOST_BELOW: usize = 4096;
 
+/// Files of what no guest's kernel has, neither huge pages nor swap: without them every limit holds already. A kubelet sets both to zero.
+const OF_NOTHING: [&str; 3] = ["hugetlb.", "memory.swap.", "memory.zswap."];
+
 /// One container's cgroup.
 #[derive(Debug)]
 pub struct Cgroup(PathBuf);
@@ -147,6 +150,9 @@ impl Cgroup {
     pub fn apply(&self, resources: &LinuxResources) -> Result<(), ContainerError> {
         let now = fs::read_to_string(self.0.join("cpu.max")).unwrap_or_default();
         for (file, value) in settings(resources, &now)? {
+            if OF_NOTHING.iter().any(|of| file.starts_with(of)) && !self.0.join(&file).exists() {
+                continue;
+            }
             write(&self.0.join(&file), &value).map_err(|e| {
                 let name = file.split('.').next().unwrap_or_default();
                 let stage = if e.kind() == io::ErrorKind::NotFound && !self.has_controller(name) {
@@ -341,6 +347,29 @@ mod tests {
         assert!(controller.contains("cgroup controller `foo` is not available"), "{controller}");
         assert!(set("CAPITALS").unwrap_err().contains("has not the form CONTROLLER.VALUE `CAPITALS`"));
         assert!(!root.path().join("memory.none").exists());
+    }
+
+    /// A kubelet says that a container gets no huge pages and no swap, and a guest's kernel has neither.
+    #[test]
+    fn a_limit_of_what_a_guest_has_nothing_of_needs_no_file() {
+        let root = tempfile::tempdir().unwrap();
+        fs::write(root.path().join("cgroup.controllers"), "cpu memory pids\n").unwrap();
+        fs::write(root.path().join("pids.max"), "").unwrap();
+        let group = Cgroup(root.path().to_owned());
+        let resources = serde_json::from_value(serde_json::json!({
+            "hugepageLimits": [{ "pageSize": "2MB", "limit": 0 }, { "pageSize": "1GB", "limit": 1_073_741_824 }],
+            "unified": { "memory.swap.max": "0", "memory.zswap.max": "0", "hugetlb.2MB.rsvd.max": "0", "pids.max": "7" }
+        }))
+        .unwrap();
+        group.apply(&resources).map_err(|e| e.message).unwrap();
+        let read = |file: &str| fs::read_to_string(root.path().join(file)).ok();
+        assert_eq!((read("pids.max").as_deref(), read("memory.swap.max")), (Some("7"), None));
+        // Where there is one it is written.
+        for file in ["memory.swap.max", "hugetlb.2MB.max"] {
+            fs::write(root.path().join(file), "max").unwrap();
+        }
+        group.apply(&resources).map_err(|e| e.message).unwrap();
+        assert_eq!((read("memory.swap.max"), read("hugetlb.2MB.max")), (Some("0".into()), Some("0".into())));
     }
 
     #[test]

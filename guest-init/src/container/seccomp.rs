@@ -20,6 +20,12 @@ type Rules = BTreeMap<i64, Vec<SeccompRule>>;
 
 /// What a system call can fail with at most (MAX_ERRNO in linux/err.h). A filter has 16 bits for it, so that 65536 would be no error.
 const MOST_ERRNO: u32 = 4095;
+/// A filter's answer for a call that the kernel does not have.
+const ENOSYS: u32 = libc::SECCOMP_RET_ERRNO | libc::ENOSYS as u32;
+/// linux/audit.h.
+const AUDIT_ARCH_X86_64: u32 = 0xc000_003e;
+/// `__X32_SYSCALL_BIT`.
+const X32_BIT: u32 = 1 << 30;
 
 fn action(from: LinuxSeccompAction, errno: Option<u32>) -> Result<SeccompAction, ContainerError> {
     Ok(match from {
@@ -63,6 +69,35 @@ fn condition(arg: &LinuxSeccompArg) -> Result<SeccompCondition, ContainerError> 
     let index = u8::try_from(arg.index()).unwrap_or(u8::MAX);
     SeccompCondition::new(index, SeccompCmpArgLen::Qword, operator, value)
         .map_err(|e| ContainerError::guest("seccomp argument", e))
+}
+
+/// Before a program: ENOSYS for calls that are newer than `newest`. x86-64's only, as the numbers of x32 have a bit of their own.
+fn unknown(newest: u32) -> BpfProgram {
+    let (number, architecture) = (0, 4);
+    let own = |code, jt, jf, k| seccompiler::sock_filter { code: code as u16, jt, jf, k };
+    let load = |at| own(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, at);
+    let jump = |kind, jt, jf, k| own(libc::BPF_JMP | kind | libc::BPF_K, jt, jf, k);
+    vec![
+        load(architecture),
+        jump(libc::BPF_JEQ, 0, 4, AUDIT_ARCH_X86_64),
+        load(number),
+        jump(libc::BPF_JSET, 2, 0, X32_BIT),
+        jump(libc::BPF_JGT, 0, 1, newest),
+        own(libc::BPF_RET | libc::BPF_K, 0, 0, ENOSYS),
+    ]
+}
+
+/// The largest number of a call that the profile names. As under runc, calls past it are newer than the profile, whose default says nothing of
+/// them: a C library tries the new one first, and takes the old one at ENOSYS alone. A default that lets them through has no such limit.
+fn newest(profile: &LinuxSeccomp, default: &SeccompAction) -> Option<u32> {
+    if matches!(default, SeccompAction::Allow | SeccompAction::Log | SeccompAction::Trace(_))
+        || profile.default_errno_ret() == Some(libc::ENOSYS as u32)
+    {
+        return None;
+    }
+    let names = profile.syscalls().iter().flatten().flat_map(|group| group.names());
+    let numbers = names.filter_map(|name| name.parse::<syscalls::Sysno>().ok());
+    numbers.map(|call| call.id() as u32).max().filter(|newest| *newest > 0)
 }
 
 /// The programs, in the order to install.
@@ -117,7 +152,8 @@ pub(super) fn programs(profile: &LinuxSeccomp) -> Result<Vec<BpfProgram>, Contai
     };
     let mut list = Vec::new();
     if default != SeccompAction::Allow {
-        list.push(build(named, default, SeccompAction::Allow)?);
+        let before = newest(profile, &default).map_or_else(Vec::new, unknown);
+        list.push([before, build(named, default, SeccompAction::Allow)?].concat());
     }
     for (a, rules) in by_action.into_iter().filter(|(a, _)| *a != SeccompAction::Allow) {
         list.push(build(rules, SeccompAction::Allow, a)?);
@@ -250,6 +286,55 @@ mod tests {
                 }))
             });
             assert_eq!(seen.join().unwrap(), Ok(denied));
+        }
+    }
+
+    /// As under runc: a C library tries what is newer than the profile first, and goes on with the older call at ENOSYS only.
+    #[test]
+    fn a_call_that_is_newer_than_the_profile_is_none() {
+        let number = |call: &syscalls::Sysno| call.id() <= 450;
+        let names: Vec<&str> = syscalls::Sysno::iter()
+            .filter(number)
+            .map(|c| c.name())
+            .filter(|n| *n != "getpriority")
+            .collect();
+        for code in [None, Some(99), Some(libc::ENOSYS)] {
+            let profile = profile(serde_json::json!({
+                "defaultAction": "SCMP_ACT_ERRNO", "defaultErrnoRet": code,
+                "syscalls": [{ "names": names, "action": "SCMP_ACT_ALLOW" }]
+            }));
+            let seen = std::thread::spawn(move || {
+                install(&profile).map_err(|e| e.message)?;
+                // The last two: one of x32, which is newer than nothing, and one within the profile's range.
+                Ok::<_, String>([452, 9999, 0x4000_0000 | 140, libc::SYS_getpriority].map(|number| {
+                    // SAFETY: the calls have no effect, and none of them is made.
+                    let got = unsafe { libc::syscall(number, 0, 0, 0, 0, 0, 0) };
+                    std::io::Error::last_os_error().raw_os_error().filter(|_| got < 0)
+                }))
+            });
+            let own = code.unwrap_or(libc::EPERM);
+            let wanted = [libc::ENOSYS, libc::ENOSYS, own, own].map(Some);
+            assert_eq!(seen.join().unwrap(), Ok(wanted), "{code:?}");
+        }
+    }
+
+    /// Its own programs only: nothing comes before those of a profile that lets everything else through, or names no call.
+    #[test]
+    fn a_profile_that_lets_new_calls_through_or_names_none_says_nothing_of_them() {
+        let first = |action: &str, names: &[&str]| {
+            let list = programs(&profile(serde_json::json!({
+                "defaultAction": action, "syscalls": [{ "names": names, "action": "SCMP_ACT_ALLOW" }]
+            })));
+            let list = list.unwrap();
+            list.first().map(|program| program.iter().any(|i| i.k == ENOSYS))
+        };
+        assert_eq!(first("SCMP_ACT_ALLOW", &["mount"]), None);
+        for action in ["SCMP_ACT_LOG", "SCMP_ACT_TRACE"] {
+            assert_eq!(first(action, &["mount"]), Some(false));
+        }
+        for action in ["SCMP_ACT_ERRNO", "SCMP_ACT_KILL", "SCMP_ACT_KILL_PROCESS", "SCMP_ACT_TRAP"] {
+            assert_eq!(first(action, &["mount"]), Some(true));
+            assert_eq!(first(action, &["no_such_call"]), Some(false));
         }
     }
 

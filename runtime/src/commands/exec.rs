@@ -62,6 +62,9 @@ pub(super) fn exec(call: &Call, root: &Path) -> Result<i32, Error> {
     }
     let pty = if wants_terminal && console.is_some() { Some(terminal::open()?) } else { None };
     let own = if wants_terminal && pty.is_none() { foreground::terminal()? } else { None };
+    if let Some((_, slave)) = &pty {
+        terminal::size(slave, serde_json::from_value(process["consoleSize"].clone()).ok());
+    }
     let mut process = process;
     process["terminal"] = json!(wants_terminal);
     let names = ["pid", "net", "ipc", "uts", "cgroup", "mnt"];

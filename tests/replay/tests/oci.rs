@@ -204,6 +204,29 @@ fn sysctls_and_seccomp_hold() {
     assert_eq!(out, "1\n1\nmkdir: can't create directory '/d': No space left on device\n");
 }
 
+/// podman's profile, with the default that Docker's has.
+#[test]
+fn a_system_call_that_is_newer_than_the_profile_is_none_and_an_older_one_is_denied() {
+    let podman = include_str!("../../../guest-init/fuzz/testdata/podman.json");
+    let mut seccomp = serde_json::from_str::<Value>(podman).unwrap()["linux"]["seccomp"].take();
+    seccomp["defaultErrnoRet"] = json!(1);
+    // fchmodat2, then one of the future, then nfsservctl, which the profile does not name.
+    let script = "import ctypes; call = ctypes.CDLL(None, use_errno=True).syscall; \
+                  print([call(n, -1, 0, 0, 0) and ctypes.get_errno() for n in (452, 9999, 180)])";
+    let bench = Bench::new();
+    let mut config = config(&["/usr/bin/python3", "-c", script]);
+    for directory in ["/usr", "/lib", "/lib64"] {
+        mount(
+            &mut config,
+            json!({ "destination": directory, "type": "bind", "source": directory, "options": ["rbind", "ro"] }),
+        );
+    }
+    config["linux"]["seccomp"] = seccomp;
+    bench.start("c", &config);
+    bench.wait_stopped("c");
+    assert_eq!(bench.read("c.out"), "[38, 38, 1]\n", "{}", bench.read("c.err"));
+}
+
 #[test]
 fn domain_name_personality_scheduling_and_priorities_hold() {
     let out = inside(

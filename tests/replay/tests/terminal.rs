@@ -100,6 +100,26 @@ fn the_console_is_the_first_processs_terminal() {
 }
 
 #[test]
+fn a_further_process_has_the_configured_size_from_its_beginning() {
+    let bench = Bench::new();
+    bench.start("c", &config(&["sleep", "1000"]));
+    let process = json!({
+        "user": { "uid": 0, "gid": 0 }, "args": ["sh", "-c", "echo size $(stty size)"], "cwd": "/",
+        "env": ["PATH=/bin"], "terminal": true, "consoleSize": { "height": 31, "width": 91 }
+    });
+    std::fs::write(bench.path("process.json"), process.to_string()).unwrap();
+    let listener = UnixListener::bind(bench.path("console")).unwrap();
+    let mut command = bench.command(&["exec", "--detach", "--process"]);
+    command.arg(bench.path("process.json")).arg("--console-socket").arg(bench.path("console")).arg("c");
+    let mut child = command.spawn().unwrap();
+    record(File::from(take_terminal(&listener)), &bench, "out");
+    assert_eq!(finish(&mut child), 0);
+    until(|| bench.read("out").contains("size"));
+    until(|| bench.read("out").ends_with('\n'));
+    assert_eq!(bench.read("out"), "size 31 91\r\n");
+}
+
+#[test]
 fn a_users_own_terminal_is_raw_while_run_lasts_and_its_size_follows() {
     let bench = Bench::new();
     let mut config = config(&["sh", "-c", SCRIPT]);
