@@ -141,7 +141,7 @@ impl Server {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, feature = "confidential"))]
 mod tests {
     use std::{
         os::unix::net::{UnixListener, UnixStream},
