@@ -366,7 +366,7 @@ mod tests {
         assert_eq!((read("pids.max").as_deref(), read("memory.swap.max")), (Some("7"), None));
         // Where there is one it is written.
         for file in ["memory.swap.max", "hugetlb.2MB.max"] {
-            fs::write(root.path().join(file), "max").unwrap();
+            fs::write(root.path().join(file), "").unwrap();
         }
         group.apply(&resources).map_err(|e| e.message).unwrap();
         assert_eq!((read("memory.swap.max"), read("hugetlb.2MB.max")), (Some("0".into()), Some("0".into())));
