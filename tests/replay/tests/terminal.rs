@@ -7,6 +7,7 @@ use std::{
         fd::AsRawFd,
         unix::{fs::PermissionsExt, net::UnixListener, process::CommandExt},
     },
+    path::Path,
     process::Command,
     thread,
 };
@@ -35,6 +36,17 @@ fn record(terminal: File, bench: &Bench, name: &str) {
 /// Says its terminal, its size at first and at each change, and ends at a line.
 const SCRIPT: &str = "trap 'echo size $(stty size)' WINCH; tty; stat -c 'owner %u' $(tty); echo size $(stty size); while ! read -r word; do :; done; echo got $word; exit 4";
 
+/// Makes container `c`, as podman does with a terminal; the terminal.
+fn created(bench: &Bench, bundle: &Path) -> File {
+    let listener = UnixListener::bind(bench.path("console")).unwrap();
+    let mut command = bench.command(&["create", "--bundle"]);
+    command.arg(bundle).arg("--console-socket").arg(bench.path("console")).arg("c");
+    let mut child = command.spawn().unwrap();
+    let terminal = File::from(take_terminal(&listener));
+    assert_eq!(finish(&mut child), 0);
+    terminal
+}
+
 #[test]
 fn conmons_console_socket_gets_the_terminal_before_create_returns() {
     let bench = Bench::new();
@@ -43,12 +55,7 @@ fn conmons_console_socket_gets_the_terminal_before_create_returns() {
     config["process"]["user"] = json!({ "uid": 1000, "gid": 1000 });
     let bundle = bench.bundle("c", &config);
     assert!(bench.create("c", &bundle).failed(1).contains("--console-socket"));
-    let listener = UnixListener::bind(bench.path("console")).unwrap();
-    let mut command = bench.command(&["create", "--bundle"]);
-    command.arg(&bundle).arg("--console-socket").arg(bench.path("console")).arg("c");
-    let mut child = command.spawn().unwrap();
-    let mut terminal = File::from(take_terminal(&listener));
-    assert_eq!(finish(&mut child), 0);
+    let mut terminal = created(&bench, &bundle);
     size(&terminal, 30, 90);
     record(terminal.try_clone().unwrap(), &bench, "out");
     let _ = bench.call(&["start", "c"]).ok();
@@ -81,12 +88,7 @@ fn the_console_is_the_first_processs_terminal() {
         }
         let bundle = bench.bundle("c", &config);
         fs::set_permissions(bench.path(""), fs::Permissions::from_mode(0o755)).unwrap();
-        let listener = UnixListener::bind(bench.path("console")).unwrap();
-        let mut command = bench.command(&["create", "--bundle"]);
-        command.arg(&bundle).arg("--console-socket").arg(bench.path("console")).arg("c");
-        let mut child = command.spawn().unwrap();
-        let mut terminal = File::from(take_terminal(&listener));
-        assert_eq!(finish(&mut child), 0);
+        let mut terminal = created(&bench, &bundle);
         record(terminal.try_clone().unwrap(), &bench, "out");
         let _ = bench.call(&["start", "c"]).ok();
         until(|| bench.read("out").lines().count() == 2);
