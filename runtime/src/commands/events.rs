@@ -5,13 +5,14 @@
 use std::{io::Write, path::Path, thread, time::Duration};
 
 use coffer_protocol::{Reply, Request, Stats};
+use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify, InotifyEvent};
 use serde_json::{Value, json};
 
 use super::find;
 use crate::{
     cli::Call,
     client,
-    error::Error,
+    error::{Error, host},
     state::{Directory, OUT_OF_MEMORY, Record, Status},
 };
 
@@ -24,17 +25,18 @@ const END_LIMIT: Duration = Duration::from_secs(10);
 pub(super) fn events(call: &Call, root: &Path) -> Result<i32, Error> {
     let interval = interval(call.value("interval").unwrap_or("5s"))?;
     let (directory, record) = find(root, call.id()?)?;
+    let mark = Mark::watch(&directory)?;
     let mut seen: Option<u64> = None;
     let mut waited = Duration::ZERO;
     loop {
         if directory.status(&record) == Status::Stopped {
             // A stream ends with its container; one line cannot be had any more.
-            return seen.map_or(Err(Error::NotRunning), |known| ended(&directory, &record, known));
+            return seen.map_or(Err(Error::NotRunning), |known| ended(&mark, &record, known));
         }
         let stats = match client::ask(&directory.socket(), &Request::Stats { id: record.id.clone() }) {
             Ok(Reply::Stats(stats)) => stats,
             Ok(_) => return Err(Error::Vm("the guest answered out of order".into())),
-            Err(error) => return seen.map_or(Err(error), |known| ended(&directory, &record, known)),
+            Err(error) => return seen.map_or(Err(error), |known| ended(&mark, &record, known)),
         };
         if seen.is_some_and(|before| stats.memory.oom_kills > before) {
             line(&json!({ "type": "oom", "id": record.id }))?;
@@ -55,19 +57,40 @@ pub(super) fn events(call: &Call, root: &Path) -> Result<i32, Error> {
 
 /// The end of a stream that knows of so many processes killed for want of memory. What memory runs out for is mostly the container, and it has
 /// ended before anybody looks again: its stub has a mark.
-fn ended(directory: &Directory, record: &Record, known: u64) -> Result<i32, Error> {
+fn ended(mark: &Mark, record: &Record, known: u64) -> Result<i32, Error> {
     // One that does not end has no mark.
     let _ = record.stub.is_none_or(|stub| stub.wait(END_LIMIT));
-    if known == 0 && directory.file(OUT_OF_MEMORY).exists() {
+    if known == 0 && mark.was_made() {
         line(&json!({ "type": "oom", "id": record.id }))?;
     }
     Ok(0)
 }
 
+/// Whether a container's stub makes the mark that memory ran out. An engine deletes a container as soon as it has ended, and the mark with it;
+/// the kernel keeps that it was there.
+struct Mark(Inotify);
+
+impl Mark {
+    fn watch(directory: &Directory) -> Result<Self, Error> {
+        let inotify = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK);
+        let watched = inotify.and_then(|inotify| {
+            inotify.add_watch(&directory.file(""), AddWatchFlags::IN_CREATE).map(|_| Self(inotify))
+        });
+        watched.map_err(host("watch the container's directory"))
+    }
+
+    fn was_made(&self) -> bool {
+        let made = |events: Vec<_>| {
+            events.iter().any(|e: &InotifyEvent| e.name.as_deref() == Some(OUT_OF_MEMORY.as_ref()))
+        };
+        std::iter::from_fn(|| self.0.read_events().ok()).any(made)
+    }
+}
+
 /// One object, at once.
 fn line(value: &Value) -> Result<(), Error> {
     let mut out = std::io::stdout().lock();
-    writeln!(out, "{value}").and_then(|()| out.flush()).map_err(crate::error::host("write to stdout"))
+    writeln!(out, "{value}").and_then(|()| out.flush()).map_err(host("write to stdout"))
 }
 
 /// A duration as Go writes it (time.ParseDuration): `5s`, `1.5s`, `1m30s`. None below zero, and not zero.
