@@ -274,9 +274,10 @@ pub(crate) fn run(run: &Run, stock: &Stock) -> Result<u8, EmulatedError> {
 fn follow(run: &Run, state: &State, argv: &[String], way: &Way) -> Result<End, EmulatedError> {
     let mut turn = match way {
         Way::Boot => None,
-        Way::Save(_) | Way::Continue(_) => {
-            Some(Turn::new(&state.path).map_err(|e| system("prepare the machine")(io::Error::other(e)))?)
-        }
+        Way::Save(_) | Way::Continue(_) => Some(
+            Turn::new(&state.path, matches!(way, Way::Continue(_)))
+                .map_err(|e| system("prepare the machine")(io::Error::other(e)))?,
+        ),
     };
     let mut to_save = match way {
         Way::Save(file) => Some(file),

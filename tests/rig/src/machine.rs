@@ -111,6 +111,10 @@ pub(crate) fn command(
         share(&share_tag(n), directory, "off");
     }
     add(&["-device", "virtio-rng-pci"]);
+    if *way != Way::Boot {
+        // Its number is another in each process: the kernel of a machine that goes on sees that it is a copy.
+        add(&["-device", "vmgenid"]);
+    }
     argv.extend(run.qemu.iter().cloned());
     argv
 }
