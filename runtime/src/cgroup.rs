@@ -13,7 +13,10 @@ use std::{
 use coffer_protocol::limits;
 use oci_spec::runtime::{LinuxResources, Spec};
 
-use crate::error::{Error, host};
+use crate::{
+    error::{Error, host},
+    plan,
+};
 
 /// The weight by io.cost, and that by BFQ, which has the configuration's own scale and goes first where it is, as under runc.
 const WEIGHT: &str = "io.weight";
@@ -49,11 +52,11 @@ pub fn is_unified() -> bool {
     Path::new(ROOT).join("cgroup.controllers").exists()
 }
 
-/// Makes a cgroup of [`path`], and its limits.
+/// Makes a cgroup of [`path`], and its limits, as [`settings`] has them.
 ///
 /// # Errors
 /// The system's, naming the directory.
-pub fn create(path: &Path, spec: &Spec) -> Result<(), Error> {
+pub fn create(path: &Path, spec: &Spec, guest_mib: Option<u64>) -> Result<(), Error> {
     let mut so_far = PathBuf::from(ROOT);
     for part in path.strip_prefix(ROOT).unwrap_or(path) {
         delegate(&so_far);
@@ -65,7 +68,7 @@ pub fn create(path: &Path, spec: &Spec) -> Result<(), Error> {
         }
     }
     let resources = spec.linux().as_ref().and_then(|l| l.resources().as_ref());
-    resources.map_or(Ok(()), |r| apply(path, r))
+    resources.map_or(Ok(()), |r| apply(path, r, guest_mib))
 }
 
 /// Turns the controllers on that limits below need. One that cannot be is noticed when its limit is set.
@@ -75,13 +78,13 @@ fn delegate(path: &Path) {
     }
 }
 
-/// Sets what the host can enforce of these limits.
+/// Sets what the host can enforce of these limits, as [`settings`] has them.
 ///
 /// # Errors
 /// The system's, naming file and value.
-pub fn apply(path: &Path, resources: &LinuxResources) -> Result<(), Error> {
+pub fn apply(path: &Path, resources: &LinuxResources, guest_mib: Option<u64>) -> Result<(), Error> {
     let bfq = weight(resources).filter(|_| path.join(BFQ_WEIGHT).exists());
-    for (file, value) in settings(resources, &bandwidth(path)) {
+    for (file, value) in settings(resources, &bandwidth(path), guest_mib) {
         // Without the controller there is no limit.
         if (file, value.as_str()) == (PIDS, "max") && !path.join(PIDS).exists() {
             continue;
@@ -127,13 +130,24 @@ pub fn bandwidth(path: &Path) -> String {
     fs::read_to_string(path.join("cpu.max")).unwrap_or_default()
 }
 
-/// Files and what is written into them. `now` is what [`bandwidth`] says.
+/// Bytes of RAM that a guest has beyond what it would have by its container's limit alone: for a scratch disk, for other containers of its pod,
+/// because its configuration says so, or because it keeps what it booted with. It may use them, and the host would kill it for that.
+fn beyond(limit: i64, guest_mib: u64) -> i64 {
+    let by_limit = plan::vm_memory_mib(limit.unsigned_abs(), 0);
+    i64::try_from(guest_mib.saturating_sub(by_limit).saturating_mul(1 << 20)).unwrap_or(i64::MAX)
+}
+
+/// Files and what is written into them. `now` is what [`bandwidth`] says, `guest_mib` the RAM of the guest whose VMM is in this cgroup, if one is.
 #[must_use]
-pub fn settings(resources: &LinuxResources, now: &str) -> Vec<(&'static str, String)> {
+pub fn settings(
+    resources: &LinuxResources,
+    now: &str,
+    guest_mib: Option<u64>,
+) -> Vec<(&'static str, String)> {
     let mut list = Vec::new();
     if let Some(limit) = resources.memory().as_ref().and_then(|m| m.limit()).filter(|l| *l != 0) {
-        let whole = if limit < 0 { "max".to_owned() } else { limit.saturating_add(OVERHEAD).to_string() };
-        list.push(("memory.max", whole));
+        let whole = || limit.saturating_add(OVERHEAD).saturating_add(beyond(limit, guest_mib.unwrap_or(0)));
+        list.push(("memory.max", if limit < 0 { "max".to_owned() } else { whole().to_string() }));
     }
     if let Some(io) = resources.block_io() {
         for (devices, word) in [
@@ -219,7 +233,7 @@ mod tests {
 
     #[test]
     fn the_host_adds_what_the_vm_needs_to_memory_and_leaves_the_rest() {
-        let of = |value| settings(&serde_json::from_value(value).unwrap(), "max 100000");
+        let of = |value| settings(&serde_json::from_value(value).unwrap(), "max 100000", None);
         assert_eq!(
             of(serde_json::json!({
                 "memory": { "limit": 67_108_864 }, "cpu": { "quota": 50_000, "cpus": "0-1", "shares": 2 },
@@ -246,11 +260,27 @@ mod tests {
     }
 
     #[test]
+    fn what_a_guest_has_beyond_its_containers_limit_the_host_allows_it() {
+        let mib = |limit: i64, guest: u64| {
+            let resources = serde_json::json!({ "memory": { "limit": limit } });
+            let list = settings(&serde_json::from_value(resources).unwrap(), "", Some(guest));
+            list[0].1.parse::<i64>().map(|bytes| bytes >> 20).map_err(|_| list[0].1.clone())
+        };
+        assert_eq!(mib(100 << 20, 164), Ok(100 + 192));
+        // 1 TiB of a scratch disk.
+        assert_eq!(mib(100 << 20, 164 + 7168), Ok(100 + 192 + 7168));
+        assert_eq!(mib(1 << 20, 128), Ok(1 + 192), "no guest is smaller");
+        assert_eq!(mib(1 << 30, 256), Ok(1024 + 192), "a guest that may grow");
+        assert_eq!(mib(i64::MAX, u64::MAX), Ok(i64::MAX >> 20));
+        assert_eq!(mib(-1, 1 << 20), Err("max".to_owned()));
+    }
+
+    #[test]
     fn a_limit_of_processes_goes_and_needs_no_controller_for_that() {
         let group = tempfile::tempdir().unwrap();
         let set = |limit: i64| {
             let resources = serde_json::json!({ "pids": { "limit": limit } });
-            apply(group.path(), &serde_json::from_value(resources).unwrap()).unwrap();
+            apply(group.path(), &serde_json::from_value(resources).unwrap(), None).unwrap();
             fs::read_to_string(group.path().join(PIDS)).ok()
         };
         assert_eq!(set(0), None);
@@ -263,11 +293,11 @@ mod tests {
         let group = tempfile::tempdir().unwrap();
         let read = |file: &str| fs::read_to_string(group.path().join(file)).ok();
         let resources = serde_json::from_value(serde_json::json!({ "blockIO": { "weight": 505 } })).unwrap();
-        apply(group.path(), &resources).unwrap();
+        apply(group.path(), &resources, None).unwrap();
         assert_eq!((read(WEIGHT).as_deref(), read(BFQ_WEIGHT)), (Some("5000"), None));
         fs::write(group.path().join(BFQ_WEIGHT), "default 100").unwrap();
         fs::remove_file(group.path().join(WEIGHT)).unwrap();
-        apply(group.path(), &resources).unwrap();
+        apply(group.path(), &resources, None).unwrap();
         assert_eq!((read(WEIGHT), read(BFQ_WEIGHT).as_deref()), (None, Some("505")));
     }
 }

@@ -193,12 +193,19 @@ impl<'a> Vm<'a> {
         Ok(self.size.plugged_mib.saturating_sub(wanted_mib))
     }
 
-    /// Bytes that a limit of the host's cgroup must leave to the VM's guest, whatever the container has: the VM is not killed for
-    /// what it has not given back.
+    /// Bytes that the VM's containers can have of what it has.
     #[must_use]
     pub fn least(&self) -> i64 {
         let mib = (self.size.boot_mib + self.size.plugged_mib).saturating_sub(plan::GUEST_OVERHEAD_MIB);
         i64::try_from(mib << 20).unwrap_or(i64::MAX)
+    }
+
+    /// MiB that the guest may use of the host's, or will when it has so many beyond what it booted with: it is not killed for what it has not
+    /// given back. `None` when the VM's process is in another container's cgroup, or in none.
+    #[must_use]
+    pub fn own_mib(&self, wanted_mib: u64) -> Option<u64> {
+        let more = wanted_mib.max(self.size.wanted_mib).max(self.size.plugged_mib);
+        self.is_in_own_cgroup().then(|| self.size.boot_mib.saturating_add(more))
     }
 
     /// Whether the VM's process is in this container's own cgroup.

@@ -60,14 +60,14 @@ pub(super) fn update(call: &Call, root: &Path) -> Result<(), Error> {
     let limit = parsed.memory().as_ref().and_then(|m| m.limit()).filter(|limit| *limit != 0);
     if vcpus.is_none() && limit.is_none() {
         guest()?;
-        return set_host(&record, &parsed);
+        return set_host(&record, &parsed, None);
     }
     let mut vm = Vm::of(root, &directory, &record)?;
     if let Some(limit) = limit {
-        with_memory(call, &mut vm, (&record, resources, &parsed), limit, guest)?;
+        with_memory(call, &mut vm, (&record, &parsed), limit, guest)?;
     } else {
         guest()?;
-        set_host(&record, &parsed)?;
+        set_host(&record, &parsed, None)?;
     }
     if let Some(own) = vcpus {
         vm.set_processors(vm.needed_processors(own))?;
@@ -82,18 +82,18 @@ pub(super) fn update(call: &Call, root: &Path) -> Result<(), Error> {
 fn with_memory(
     call: &Call,
     vm: &mut Vm<'_>,
-    (record, resources, parsed): (&Record, Value, &LinuxResources),
+    (record, parsed): (&Record, &LinuxResources),
     limit: i64,
     guest: impl Fn() -> Result<(), Error>,
 ) -> Result<(), Error> {
     match resize::change(&vm.size, vm.needed_mib(limit)) {
         Change::Grow(mib) => {
-            set_host(record, parsed)?;
+            set_host(record, parsed, vm.own_mib(mib))?;
             vm.grow(mib)?;
             guest()
         }
         Change::Stay if limit < 0 || limit >= vm.least() => {
-            set_host(record, parsed)?;
+            set_host(record, parsed, vm.own_mib(0))?;
             guest()
         }
         change => {
@@ -107,24 +107,15 @@ fn with_memory(
                     log::say(&call.global, Level::Warning, &words);
                 }
             }
-            set_host(record, &spared(vm, resources, limit)?)
+            set_host(record, parsed, vm.own_mib(0))
         }
     }
 }
 
-/// Limits of the host's cgroup, and of the unit that it may be.
-fn set_host(record: &Record, resources: &LinuxResources) -> Result<(), Error> {
-    record.cgroup.as_ref().map_or(Ok(()), |path| cgroup::apply(path, resources))?;
-    record.scope.as_ref().map_or(Ok(()), |scope| scope.update(resources))
-}
-
-/// The limits with as much memory as the VM has, where its process is under them: a guest keeps what it booted with, and a limit below
-/// that would have the host kill it.
-fn spared(vm: &Vm<'_>, mut resources: Value, limit: i64) -> Result<LinuxResources, Error> {
-    if limit > 0 && vm.is_in_own_cgroup() {
-        resources["memory"]["limit"] = json!(limit.max(vm.least()));
-    }
-    serde_json::from_value(resources).map_err(|e| Error::Usage(format!("update: {e}")))
+/// Limits of the host's cgroup, and of the unit that it may be. A limit of memory comes with the MiB of the guest whose VMM is under it.
+fn set_host(record: &Record, resources: &LinuxResources, guest_mib: Option<u64>) -> Result<(), Error> {
+    record.cgroup.as_ref().map_or(Ok(()), |path| cgroup::apply(path, resources, guest_mib))?;
+    record.scope.as_ref().map_or(Ok(()), |scope| scope.update(resources, guest_mib))
 }
 
 /// A VM has the processors that it was made with: a quota worth more is set, and what it cannot use is said, as to a pod's member.

@@ -88,11 +88,17 @@ impl Scope {
         Path::new(cgroup::ROOT).join(slices(&self.slice).unwrap_or_default()).join(&self.unit)
     }
 
-    /// Has systemd make it, with a process in it: without one there is none.
+    /// Has systemd make it, with a process in it: without one there is none. Limits are as [`cgroup::settings`] has them.
     ///
     /// # Errors
     /// [`Error::State`] in systemd's words.
-    pub fn start(&self, pid: i32, id: &str, resources: Option<&LinuxResources>) -> Result<(), Error> {
+    pub fn start(
+        &self,
+        pid: i32,
+        id: &str,
+        resources: Option<&LinuxResources>,
+        guest_mib: Option<u64>,
+    ) -> Result<(), Error> {
         let mut bus = Bus::system()?;
         let rule = "type='signal',interface='org.freedesktop.systemd1.Manager',member='JobRemoved',path='/org/freedesktop/systemd1'";
         bus.ask(&ADD_MATCH, |w| w.string(rule))?;
@@ -106,7 +112,7 @@ impl Scope {
         ];
         let accounts = ["CPUAccounting", "MemoryAccounting", "IOAccounting", "TasksAccounting"];
         properties.extend(accounts.map(|name| (name, Value::Switch(true))));
-        properties.extend(resources.map(|r| limits(r, "")).unwrap_or_default());
+        properties.extend(resources.map(|r| limits(r, "", guest_mib)).unwrap_or_default());
         let answer = bus.ask(&START, |w| {
             w.string(&self.unit);
             w.string("replace");
@@ -138,8 +144,8 @@ impl Scope {
     ///
     /// # Errors
     /// [`Error::State`] in systemd's words.
-    pub fn update(&self, resources: &LinuxResources) -> Result<(), Error> {
-        let limits = limits(resources, &cgroup::bandwidth(&self.path()));
+    pub fn update(&self, resources: &LinuxResources, guest_mib: Option<u64>) -> Result<(), Error> {
+        let limits = limits(resources, &cgroup::bandwidth(&self.path()), guest_mib);
         if limits.is_empty() {
             return Ok(());
         }
@@ -184,9 +190,9 @@ fn slices(name: &str) -> Option<PathBuf> {
 }
 
 /// Limits as systemd's properties: those that it would otherwise reset.
-fn limits(resources: &LinuxResources, now: &str) -> Vec<(&'static str, Value)> {
+fn limits(resources: &LinuxResources, now: &str, guest_mib: Option<u64>) -> Vec<(&'static str, Value)> {
     let mut list = Vec::new();
-    for (file, value) in cgroup::settings(resources, now) {
+    for (file, value) in cgroup::settings(resources, now, guest_mib) {
         match file {
             "memory.max" => list.push(("MemoryMax", Value::Number(value.parse().unwrap_or(u64::MAX)))),
             "memory.low" => list.push(("MemoryLow", Value::Number(value.parse().unwrap_or(u64::MAX)))),
@@ -386,7 +392,9 @@ mod tests {
 
     #[test]
     fn limits_are_systemds_too() {
-        let limits = |value| limits(&serde_json::from_value(value).unwrap(), "");
+        let limits = |value| limits(&serde_json::from_value(value).unwrap(), "", Some(164 + 112));
+        let memory = serde_json::json!({ "memory": { "limit": 100 << 20 } });
+        assert_eq!(limits(memory), [("MemoryMax", Value::Number((100 + 192 + 112) << 20))]);
         let with = serde_json::json!({ "memory": { "limit": -1 }, "cpu": { "shares": 1024, "quota": 50_000, "period": 200_000 },
             "pids": { "limit": -1 }, "blockIO": { "weight": 1000 } });
         assert_eq!(

@@ -42,8 +42,13 @@ impl Making<'_> {
             }
         };
         let holder = Holder(pid);
-        scope.start(pid, self.id, plan::resources(&self.plan.spec))?;
+        scope.start(pid, self.id, plan::resources(&self.plan.spec), self.guest_mib())?;
         Ok(holder)
+    }
+
+    /// MiB of the guest whose VMM will be in this container's cgroup: that of a VM of its own.
+    pub(super) fn guest_mib(&self) -> Option<u64> {
+        self.vm.is_none().then_some(self.plan.memory_mib)
     }
 
     /// Puts the VMM into the pod's cgroup once it has what it needs of /dev: podman's cgroup of a pod allows its processes

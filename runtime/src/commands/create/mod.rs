@@ -228,9 +228,9 @@ impl Making<'_> {
         let _holder = self.scope.as_ref().map(|scope| self.make_scope(scope)).transpose()?;
         if let Some(path) = &record.cgroup {
             if self.scope.is_none() {
-                cgroup::create(path, &self.plan.spec)?;
+                cgroup::create(path, &self.plan.spec, self.guest_mib())?;
             } else if let Some(resources) = plan::resources(&self.plan.spec) {
-                cgroup::apply(path, resources)?;
+                cgroup::apply(path, resources, self.guest_mib())?;
             }
             if vm.fresh {
                 self.confine(&mut vm, path)?;
