@@ -41,9 +41,7 @@ pub(super) fn exec(call: &Call, root: &Path) -> Result<i32, Error> {
         // Its processes are stopped, the new one would be as well: the guest says so.
         Status::Paused if call.has("ignore-paused") => {}
         Status::Paused => {
-            return Err(Error::State(
-                "cannot exec in a paused container (use --ignore-paused to override)".into(),
-            ));
+            return Err(Error::State("cannot exec in a paused container (resume it first)".into()));
         }
         Status::Creating => {
             return Err(Error::State("cannot exec in a container that is being created".into()));

@@ -71,7 +71,7 @@ fn what_cannot_be_done_in_a_state_is_refused_as_runc_does() {
     let _ = bench.call(&["pause", "c"]).ok();
     assert_eq!(bench.status("c"), "paused");
     let said = bench.call(&["exec", "c", "true"]).failed(255);
-    assert!(said.contains("cannot exec in a paused container (use --ignore-paused to override)"), "{said}");
+    assert!(said.contains("cannot exec in a paused container (resume it first)"), "{said}");
     let _ = bench.call(&["resume", "c"]).ok();
     let _ = bench.call(&["kill", "c", "9"]).ok();
     bench.wait_stopped("c");
