@@ -27,6 +27,13 @@ fn stat(pid: i32) -> Option<(char, u64)> {
     Some((state, fields.nth(18)?.parse().ok()?))
 }
 
+/// Has the kernel end a process of ours sooner or later than others when memory is short. Where it may not be lowered it stays as it is.
+pub fn set_oom_score_adj(pid: i32, wanted: Option<i32>) {
+    if let Some(wanted) = wanted {
+        let _ = fs::write(format!("/proc/{pid}/oom_score_adj"), wanted.to_string());
+    }
+}
+
 impl Pid {
     /// A process that runs now.
     #[must_use]

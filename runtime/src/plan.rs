@@ -341,6 +341,12 @@ pub fn resources(spec: &Spec) -> Option<&oci_spec::runtime::LinuxResources> {
     spec.linux().as_ref()?.resources().as_ref()
 }
 
+/// How soon the container's processes end when memory is short, those of the host as those of the guest.
+#[must_use]
+pub fn oom_score_adj(spec: &Spec) -> Option<i32> {
+    spec.process().as_ref()?.oom_score_adj()
+}
+
 fn vcpus(spec: &Spec) -> Result<u32, Error> {
     if let Some(text) = annotation(spec, VCPUS_ANNOTATION) {
         let wrong = || {

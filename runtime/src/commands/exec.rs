@@ -14,15 +14,16 @@ use nix::{
     sys::wait::waitpid,
     unistd::{Pid, pipe2},
 };
-use serde_json::json;
+use serde_json::{Value, json};
 
-use super::{create, find, foreground, network, pod, process::process, terminal};
+use super::{config, create, find, foreground, network, pod, process::process, terminal};
 use crate::{
     cgroup,
     cli::Call,
     client::Connection,
     descriptors::{self, Carried},
     error::{Error, host},
+    pid::set_oom_score_adj,
     spawn,
     state::{self, Status},
     stub::{self, Relay, Terminal},
@@ -58,6 +59,9 @@ pub(super) fn exec(call: &Call, root: &Path) -> Result<i32, Error> {
             "cannot allocate a terminal with --detach and without --console-socket".into(),
         ));
     }
+    // As under runc the container's, whatever the process's own says.
+    let own: Value = serde_json::from_slice(&config(&directory)?).unwrap_or_default();
+    let score = own["process"]["oomScoreAdj"].as_i64().and_then(|score| i32::try_from(score).ok());
     let pty = if wants_terminal && console.is_some() { Some(terminal::open()?) } else { None };
     let own = if wants_terminal && pty.is_none() { foreground::terminal()? } else { None };
     if let Some((_, slave)) = &pty {
@@ -150,6 +154,7 @@ pub(super) fn exec(call: &Call, root: &Path) -> Result<i32, Error> {
     if let Some(path) = &record.cgroup {
         cgroup::join(path, pid)?;
     }
+    set_oom_score_adj(pid, score);
     let mut word = Vec::new();
     let _ = File::from(ready).read_to_end(&mut word);
     if word != b"k" {

@@ -228,3 +228,36 @@ fn a_stub_has_no_rights_left() {
         assert_eq!(field("NoNewPrivs"), "1", "{pid}");
     }
 }
+
+/// As the process of a container has it under runc; the guest's memory is the VMM's.
+#[test]
+fn the_hosts_processes_have_the_containers_oom_score_adj() {
+    let bench = Bench::new();
+    let score =
+        |pid: i32| fs::read_to_string(format!("/proc/{pid}/oom_score_adj")).unwrap().trim().to_owned();
+    let own = score(std::process::id() as i32);
+    let mut with = config(&["sleep", "1000"]);
+    with["process"]["oomScoreAdj"] = json!(500);
+    bench.start("c", &with);
+    bench.start("d", &config(&["sleep", "1000"]));
+    let vmm = |id: &str| {
+        let state: serde_json::Value =
+            serde_json::from_str(&bench.read(&format!("state/{id}/state.json"))).unwrap();
+        state["vmm"]["pid"].as_i64().unwrap() as i32
+    };
+    let scores = |id: &str| [score(bench.pid(id)), score(vmm(id))];
+    assert_eq!(scores("c"), ["500", "500"]);
+    assert_eq!(scores("d"), [own.as_str(), own.as_str()]);
+    // A further process has the container's, whatever its own says.
+    let pid_file = bench.path("exec.pid");
+    let words = ["exec", "--detach", "--pid-file", pid_file.to_str().unwrap(), "c", "sleep", "1000"];
+    let mut exec = bench.command(&words).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    assert_eq!(coffer_replay::finish(&mut exec), 0);
+    assert_eq!(score(bench.pid("exec")), "500");
+    // A pod's further container has its own, and leaves the VM's as it is.
+    let mut member = config(&["sleep", "1000"]);
+    member["annotations"]["io.kubernetes.cri-o.SandboxID"] = json!("c");
+    member["process"]["oomScoreAdj"] = json!(700);
+    bench.start("e", &member);
+    assert_eq!((score(bench.pid("e")), score(vmm("c"))), ("700".into(), "500".into()));
+}

@@ -27,8 +27,8 @@ use crate::{
     descriptors::Carried,
     error::{Error, host},
     notify::Teller,
-    pid::Pid,
-    plan::namespace,
+    pid::{Pid, set_oom_score_adj},
+    plan::{namespace, oom_score_adj},
     spawn::clone,
     state::{Record, Status},
     stub::{self, Relay, Terminal},
@@ -109,6 +109,7 @@ impl Making<'_> {
                 if let Some(path) = &record.cgroup {
                     cgroup::join(path, pid)?;
                 }
+                set_oom_score_adj(pid, oom_score_adj(spec));
                 let mut ready = File::from(ready);
                 let failed = |word: &[u8]| {
                     let _ = waitpid(NixPid::from_raw(pid), None);

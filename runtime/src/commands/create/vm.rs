@@ -87,6 +87,8 @@ impl Making<'_> {
             Started::Shell(process) => (Some(process), None),
         };
         let process = process.ok_or_else(|| Error::Vm("it ended at once".into()))?;
+        // Its memory is the guest's. A pod's further containers have no say in it, as they share it with the others.
+        pid::set_oom_score_adj(process.pid, plan::oom_score_adj(&self.plan.spec));
         Ok(Vm { process, child, fresh: true, hold, network })
     }
 
