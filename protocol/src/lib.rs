@@ -24,7 +24,7 @@ pub use message::{
 };
 
 /// Version of everything in this crate; sent in [`Sandbox`] and refused by init when it differs.
-pub const VERSION: u32 = 4;
+pub const VERSION: u32 = 5;
 
 /// Guest port on which init listens for the host.
 pub const CONTROL_PORT: u32 = 1024;

@@ -282,6 +282,8 @@ pub struct WindowSize {
 pub enum Reply {
     /// Done; for create and exec: the process exists.
     Done,
+    /// Begun, by [`Request::Freeze`]: some process has not stopped yet. Who asks again hears whether it has.
+    Stopping,
     /// Process ids in the guest.
     Processes {
         /// What is known of them.

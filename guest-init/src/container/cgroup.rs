@@ -91,6 +91,11 @@ fn write(path: &Path, value: &str) -> io::Result<()> {
     fs::File::options().write(true).open(path)?.write_all(value.as_bytes())
 }
 
+fn stands_still(group: &Path) -> bool {
+    let events = fs::read_to_string(group.join("cgroup.events")).unwrap_or_default();
+    events.lines().any(|line| line == "frozen 1")
+}
+
 /// A cgroup and those below it, each after the one that it is in.
 fn tree(path: &Path) -> Vec<PathBuf> {
     let mut list = vec![path.to_owned()];
@@ -246,14 +251,18 @@ impl Cgroup {
         fs::read_to_string(self.0.join("cgroup.freeze")).is_ok_and(|text| text.trim() == "1")
     }
 
+    /// All its processes are stopped: one that the kernel works for does so later than it is told.
+    #[must_use]
+    pub fn stands_still(&self) -> bool {
+        stands_still(&self.0)
+    }
+
     /// Whether the processes of the cgroup that a process is in are stopped, by whomever.
     #[must_use]
     pub fn stops(pid: i32) -> bool {
         let text = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
         let inside = text.lines().find_map(|l| l.strip_prefix("0::/")).unwrap_or_default();
-        let events =
-            fs::read_to_string(Path::new(ROOT).join(inside).join("cgroup.events")).unwrap_or_default();
-        events.lines().any(|line| line == "frozen 1")
+        stands_still(&Path::new(ROOT).join(inside))
     }
 
     /// True when the kernel killed something here for want of memory.
@@ -386,6 +395,17 @@ mod tests {
             assert!(message.contains("leads out"), "{message}");
         }
         assert!(group.open(Some("none")).unwrap_err().message.starts_with("exec: --cgroup none"));
+    }
+
+    #[test]
+    fn to_be_stopped_is_not_yet_to_stand_still() {
+        let root = tempfile::tempdir().unwrap();
+        let group = Cgroup(root.path().to_owned());
+        group.freeze(true).unwrap();
+        for (events, still) in [("populated 1\nfrozen 0\n", false), ("populated 1\nfrozen 1\n", true)] {
+            fs::write(root.path().join("cgroup.events"), events).unwrap();
+            assert_eq!((group.is_frozen(), group.stands_still()), (true, still));
+        }
     }
 
     #[test]

@@ -39,10 +39,12 @@ impl Server {
             Request::Exec(exec) => return self.exec(key, *exec).map(|()| None),
             Request::Signal { target, signal } => self.signal(&target, signal)?,
             Request::Freeze { id, frozen } => {
-                self.get(&id)?
-                    .cgroup
-                    .freeze(frozen)
-                    .map_err(|e| ContainerError::guest("freeze the container", e))?;
+                let cgroup = &self.get(&id)?.cgroup;
+                cgroup.freeze(frozen).map_err(|e| ContainerError::guest("freeze the container", e))?;
+                // Other containers are not to wait for this one's processes.
+                if frozen && !cgroup.stands_still() {
+                    return Ok(Some(Reply::Stopping));
+                }
             }
             Request::Update { id, resources } => {
                 let resources = serde_json::from_value(resources)

@@ -25,10 +25,11 @@ pub(crate) use features::CAPABILITIES;
 use std::{
     io::Write,
     path::Path,
+    thread,
     time::{Duration, Instant},
 };
 
-use coffer_protocol::{ErrorKind, Request, SignalTarget, signal};
+use coffer_protocol::{ErrorKind, Reply, Request, SignalTarget, signal};
 use nix::sys::signal::SigSet;
 
 use crate::{
@@ -326,14 +327,59 @@ fn freeze(root: &Path, id: &str, frozen: bool) -> Result<(), Error> {
         (Status::Paused, false) | (_, true) => {}
         (_, false) => return Err(Error::State("container is not paused".into())),
     }
-    client::ask(&directory.socket(), &Request::Freeze { id: id.to_owned(), frozen })?;
+    let ask = |frozen| client::ask(&directory.socket(), &Request::Freeze { id: id.to_owned(), frozen });
+    if let Err(error) = until_done(|| ask(frozen), STOP_LIMIT) {
+        // Those that did stop go on, as nobody knows of a container that is half paused.
+        if frozen {
+            let _ = ask(false);
+        }
+        return Err(error);
+    }
     directory.mark("paused", frozen)
+}
+
+/// How long a container's processes may take to stop, as under runc.
+const STOP_LIMIT: Duration = Duration::from_secs(10);
+
+/// Asks until all the container's processes stand still. The guest does not wait for them: it serves the pod's other containers.
+fn until_done(mut ask: impl FnMut() -> Result<Reply, Error>, limit: Duration) -> Result<(), Error> {
+    let (began, mut pause) = (Instant::now(), Duration::from_millis(1));
+    while let Reply::Stopping = ask()? {
+        if began.elapsed() > limit {
+            return Err(Error::State(format!(
+                "the container's processes do not all stop within {} s",
+                limit.as_secs()
+            )));
+        }
+        thread::sleep(pause);
+        pause = (pause * 2).min(Duration::from_millis(50));
+    }
+    Ok(())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::pid::Pid;
+
+    #[test]
+    fn pause_waits_until_all_processes_stand_still_and_not_for_ever() {
+        let after = |count: u32, limit| {
+            let mut left = count;
+            let asked = until_done(
+                || {
+                    left = left.saturating_sub(1);
+                    Ok(if left > 0 { Reply::Stopping } else { Reply::Done })
+                },
+                limit,
+            );
+            (asked.map_err(|e| e.to_string()), left)
+        };
+        assert_eq!(after(4, STOP_LIMIT), (Ok(()), 0));
+        let (said, left) = after(u32::MAX, Duration::from_millis(20));
+        assert!(said.unwrap_err().contains("do not all stop") && left > 0);
+        assert!(until_done(|| Err(Error::NotRunning), STOP_LIMIT).is_err());
+    }
 
     #[test]
     fn what_stopped_is_collected_only_when_its_bundle_is_gone() {
