@@ -128,9 +128,9 @@ fn set_up(sandbox: &Sandbox) -> Result<(), ContainerError> {
         // A guest without a share has no root file systems from the host; create says so.
         boot::complain(&format!("coffer-init: {error}"));
     }
-    if let Some(name) = &sandbox.hostname {
-        nix::unistd::sethostname(name).map_err(|e| ContainerError::guest("set the host name", e))?;
-    }
+    // The kernel's own is "(none)", which is no name that anything takes.
+    let name = sandbox.hostname.as_deref().unwrap_or("localhost");
+    nix::unistd::sethostname(name).map_err(|e| ContainerError::guest("set the host name", e))?;
     let time = TimeSpec::from_duration(Duration::from_nanos(sandbox.unix_time_ns));
     clock_settime(ClockId::CLOCK_REALTIME, time).map_err(|e| ContainerError::guest("set the clock", e))?;
     network::apply(&sandbox.network).map_err(|e| ContainerError::new(ErrorKind::Guest, e.to_string()))

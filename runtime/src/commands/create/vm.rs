@@ -17,6 +17,7 @@ use super::Making;
 use crate::{
     client::Connection,
     commands::{boot_chart, pod},
+    confidential::Confidential,
     error::Error,
     home::Home,
     image, interrupt,
@@ -147,7 +148,9 @@ impl Making<'_> {
         let elapsed = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let sandbox = Sandbox {
             version: VERSION,
-            hostname: self.plan.spec.hostname().clone(),
+            hostname: hostname(self.plan.spec.hostname().clone(), &self.plan.confidential, || {
+                nix::unistd::gethostname().ok()?.into_string().ok()
+            }),
             unix_time_ns: u64::try_from(elapsed.as_nanos()).unwrap_or(u64::MAX),
             network: vm.network.clone(),
             entropy: (start::wanted(self.plan)? == Start::Template).then(template::entropy).transpose()?,
@@ -204,6 +207,18 @@ impl Making<'_> {
     }
 }
 
+/// What the guest is called: as configured, or like the host, as a new namespace of the host's would be. Where an owner has a say the host's
+/// name is none of the pod's, and the policy is asked about what the configuration says alone.
+fn hostname(
+    configured: Option<String>,
+    confidential: &Confidential,
+    hosts: impl FnOnce() -> Option<String>,
+) -> Option<String> {
+    let owners =
+        confidential.initdata.is_some() || confidential.tee.as_ref().is_some_and(|tee| tee != "none");
+    configured.or_else(|| hosts().filter(|_| !owners))
+}
+
 /// A signal ends the wait for the answer, which may be long.
 fn asked(connection: &mut Connection, request: &Request, waits: bool) -> Result<(), Error> {
     let _ends = interrupt::Ends::connection(connection.stream.as_raw_fd());
@@ -213,4 +228,31 @@ fn asked(connection: &mut Connection, request: &Request, waits: bool) -> Result<
 /// Why a container is not made that somebody has asked for.
 pub(super) fn interrupted() -> Error {
     Error::State("interrupted by a signal: what there was of the container is taken down".into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::plan::plan;
+    use serde_json::json;
+
+    #[test]
+    fn a_guest_without_a_name_has_the_hosts_where_no_owner_has_a_say() {
+        let of = |name: Option<&str>, annotations: serde_json::Value| {
+            let config = json!({
+                "ociVersion": "1.0.2", "root": { "path": "rootfs" }, "hostname": name, "annotations": annotations,
+                "process": { "user": { "uid": 0, "gid": 0 }, "args": ["true"], "cwd": "/" },
+            });
+            let plan = plan(std::path::Path::new("/bundle"), "c", &serde_json::to_vec(&config).unwrap());
+            let plan = plan.map_err(|e| e.to_string()).unwrap();
+            hostname(plan.spec.hostname().clone(), &plan.confidential, || Some("host".into()))
+        };
+        assert_eq!(of(None, json!({})).as_deref(), Some("host"));
+        assert_eq!(of(None, json!({ "io.coffer.tee": "none" })).as_deref(), Some("host"));
+        assert_eq!(of(Some("web"), json!({})).as_deref(), Some("web"));
+        for owners in [json!({ "io.coffer.tee": "snp" }), json!({ "io.coffer.initdata": "/initdata" })] {
+            assert_eq!(of(None, owners.clone()), None);
+            assert_eq!(of(Some("web"), owners).as_deref(), Some("web"));
+        }
+    }
 }
