@@ -22,6 +22,7 @@ use crate::{
 const WEIGHT: &str = "io.weight";
 const BFQ_WEIGHT: &str = "io.bfq.weight";
 const PIDS: &str = "pids.max";
+const SWAP: &str = "memory.swap.max";
 /// Where the hierarchy is.
 pub const ROOT: &str = "/sys/fs/cgroup";
 /// What a VM needs of the host beside the container's own limit: guest kernel, page cache of shared files, the VMM.
@@ -89,6 +90,10 @@ pub fn apply(path: &Path, resources: &LinuxResources, guest_mib: Option<u64>) ->
         if (file, value.as_str()) == (PIDS, "max") && !path.join(PIDS).exists() {
             continue;
         }
+        // A host without swap has no such file, and every limit of it holds.
+        if file == SWAP && !path.join(SWAP).exists() {
+            continue;
+        }
         let (file, value) = match bfq {
             Some(weight) if file == WEIGHT => (BFQ_WEIGHT, weight.to_string()),
             _ => (file, value),
@@ -97,6 +102,20 @@ pub fn apply(path: &Path, resources: &LinuxResources, guest_mib: Option<u64>) ->
             .map_err(host(format!("set {file} to {value} in {}", path.display())))?;
     }
     Ok(())
+}
+
+/// What of the host's swap the VM may have: by `unified`, or `memory.swap` without `memory.limit`, of which it is the sum with swap.
+fn swap(resources: &LinuxResources) -> Option<String> {
+    if let Some(value) = resources.unified().as_ref().and_then(|files| files.get(SWAP)) {
+        return Some(value.clone());
+    }
+    let memory = resources.memory().as_ref()?;
+    match (memory.swap().filter(|swap| *swap != 0), memory.limit().filter(|limit| *limit != 0)) {
+        // As runc: swap has no limit either then, unless it is said.
+        (None, Some(..0)) | (Some(..0), _) => Some("max".to_owned()),
+        (Some(swap), Some(limit @ 1..)) => Some(swap.saturating_sub(limit).max(0).to_string()),
+        _ => None,
+    }
 }
 
 /// The share of the devices' time.
@@ -149,6 +168,7 @@ pub fn settings(
         let whole = || limit.saturating_add(OVERHEAD).saturating_add(beyond(limit, guest_mib.unwrap_or(0)));
         list.push(("memory.max", if limit < 0 { "max".to_owned() } else { whole().to_string() }));
     }
+    list.extend(swap(resources).map(|most| (SWAP, most)));
     if let Some(io) = resources.block_io() {
         for (devices, word) in [
             (io.throttle_read_bps_device(), "rbps"),
@@ -249,7 +269,10 @@ mod tests {
                 ("cpuset.cpus", "0-1".to_owned())
             ]
         );
-        assert_eq!(of(serde_json::json!({ "memory": { "limit": -1 } })), [("memory.max", "max".to_owned())]);
+        assert_eq!(
+            of(serde_json::json!({ "memory": { "limit": -1 } })),
+            [("memory.max", "max".to_owned()), ("memory.swap.max", "max".to_owned())]
+        );
         // Files of the share are read and written by the VMM, on the host's devices.
         let io = serde_json::json!({ "throttleWriteBpsDevice": [{ "major": 8, "minor": 16, "rate": 1024 }] });
         assert_eq!(of(serde_json::json!({ "blockIO": io })), [("io.max", "8:16 wbps=1024".to_owned())]);
@@ -286,6 +309,43 @@ mod tests {
         assert_eq!(set(0), None);
         assert_eq!(set(3), Some((3 + TASKS).to_string()));
         assert_eq!(set(0).as_deref(), Some("max"));
+    }
+
+    /// As runc: the configuration's number is memory and swap together, the hierarchy's is swap.
+    #[test]
+    fn swap_is_what_it_is_more_than_memory() {
+        let of = |resources: serde_json::Value| {
+            let list = settings(&serde_json::from_value(resources).unwrap(), "", None);
+            list.into_iter().find(|(file, _)| *file == SWAP).map(|(_, value)| value)
+        };
+        let memory = |limit: i64, swap: i64| {
+            of(serde_json::json!({ "memory": { "limit": limit, "swap": swap } })).unwrap_or_default()
+        };
+        assert_eq!(memory(1 << 20, 3 << 20), (2 << 20).to_string());
+        assert_eq!(memory(1 << 20, 1 << 20), "0");
+        assert_eq!(
+            (memory(1 << 20, -1), memory(-1, 0), memory(-1, -1)),
+            ("max".into(), "max".into(), "max".into())
+        );
+        // Nothing is said of it.
+        assert_eq!((memory(1 << 20, 0), memory(0, 3 << 20), memory(0, 0)), Default::default());
+        assert_eq!(of(serde_json::json!({ "memory": { "limit": 1 << 20 } })), None);
+        let unified =
+            serde_json::json!({ "unified": { "memory.swap.max": "7" }, "memory": { "limit": 5, "swap": 5 } });
+        assert_eq!(of(unified).as_deref(), Some("7"));
+    }
+
+    #[test]
+    fn a_host_without_swap_needs_no_file_for_it() {
+        let group = tempfile::tempdir().unwrap();
+        let resources =
+            serde_json::from_value(serde_json::json!({ "memory": { "limit": 5, "swap": 12 } })).unwrap();
+        let read = || fs::read_to_string(group.path().join(SWAP)).ok();
+        apply(group.path(), &resources, None).unwrap();
+        assert_eq!(read(), None);
+        fs::write(group.path().join(SWAP), "max").unwrap();
+        apply(group.path(), &resources, None).unwrap();
+        assert_eq!(read().as_deref(), Some("7"));
     }
 
     #[test]

@@ -196,6 +196,11 @@ fn limits(resources: &LinuxResources, now: &str, guest_mib: Option<u64>) -> Vec<
         match file {
             "memory.max" => list.push(("MemoryMax", Value::Number(value.parse().unwrap_or(u64::MAX)))),
             "memory.low" => list.push(("MemoryLow", Value::Number(value.parse().unwrap_or(u64::MAX)))),
+            // A number with a unit is the kernel's to read, and its file has it.
+            "memory.swap.max" if value == "max" => list.push(("MemorySwapMax", Value::Number(u64::MAX))),
+            "memory.swap.max" => {
+                list.extend(value.parse().map(|most| ("MemorySwapMax", Value::Number(most))))
+            }
             "pids.max" => list.push(("TasksMax", Value::Number(value.parse().unwrap_or(u64::MAX)))),
             "io.weight" => list.push(("IOWeight", Value::Number(value.parse().unwrap_or(100)))),
             "cpu.weight" => list.push(("CPUWeight", Value::Number(value.parse().unwrap_or(100)))),
@@ -401,6 +406,7 @@ mod tests {
             limits(with),
             [
                 ("MemoryMax", Value::Number(u64::MAX)),
+                ("MemorySwapMax", Value::Number(u64::MAX)),
                 ("TasksMax", Value::Number(u64::MAX)),
                 ("IOWeight", Value::Number(10_000)),
                 ("CPUWeight", Value::Number(39)),
@@ -408,6 +414,9 @@ mod tests {
                 ("CPUQuotaPeriodUSec", Value::Number(200_000)),
             ]
         );
+        let swap = |most: &str| limits(serde_json::json!({ "unified": { "memory.swap.max": most } }));
+        assert_eq!(swap("7"), [("MemorySwapMax", Value::Number(7))]);
+        assert_eq!(swap("1G"), []);
     }
 
     proptest! {
