@@ -71,6 +71,10 @@ impl Writer {
                 self.align(8);
                 self.0.extend_from_slice(&number.to_le_bytes());
             }
+            Value::Signed(number) => {
+                self.signature("i");
+                self.u32(number.cast_unsigned());
+            }
             Value::Numbers(list) => {
                 self.signature("au");
                 self.array(4, |w| list.iter().for_each(|n| w.u32(*n)));
@@ -99,6 +103,8 @@ pub(super) enum Value {
     Switch(bool),
     /// `t`.
     Number(u64),
+    /// `i`.
+    Signed(i32),
     /// `au`.
     Numbers(Vec<u32>),
 }

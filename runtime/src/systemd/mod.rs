@@ -3,9 +3,11 @@
 //! Owns: the three-part form of `linux.cgroupsPath`, the conversation with systemd over the system's bus. Does not own: limits in
 //! the cgroup's files, which `cgroup` sets: the scope is delegated.
 
+mod annotations;
 mod message;
 
 use std::{
+    collections::HashMap,
     io::{Read, Write},
     os::{linux::net::SocketAddrExt, unix::net::SocketAddr, unix::net::UnixStream},
     path::{Path, PathBuf},
@@ -16,7 +18,7 @@ use message::{FIXED, Kind, Message, Method, Reader, Value, Writer};
 use oci_spec::runtime::{LinuxResources, Spec};
 use serde::{Deserialize, Serialize};
 
-use crate::{cgroup, error::Error};
+use crate::{cgroup, error::Error, log, plan};
 
 const BUS: &str = "/run/dbus/system_bus_socket";
 /// How long systemd may take for a scope.
@@ -92,33 +94,13 @@ impl Scope {
     ///
     /// # Errors
     /// [`Error::State`] in systemd's words.
-    pub fn start(
-        &self,
-        pid: i32,
-        id: &str,
-        resources: Option<&LinuxResources>,
-        guest_mib: Option<u64>,
-    ) -> Result<(), Error> {
+    pub fn start(&self, pid: i32, id: &str, spec: &Spec, guest_mib: Option<u64>) -> Result<(), Error> {
+        let begin = self.begin(pid, id, spec, guest_mib)?;
         let mut bus = Bus::system()?;
         let rule = "type='signal',interface='org.freedesktop.systemd1.Manager',member='JobRemoved',path='/org/freedesktop/systemd1'";
         bus.ask(&ADD_MATCH, |w| w.string(rule))?;
         bus.ask(&SUBSCRIBE, |_| {})?;
-        let mut properties = vec![
-            ("Description", Value::Text(format!("coffer container {id}"))),
-            ("Slice", Value::Text(self.slice.clone())),
-            ("PIDs", Value::Numbers(vec![pid as u32])),
-            ("Delegate", Value::Switch(true)),
-            ("DefaultDependencies", Value::Switch(false)),
-        ];
-        let accounts = ["CPUAccounting", "MemoryAccounting", "IOAccounting", "TasksAccounting"];
-        properties.extend(accounts.map(|name| (name, Value::Switch(true))));
-        properties.extend(resources.map(|r| limits(r, "", guest_mib)).unwrap_or_default());
-        let answer = bus.ask(&START, |w| {
-            w.string(&self.unit);
-            w.string("replace");
-            w.properties(&properties);
-            w.array(8, |_| {});
-        })?;
+        let answer = bus.ask(&START, begin)?;
         let job = text(&answer, "o", 1)?;
         loop {
             let news = bus.news()?;
@@ -138,6 +120,38 @@ impl Scope {
                 other => Err(failed(&format!("systemd starts {}", self.unit), other)),
             };
         }
+    }
+
+    /// What systemd is asked for a scope with.
+    fn begin(
+        &self,
+        pid: i32,
+        id: &str,
+        spec: &Spec,
+        guest_mib: Option<u64>,
+    ) -> Result<impl FnOnce(&mut Writer), Error> {
+        let none = HashMap::new();
+        let (named, others) = annotations::properties(spec.annotations().as_ref().unwrap_or(&none))?;
+        for name in others {
+            log::warn(&format!("annotation org.systemd.property.{name}: it is left out"));
+        }
+        let mut properties = vec![
+            ("Description", Value::Text(format!("coffer container {id}"))),
+            ("Slice", Value::Text(self.slice.clone())),
+            ("PIDs", Value::Numbers(vec![pid as u32])),
+            ("Delegate", Value::Switch(true)),
+            ("DefaultDependencies", Value::Switch(false)),
+        ];
+        let accounts = ["CPUAccounting", "MemoryAccounting", "IOAccounting", "TasksAccounting"];
+        properties.extend(accounts.map(|name| (name, Value::Switch(true))));
+        properties.extend(plan::resources(spec).map(|r| limits(r, "", guest_mib)).unwrap_or_default());
+        properties.extend(named);
+        Ok(move |w: &mut Writer| {
+            w.string(&self.unit);
+            w.string("replace");
+            w.properties(&properties);
+            w.array(8, |_| {});
+        })
     }
 
     /// Tells systemd of changed limits, which it would undo otherwise when it sets its own again.
@@ -417,6 +431,25 @@ mod tests {
         let swap = |most: &str| limits(serde_json::json!({ "unified": { "memory.swap.max": most } }));
         assert_eq!(swap("7"), [("MemorySwapMax", Value::Number(7))]);
         assert_eq!(swap("1G"), []);
+    }
+
+    #[test]
+    fn a_scope_has_the_properties_that_annotations_name() {
+        let spec: Spec = serde_json::from_value(serde_json::json!({ "ociVersion": "1.0.2", "annotations": {
+            "org.systemd.property.TimeoutStopUSec": "uint64 5000000", "org.systemd.property.KillSignal": "int32 37",
+            "org.systemd.property.CollectMode": "'inactive-or-failed'", "org.systemd.property.After": "['x.service']",
+        } }))
+        .unwrap();
+        let scope = Scope::parse(Some(":p:c"), "c").unwrap();
+        let mut body = Writer::default();
+        scope.begin(4711, "c", &spec, None).unwrap()(&mut body);
+        let bytes = message::call(&START, 3, body);
+        let has = |words: &[u8]| bytes.windows(words.len()).any(|window| window == words);
+        // Name, type, value, each where its type has it begin.
+        assert!(has(b"\x0b\0\0\0CollectMode\0\x01s\0\0\x12\0\0\0inactive-or-failed\0"), "{bytes:x?}");
+        assert!(has(b"\x0a\0\0\0KillSignal\0\x01i\0\0\0\x25\0\0\0"), "{bytes:x?}");
+        assert!(has(b"\x0f\0\0\0TimeoutStopUSec\0\x01t\0"), "{bytes:x?}");
+        assert!(has(&5_000_000_u64.to_le_bytes()) && !has(b"After"), "{bytes:x?}");
     }
 
     proptest! {

@@ -14,7 +14,6 @@ use super::{Making, fork::close_others, vm::Vm};
 use crate::{
     cgroup, client,
     error::{Error, host},
-    plan,
     spawn::clone,
     systemd::Scope,
 };
@@ -42,7 +41,7 @@ impl Making<'_> {
             }
         };
         let holder = Holder(pid);
-        scope.start(pid, self.id, plan::resources(&self.plan.spec), self.guest_mib())?;
+        scope.start(pid, self.id, &self.plan.spec, self.guest_mib())?;
         Ok(holder)
     }
 
