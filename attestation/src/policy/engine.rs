@@ -6,6 +6,8 @@ use regorus::{Engine, PolicyLengthConfig, Value as Rego};
 use serde_json::Value;
 use thiserror::Error;
 
+use super::nesting;
+
 /// The package that holds the rules.
 const PACKAGE: &str = "data.agent_policy";
 /// What is allowed when initdata has no policy: everything without a TEE.
@@ -96,8 +98,12 @@ impl Policy {
     /// Reads Rego, of today's syntax or of the one before it, which upstream's generator writes.
     ///
     /// # Errors
-    /// [`PolicyError`] with the engine's words about today's syntax.
+    /// [`PolicyError`] with the engine's words about today's syntax, or that it would take the engine too long to find some.
     pub fn parse(text: &str) -> Result<Self, PolicyError> {
+        if nesting::bytes_read(text) > nesting::MOST {
+            let words = "its lists and objects lie too deep in one another to be read in seconds: give inner ones names of their own";
+            return Err(PolicyError(words.into()));
+        }
         let load = |old: bool| {
             let mut engine = Engine::new();
             engine.set_rego_v0(old);
@@ -200,6 +206,19 @@ mod tests {
         Rule::RemoveContainer,
         Rule::DestroySandbox,
     ];
+
+    /// A fuzzer's finding. The engine would need hours: what holds is that this comes to an end.
+    #[test]
+    fn lists_of_thirty_levels_are_refused_at_once() {
+        for (open, close) in [("[", "]"), ("{", "}"), (r#"{"a": "#, "}"), (r#"{"a": [{"b": "#, "}]}")] {
+            let text = |levels: usize| {
+                format!("package agent_policy\nx := {}1{}\n", open.repeat(levels), close.repeat(levels))
+            };
+            let refused = Policy::parse(&text(30)).unwrap_err().to_string();
+            assert!(refused.contains("too deep in one another"), "{refused}");
+            assert!(Policy::parse(&text(4)).is_ok());
+        }
+    }
 
     #[test]
     fn without_a_tee_everything_is_allowed_and_under_one_what_the_host_could_look_in_with_is_not() {

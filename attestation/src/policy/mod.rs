@@ -11,6 +11,8 @@
 mod engine;
 mod generate;
 mod input;
+#[cfg(feature = "policy")]
+mod nesting;
 mod pod;
 mod unseen;
 
