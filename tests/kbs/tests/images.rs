@@ -15,8 +15,9 @@ use std::{
 };
 
 use coffer_attestation::{
-    evidence::{Attester, Attesters, EvidenceError, Sample},
+    evidence::{Attester, Attesters, BoundData, EvidenceError, Sample},
     guest::Guest,
+    initdata::Initdata,
 };
 use coffer_init::owner;
 use coffer_kbs::{Config, Kbs, serve};
@@ -102,8 +103,8 @@ fn reluctant(kbs: SocketAddr, events: Events) -> SocketAddr {
     address
 }
 
-/// Sample evidence, counted.
-struct Counted(Arc<AtomicUsize>);
+/// Sample evidence, and a launch that initdata is bound to, as on SEV-SNP: what a report is taken for there is counted.
+struct Counted(Arc<AtomicUsize>, [u8; 32]);
 
 impl Attester for Counted {
     fn tee(&self) -> &'static str {
@@ -113,6 +114,11 @@ impl Attester for Counted {
     fn evidence(&mut self, report_data: &[u8]) -> Result<Value, EvidenceError> {
         self.0.fetch_add(1, Ordering::Relaxed);
         Sample.evidence(report_data)
+    }
+
+    fn bound_data(&mut self) -> Result<Option<BoundData>, EvidenceError> {
+        self.0.fetch_add(1, Ordering::Relaxed);
+        Ok(Some(BoundData::HostData(self.1)))
     }
 }
 
@@ -136,7 +142,7 @@ fn image(layout: &Layout) -> Descriptor {
 }
 
 #[test]
-fn one_report_and_two_round_trips_while_the_first_layer_comes() {
+fn attestation_is_one_report_and_two_round_trips_while_the_first_layer_comes() {
     let dir = tempfile::tempdir().unwrap();
     let layout = Layout::create(dir.path().join("layout")).unwrap();
     let recipient = Recipient::Resource { kid: "kbs:///images/key/1".into(), key: KEY.to_vec().into() };
@@ -152,7 +158,11 @@ fn one_report_and_two_round_trips_while_the_first_layer_comes() {
         reluctant(kbs.address, events.clone())
     );
     let reports = Arc::<AtomicUsize>::default();
-    let guest = Guest::new(Some(initdata.as_bytes()), Attesters::of(Counted(reports.clone()))).unwrap();
+    let bound = Initdata::parse(initdata.as_bytes()).unwrap().bound::<32>();
+    let attester = Attesters::of(Counted(reports.clone(), bound));
+    let guest = Guest::new(Some(initdata.as_bytes()), attester).unwrap();
+    // Whether the launch is bound to this initdata: what a KBS is told has its nonce, which is in no report before it is asked.
+    assert_eq!(reports.load(Ordering::Relaxed), 1);
     let owner = owner::of(&Arc::new(Mutex::new(guest))).unwrap();
 
     let image = Image::load(&layout, &made.digest, Trust::Pinned).unwrap();
@@ -163,7 +173,7 @@ fn one_report_and_two_round_trips_while_the_first_layer_comes() {
 
     let last = format!("root/file{}", LAYERS - 1);
     assert_eq!(fs::read_to_string(dir.path().join(last)).unwrap(), format!("layer {}", LAYERS - 1));
-    assert_eq!(reports.load(Ordering::Relaxed), 1);
+    assert_eq!(reports.load(Ordering::Relaxed), 2);
     let all = events.all();
     // The handshake's two, and the key, which the layers share.
     assert_eq!(
