@@ -15,7 +15,7 @@ use crate::{
     jwe::{open_a256gcm, unwrap_a256kw},
     jws::{JwsError, Unverified},
     kbs::{ResourceUri, UriError},
-    key::PublicJwk,
+    key::{PublicJwk, PublicKey},
 };
 
 /// What a sealed value begins with.
@@ -115,9 +115,7 @@ pub fn unseal(
         // No name with `..` or an empty part in it is a credential's path (`Credential::check`).
         get("key", &files(&format!("{SIGNERS}/{kid}")).ok_or_else(|| SealedError::NoFile(kid.into()))?)?
     };
-    let key: PublicJwk =
-        serde_json::from_slice(&signing_jwk(&key)?).map_err(|e| form(format!("key: not a JWK: {e}")))?;
-    let payload = unverified.verify(&key)?;
+    let payload = unverified.verify(&signing_jwk(&key)?)?;
     let content: Content = serde_json::from_slice(&payload).map_err(|e| form(format!("payload: {e}")))?;
     let (Content::Vault { version, provider, .. } | Content::Envelope { version, provider, .. }) = &content;
     if version != VERSION {
@@ -145,18 +143,21 @@ pub fn unseal(
     }
 }
 
-/// The JWK with the `alg` that our type wants, whether or not its owner wrote one.
-fn signing_jwk(text: &[u8]) -> Result<Vec<u8>, SealedError> {
-    let mut jwk: Value = serde_json::from_slice(text).map_err(|e| form(format!("key: not a JWK: {e}")))?;
-    let object = jwk.as_object_mut().ok_or_else(|| form("key: not a JWK"))?;
-    match object.get("alg").and_then(Value::as_str) {
-        None => {
-            object.insert("alg".into(), "ES256".into());
+/// The signer's key, whose `alg` its owner may not have written. The value's writer, who may be the host, chose what was fetched, and hears
+/// of the answer: whatever is no such key is refused in the same words, which say nothing of it.
+fn signing_jwk(text: &[u8]) -> Result<PublicJwk, SealedError> {
+    let read = || {
+        let mut jwk: Value = serde_json::from_slice(text).ok()?;
+        let object = jwk.as_object_mut()?;
+        match object.get("alg") {
+            None => drop(object.insert("alg".into(), "ES256".into())),
+            Some(alg) if alg == "ES256" => {}
+            Some(_) => return None,
         }
-        Some("ES256") => {}
-        Some(other) => return Err(form(format!("key: alg {other:?}: only ES256 is accepted"))),
-    }
-    serde_json::to_vec(&jwk).map_err(form)
+        let key: PublicJwk = serde_json::from_value(jwk).ok()?;
+        matches!(PublicKey::from_jwk(&key), Ok(PublicKey::P256(_))).then_some(key)
+    };
+    read().ok_or_else(|| form("key: what kid names is no JWK of a P-256 key for ES256"))
 }
 
 #[cfg(test)]
@@ -241,6 +242,42 @@ mod tests {
         }
         let error = store.unseal(&sealed_by("team/signer", &signer().0, &vault())).unwrap_err();
         assert!(matches!(error, SealedError::Signature(JwsError::Signature)), "{error}");
+    }
+
+    /// Whoever wrote the value also chose what is fetched: any resource of the owner's.
+    #[test]
+    fn what_was_fetched_for_a_signer_and_is_none_is_not_described() {
+        let (key, jwk) = signer();
+        let whole: Value = serde_json::from_slice(&jwk).unwrap();
+        let with = |name: &str, value: Value| {
+            let mut jwk = whole.clone();
+            jwk[name] = value;
+            jwk.to_string().into_bytes()
+        };
+        let said: Vec<String> = [
+            b"hunter2".to_vec(),
+            Vec::new(),
+            b"{\n \"a\": hunter2".to_vec(),
+            b"[1]".to_vec(),
+            b"{}".to_vec(),
+            b"\xff".to_vec(),
+            with("alg", json!("hunter2")),
+            with("alg", json!(["hunter2"])),
+            with("crv", json!("hunter2")),
+            with("crv", json!("P-521")),
+            with("kty", json!("hunter2")),
+            with("x", json!("hunter2")),
+            with("y", json!("AAAA")),
+            with("x", whole["y"].clone()),
+            json!({ "kty": "RSA", "alg": "ES256", "n": "AQAB", "e": "AQAB" }).to_string().into_bytes(),
+        ]
+        .into_iter()
+        .map(|fetched| store(fetched).unseal(&sealed(&key, &vault())).unwrap_err().to_string())
+        .collect();
+        for one in &said {
+            assert_eq!(one, &said[0]);
+        }
+        assert!(said[0].starts_with("sealed secret: key: "), "{}", said[0]);
     }
 
     #[test]
