@@ -162,19 +162,28 @@ impl Policy {
 
 fn reason(reason: &Value) -> Option<String> {
     let field = reason.get("field")?.as_str()?;
-    let show = |value: &Value| match value {
-        Value::String(text) if field.ends_with(".Env") => {
-            format!("{:?}", text.split('=').next().unwrap_or_default().to_owned() + "=…")
+    let of_env = field.split('.').any(|part| part == ENVIRONMENT);
+    let (value, allowed) = (reason.get("value")?, reason.get("allowed")?);
+    Some(format!("{field} is {}, allowed: {}", shown(value, of_env), shown(allowed, of_env)))
+}
+
+/// The member that has environment variables, in every document.
+const ENVIRONMENT: &str = "Env";
+
+/// A value of a denial, with nothing of a variable but its name, in whatever form a policy writes them.
+fn shown(value: &Value, of_env: bool) -> Value {
+    match value {
+        Value::Array(items) => items.iter().map(|item| shown(item, of_env)).collect(),
+        Value::Object(members) => members
+            .iter()
+            .map(|(name, member)| (name.clone(), shown(member, of_env || name == ENVIRONMENT)))
+            .collect(),
+        Value::String(pair) if of_env => {
+            pair.split_once('=').map_or_else(|| "…".to_owned(), |(name, _)| format!("{name}=…")).into()
         }
-        other => other.to_string(),
-    };
-    let list = |value: &Value| match value {
-        Value::Array(items) if field.ends_with(".Env") => {
-            format!("[{}]", items.iter().map(show).collect::<Vec<_>>().join(","))
-        }
-        other => show(other),
-    };
-    Some(format!("{field} is {}, allowed: {}", show(reason.get("value")?), list(reason.get("allowed")?)))
+        _ if of_env => "…".into(),
+        other => other.clone(),
+    }
 }
 
 fn one_line(text: &str) -> String {
@@ -310,11 +319,27 @@ mod tests {
 
     #[test]
     fn values_of_environment_variables_are_not_shown() {
-        let text = "package agent_policy\nimport rego.v1\ndefault CreateContainerRequest := false\nreasons contains {\"field\": \"OCI.Process.Env\", \"value\": input.e, \"allowed\": [\"A=1\"]}\n";
+        let text = "package agent_policy\nimport rego.v1\ndefault CreateContainerRequest := false\nreasons contains {\"field\": input.f, \"value\": input.e, \"allowed\": [\"A=1\"]}\n";
         let mut policy = Policy::parse(text).unwrap();
-        let message =
-            policy.check(Rule::CreateContainer, &json!({ "e": "TOKEN=hunter2" })).unwrap_err().reason;
+        let mut shown = |field: &str, value: Value| {
+            policy.check(Rule::CreateContainer, &json!({ "f": field, "e": value })).unwrap_err().reason
+        };
+        let message = shown("OCI.Process.Env", json!("TOKEN=hunter2"));
         assert_eq!(message, "OCI.Process.Env is \"TOKEN=…\", allowed: [\"A=…\"]");
+        let message = shown("OCI.Process.Env", json!(["TOKEN=hunter2=", "B=1"]));
+        assert_eq!(message, "OCI.Process.Env is [\"TOKEN=…\",\"B=…\"], allowed: [\"A=…\"]");
+        let message = shown("process.Env", json!({ "TOKEN": "hunter2" }));
+        assert_eq!(message, "process.Env is {\"TOKEN\":\"…\"}, allowed: [\"A=…\"]");
+        for (field, value) in [
+            ("Env", json!([["TOKEN=hunter2"], { "a": [{ "b": "hunter2" }] }])),
+            ("OCI.Process.Env.0", json!("TOKEN=hunter2")),
+            ("OCI.Process", json!({ "Args": ["a=b"], "Env": ["TOKEN=hunter2"] })),
+            ("OCI", json!({ "Process": [{ "Env": ["TOKEN=hunter2"] }] })),
+        ] {
+            let message = shown(field, value);
+            assert!(!message.contains("hunter2") && message.contains('…'), "{message}");
+        }
+        assert!(shown("process.Args", json!(["a=b"])).starts_with("process.Args is [\"a=b\"]"));
     }
 
     #[test]

@@ -5,7 +5,7 @@
 //!
 //! A policy that wants to explain itself defines `reasons`, a set of objects `{field, value, allowed}`; all three are
 //! things that the host sent or that initdata says, so a denial tells nobody anything new. Values of environment
-//! variables are left out all the same.
+//! variables are left out all the same, in whatever form a reason has them: an encrypted image's are among them.
 
 #[cfg(feature = "policy")]
 mod engine;
