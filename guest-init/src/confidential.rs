@@ -17,9 +17,11 @@ use coffer_attestation::{
     evidence::Attesters,
     guest::Guest,
     kbs::MOST_SERVERS,
-    policy::{Policy, Rule, VerifiedImage, create_input, process_input, unseen, with_container_user},
+    policy::{
+        Policy, Rule, VerifiedImage, container_input, create_input, process_input, unseen, with_container,
+    },
 };
-use coffer_protocol::{ErrorKind, ImageSource, Request, SignalTarget};
+use coffer_protocol::{ErrorKind, ImageSource, Request, SharedNamespace, SignalTarget};
 use nix::{
     mount::{MsFlags, mount},
     unistd::{ForkResult, fork},
@@ -36,8 +38,16 @@ pub struct Confidential {
     policy: Policy,
     /// The owner's files are there.
     has_credentials: Arc<AtomicBool>,
-    /// Who each container that was let in runs as, in a policy's terms.
-    users: BTreeMap<String, Value>,
+    /// The containers that were let in.
+    containers: BTreeMap<String, LetIn>,
+}
+
+/// What is remembered of a container for the policy.
+struct LetIn {
+    /// In its terms (`container_input`).
+    shown: Value,
+    /// The StopSignal of its verified image.
+    stop_signal: Option<u32>,
 }
 
 fn refused(error: impl std::fmt::Display) -> ContainerError {
@@ -77,7 +87,7 @@ impl Confidential {
             guest: Arc::new(Mutex::new(guest)),
             policy,
             has_credentials: Arc::default(),
-            users: BTreeMap::new(),
+            containers: BTreeMap::new(),
         })
     }
 
@@ -101,13 +111,21 @@ impl Confidential {
     /// [`ContainerError`] with rule, field, value and what is allowed.
     pub fn check(&mut self, request: &Request) -> Result<(), ContainerError> {
         for (rule, mut input) in questions(request) {
-            if let Request::Exec(exec) = request {
-                input = with_container_user(input, self.users.get(&exec.id));
+            match request {
+                Request::Exec(exec) => {
+                    let container = self.containers.get(&exec.id);
+                    input = with_container(input, container.map(|container| &container.shown));
+                }
+                Request::Signal { target: SignalTarget::Init(id) | SignalTarget::All(id), .. } => {
+                    let container = self.containers.get(id);
+                    input["stop_signal"] = json!(container.and_then(|container| container.stop_signal));
+                }
+                _ => {}
             }
             self.policy.check(rule, &input).map_err(refused)?;
         }
         if let Request::Delete { id } = request {
-            self.users.remove(id);
+            self.containers.remove(id);
         }
         Ok(())
     }
@@ -121,8 +139,9 @@ impl Confidential {
         id: &str,
         spec: &Value,
         image: Option<&ImageSource>,
+        shared: &[SharedNamespace],
     ) -> Result<(), ContainerError> {
-        if self.guest().has_owner() {
+        if self.has_owner() {
             unseen(spec).map_err(refused)?;
             // No policy speaks of clocks.
             let offsets = spec.pointer("/linux/timeOffsets").and_then(Value::as_object);
@@ -132,9 +151,24 @@ impl Confidential {
         }
         let image = image.map(|i| VerifiedImage { digest: &i.digest, name: i.name.as_deref() });
         let mut input = create_input(id, spec, image);
+        input["OCI"]["Linux"]["Shared"] = shared.iter().map(|namespace| json!(namespace.kind)).collect();
         self.policy.check(Rule::CreateContainer, &input).map_err(refused)?;
-        self.users.insert(id.to_owned(), input["OCI"]["Process"]["User"].take());
+        let let_in = LetIn { shown: container_input(&input), stop_signal: None };
+        self.containers.insert(id.to_owned(), let_in);
         Ok(())
+    }
+
+    /// The StopSignal of a container's verified image: a signal that this container's program is made for.
+    pub fn remember_stop_signal(&mut self, id: &str, signal: Option<u32>) {
+        if let Some(container) = self.containers.get_mut(id) {
+            container.stop_signal = signal;
+        }
+    }
+
+    /// Somebody but the host has a say.
+    #[must_use]
+    pub fn has_owner(&self) -> bool {
+        self.guest().has_owner()
     }
 
     /// Whether the owner's policy leaves program, environment, user and directory of a container with a verified image to the host.
@@ -191,7 +225,7 @@ impl Confidential {
     /// Keeps a process of an owner's pod from leaving a core, whatever the host's limits say: the kernel would write its memory into its
     /// directory, which may be a volume of the host's.
     pub fn forbid_cores(&self, process: &mut Value) {
-        if !self.guest().has_owner() {
+        if !self.has_owner() {
             return;
         }
         let Some(process) = process.as_object_mut() else { return };
@@ -315,9 +349,9 @@ mod tests {
         pod.as_mut().unwrap().check(&as_root).unwrap_err();
         let mut pod = pod.unwrap();
         let spec = |uid: u32| json!({ "process": { "user": { "uid": uid, "gid": 8 } } });
-        pod.check_container("c", &spec(7), None).unwrap();
+        pod.check_container("c", &spec(7), None, &[]).unwrap();
         pod.check(&as_root).unwrap_err();
-        pod.check_container("c", &spec(0), None).unwrap();
+        pod.check_container("c", &spec(0), None, &[]).unwrap();
         pod.check(&as_root).unwrap();
         pod.check(&Request::Delete { id: "c".into() }).unwrap();
         pod.check(&as_root).unwrap_err();
@@ -392,12 +426,12 @@ mod tests {
         let all = "package agent_policy\nimport rego.v1\nCreateContainerRequest := true\n";
         let shifted = json!({ "linux": { "timeOffsets": { "boottime": { "secs": 1 } } } });
         let mut owned = pod(all).unwrap();
-        owned.check_container("c", &json!({ "linux": { "timeOffsets": {} } }), None).unwrap();
-        let message = owned.check_container("c", &shifted, None).unwrap_err().message;
+        owned.check_container("c", &json!({ "linux": { "timeOffsets": {} } }), None, &[]).unwrap();
+        let message = owned.check_container("c", &shifted, None, &[]).unwrap_err().message;
         assert!(message.starts_with("linux.timeOffsets: "), "{message}");
         Confidential::with(None, Attesters::of(Sample))
             .unwrap()
-            .check_container("c", &shifted, None)
+            .check_container("c", &shifted, None, &[])
             .unwrap();
     }
 
@@ -423,7 +457,7 @@ mod tests {
     fn without_initdata_and_tee_nothing_is_in_the_way() {
         let mut pod = Confidential::with(None, Attesters::of(Sample)).unwrap();
         pod.check(&exec("sh")).unwrap();
-        pod.check_container("c", &json!({}), None).unwrap();
+        pod.check_container("c", &json!({}), None, &[]).unwrap();
         assert!(pod.allows_stdin("c") && pod.allows_output("c"));
         let mut process = json!({ "env": ["A=1", "B=sealed.x"] });
         assert!(pod.sealed_process(&json!({ "env": ["A=1"] })).unwrap().is_none());
@@ -445,19 +479,22 @@ mod tests {
             signatures: Vec::new(),
             simple_signatures: Vec::new(),
         };
-        pod.check_container("c", &json!({}), Some(&image)).unwrap();
-        let message = pod.check_container("c", &json!({}), None).unwrap_err().message;
+        pod.check_container("c", &json!({}), Some(&image), &[]).unwrap();
+        let message = pod.check_container("c", &json!({}), None, &[]).unwrap_err().message;
         assert_eq!(message, "policy: CreateContainerRequest denied: image is null, allowed: \"sha256:00\"");
     }
 
     #[test]
     fn a_hook_is_the_hosts_program_and_runs_only_where_nobody_but_the_host_has_a_say() {
         let spec = json!({ "hooks": { "startContainer": [{ "path": "/bin/sh", "args": ["sh", "-c", "echo $SECRET"] }] } });
-        Confidential::with(None, Attesters::of(Sample)).unwrap().check_container("c", &spec, None).unwrap();
+        Confidential::with(None, Attesters::of(Sample))
+            .unwrap()
+            .check_container("c", &spec, None, &[])
+            .unwrap();
         let mut owned =
             pod("package agent_policy\nimport rego.v1\nCreateContainerRequest := true\n").unwrap();
-        owned.check_container("c", &json!({}), None).unwrap();
-        let message = owned.check_container("c", &spec, None).unwrap_err().message;
+        owned.check_container("c", &json!({}), None, &[]).unwrap();
+        let message = owned.check_container("c", &spec, None, &[]).unwrap_err().message;
         assert!(message.contains("denied: OCI.Hooks is "), "{message}");
     }
 

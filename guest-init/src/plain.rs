@@ -6,7 +6,7 @@
 pub mod confidential {
     use std::path::Path;
 
-    use coffer_protocol::{ErrorKind, ImageSource, Request};
+    use coffer_protocol::{ErrorKind, ImageSource, Request, SharedNamespace};
     use serde_json::Value;
 
     use super::image::Owner;
@@ -91,8 +91,23 @@ pub mod confidential {
             _: &str,
             _: &Value,
             _: Option<&ImageSource>,
+            _: &[SharedNamespace],
         ) -> Result<(), ContainerError> {
             Ok(())
+        }
+
+        /// There is no image that has one.
+        pub fn remember_stop_signal(&mut self, _: &str, _: Option<u32>) {}
+
+        /// Nobody.
+        #[must_use]
+        pub fn has_owner(&self) -> bool {
+            false
+        }
+
+        /// Always.
+        pub fn allows_command_lines(&mut self, _: &str) -> bool {
+            true
         }
 
         /// Allows it.
@@ -255,6 +270,12 @@ pub mod image {
     }
 
     impl Unpacked {
+        /// Cannot be called.
+        #[must_use]
+        pub fn images_stop_signal(&self) -> Option<u32> {
+            match *self {}
+        }
+
         /// Cannot be called.
         #[must_use]
         pub fn stop_signal(&self, _: &Value) -> Option<u32> {

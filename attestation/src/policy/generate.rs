@@ -215,7 +215,7 @@ fn leaves(path: &str, value: &Value, fields: &mut Vec<(String, Value)>) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::policy::{Policy, Rule, VerifiedImage, create_input, process_input, with_container_user};
+    use crate::policy::{Policy, Rule, VerifiedImage, create_input, process_input, with_container};
 
     /// A configuration that podman 4.3 wrote, with a volume, a tmpfs and a capability less, as the guest gets it.
     const SPEC: &str = include_str!("../../testdata/podman/spec.json");
@@ -324,10 +324,10 @@ mod tests {
         let mut named = input("a");
         named["OCI"]["Hostname"] = json!("other");
         policy.check(Rule::CreateContainer, &named).unwrap();
-        let own = json!({ "UID": 0, "GID": 0, "AdditionalGids": [] });
+        let own = json!({ "User": { "UID": 0, "GID": 0, "AdditionalGids": [] } });
         let mut run = |args: Value| {
             let asked = process_input("a", "e", &json!({ "args": args }));
-            policy.check(Rule::ExecProcess, &with_container_user(asked, Some(&own)))
+            policy.check(Rule::ExecProcess, &with_container(asked, Some(&own)))
         };
         run(json!(["date", "-u"])).unwrap();
         for args in [json!(["date"]), json!(["date", "-u", "-s"]), json!(["sh", "-c", "date -u"]), json!([])]
@@ -367,8 +367,8 @@ mod tests {
             let mut process = json!({ "args": ["date"], "cwd": "/", "env": ["PATH=/engine", "TERM=xterm"],
                 "capabilities": { "bounding": ["CAP_KILL"] } });
             process[field] = value;
-            let own = json!({ "UID": 0, "GID": 0, "AdditionalGids": [] });
-            let asked = with_container_user(process_input("a", "e", &process), Some(&own));
+            let own = json!({ "User": { "UID": 0, "GID": 0, "AdditionalGids": [] } });
+            let asked = with_container(process_input("a", "e", &process), Some(&own));
             policy.check(Rule::ExecProcess, &asked).map_err(|denied| denied.reason)
         };
         run("terminal", json!(true)).unwrap();
@@ -396,10 +396,10 @@ mod tests {
         let cwd = input("a")["OCI"]["Process"]["Cwd"].clone();
         let mut run = |user: Value, own: Option<Value>| {
             let asked = process_input("a", "e", &json!({ "args": ["date"], "cwd": cwd, "user": user }));
-            let checked = policy.check(Rule::ExecProcess, &with_container_user(asked, own.as_ref()));
+            let checked = policy.check(Rule::ExecProcess, &with_container(asked, own.as_ref()));
             checked.map_err(|denied| denied.reason)
         };
-        let own = || Some(json!({ "UID": 7, "GID": 8, "AdditionalGids": [9] }));
+        let own = || Some(json!({ "User": { "UID": 7, "GID": 8, "AdditionalGids": [9] } }));
         run(json!({ "uid": 7, "gid": 8 }), own()).unwrap();
         run(json!({ "uid": 7, "gid": 8, "additionalGids": [8, 9] }), own()).unwrap();
         let denied = run(json!({ "uid": 0, "gid": 0 }), own()).unwrap_err();
@@ -414,7 +414,7 @@ mod tests {
         ] {
             assert!(run(user.clone(), own()).is_err(), "{user}");
         }
-        let root = || Some(json!({ "UID": 0, "GID": 0, "AdditionalGids": [] }));
+        let root = || Some(json!({ "User": { "UID": 0, "GID": 0, "AdditionalGids": [] } }));
         run(json!({ "uid": 0, "gid": 0, "additionalGids": [1, 2] }), root()).unwrap();
         run(json!({ "uid": 7, "gid": 8 }), root()).unwrap_err();
         run(json!({ "uid": 0, "gid": 0 }), None).unwrap_err();

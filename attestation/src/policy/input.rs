@@ -60,12 +60,19 @@ pub fn process_input(id: &str, exec_id: &str, spec: &Value) -> Value {
     json!({ "container_id": id, "exec_id": exec_id, "process": process(spec) })
 }
 
-/// Adds to an `ExecProcessRequest` who the container's own process is: the guest took that from the verified image, and no policy that was
-/// written before knows it. `None` where the guest does not know the container.
+/// What a further process's request is told of its container, out of the `CreateContainerRequest` that let it in.
 #[must_use]
-pub fn with_container_user(mut input: Value, user: Option<&Value>) -> Value {
-    if let Some(user) = user {
-        input["container"] = json!({ "User": user });
+pub fn container_input(create: &Value) -> Value {
+    let process = &create["OCI"]["Process"];
+    json!({ "image": create["image"], "Args": process["Args"], "User": process["User"] })
+}
+
+/// Adds to an `ExecProcessRequest` what its container is (`container_input`): the guest took that from the verified image, and of an id alone
+/// a policy learns nothing. `None` where the guest does not know the container.
+#[must_use]
+pub fn with_container(mut input: Value, container: Option<&Value>) -> Value {
+    if let Some(container) = container {
+        input["container"] = container.clone();
     }
     input
 }

@@ -19,6 +19,6 @@ mod unseen;
 #[cfg(feature = "policy")]
 pub use engine::{Denied, Policy, PolicyError, Rule};
 pub use generate::{Allowed, generate};
-pub use input::{VerifiedImage, create_input, process_input, with_container_user};
+pub use input::{VerifiedImage, container_input, create_input, process_input, with_container};
 pub use pod::{PodContainer, PodMount, PodUser, generate_pod};
 pub use unseen::{Unseen, unseen};

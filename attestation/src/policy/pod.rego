@@ -6,7 +6,7 @@ default HostProcessRequest := false
 HostProcessRequest if {
 	some container in containers
 	container.image == input.image
-	container.user
+	container.user != null
 }
 
 checked := [
@@ -34,10 +34,15 @@ holds(container, "OCI.Process.Cwd") if process.Cwd == container.cwd
 
 holds(container, "OCI.Process.User") if admits_user(container, process.User)
 
-# The image's own, which the guest looks up.
-admits_user(container, _) if container.user == null
+# The image's own, which the guest looks up: not the host's, where the same image is a container's, too.
+admits_user(container, _) if {
+	container.user == null
+	not HostProcessRequest
+}
 
-admits_user(container, user) if {
+admits_user(container, user) if runs_as(container, user)
+
+runs_as(container, user) if {
 	user.UID == container.user.uid
 	user.GID == container.user.gid
 	every group in user.AdditionalGids { group in container.user.groups }
@@ -132,14 +137,22 @@ CreateContainerRequest if {
 default ExecProcessRequest := false
 
 ExecProcessRequest if {
-	input.process.Args in exec
-	some container in containers
+	some container in joined
+	input.process.Args in container.exec
 	every entry in input.process.Env { admits_variable(container, entry) }
 	input.process.Cwd == container.cwd
-	admits_user(container, input.process.User)
+	runs_as(container, input.process.User)
 	every _, set in input.process.Capabilities {
 		every capability in set { capability in container.capabilities }
 	}
+}
+
+# What the guest let in under the id in which the process is to run. The sandbox runs as nobody of the manifest.
+joined contains container if {
+	some container in containers
+	input.container.image == container.image
+	input.container.Args == container.args
+	runs_as(container, input.container.User)
 }
 
 images := [container.image | some container in containers]
@@ -198,16 +211,36 @@ allowed_value(_, field) := true if field in ["OCI.Process.NoNewPrivileges", "OCI
 
 allowed_value(_, "host_root") := false
 
-reasons contains {"field": "process.Args", "value": input.process.Args, "allowed": exec} if input.process
-
-reasons contains {"field": "process.Env", "value": input.process.Env, "allowed": ["a container's own"]} if input.process.Args in exec
-
-reasons contains {"field": "process.Cwd", "value": input.process.Cwd, "allowed": [container.cwd | some container in containers]} if {
-	input.process.Args in exec
+reasons contains {"field": "process.Args", "value": input.process.Args, "allowed": words} if {
+	input.process
+	words := [each |
+		some container in joined
+		some each in container.exec
+	]
+	not input.process.Args in words
 }
 
-reasons contains {"field": "process.User", "value": input.process.User, "allowed": [container.user | some container in containers]} if {
-	input.process.Args in exec
+reasons contains {"field": "process.Env", "value": entry, "allowed": allowed_value(container, "OCI.Process.Env")} if {
+	some container in joined
+	some entry in input.process.Env
+	not admits_variable(container, entry)
+}
+
+reasons contains {"field": "process.Cwd", "value": input.process.Cwd, "allowed": container.cwd} if {
+	some container in joined
+	input.process.Cwd != container.cwd
+}
+
+reasons contains {"field": "process.User", "value": input.process.User, "allowed": container.user} if {
+	some container in joined
+	not runs_as(container, input.process.User)
+}
+
+reasons contains {"field": "process.Capabilities", "value": capability, "allowed": container.capabilities} if {
+	some container in joined
+	some _, set in input.process.Capabilities
+	some capability in set
+	not capability in container.capabilities
 }
 
 reasons contains {"field": "stdin", "value": true, "allowed": WriteStreamRequest} if input.stdin

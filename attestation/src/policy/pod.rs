@@ -47,6 +47,8 @@ pub struct PodContainer {
     pub service_links: bool,
     /// The kubelet may mount the service account's token.
     pub service_account: bool,
+    /// Command lines of its probes and hooks, which the kubelet runs by exec.
+    pub exec: Vec<Vec<String>>,
 }
 
 /// Numbers of a user.
@@ -96,13 +98,16 @@ const SERVICES: &str = "^[A-Z][A-Z0-9_]*_(SERVICE_HOST|SERVICE_PORT(_[A-Z0-9_]+)
 #[must_use]
 pub fn generate_pod(containers: &[PodContainer], allowed: &Allowed) -> String {
     let mut text = preamble("one pod's containers, to the field", allowed);
-    let described: Vec<_> = containers.iter().map(describe).collect();
-    text += &format!("containers := {}\n\nexec := {}\n\n", json!(described), json!(allowed.exec));
+    let described: Vec<_> = containers.iter().map(|container| describe(container, allowed)).collect();
+    text += &format!("containers := {}\n\n", json!(described));
     text + RULES
 }
 
-fn describe(container: &PodContainer) -> serde_json::Value {
+fn describe(container: &PodContainer, allowed: &Allowed) -> serde_json::Value {
     let mut described = json!(container);
+    // What may be run anywhere is not for a process of which the owner has said nothing.
+    let anywhere = allowed.exec.iter().filter(|_| container.user.is_some());
+    described["exec"] = container.exec.iter().chain(anywhere).map(|words| json!(words)).collect();
     let services = container.service_links.then_some(SERVICES);
     described["others"] = VARIABLES.into_iter().chain(services).collect();
     let account = container.service_account.then_some(SERVICE_ACCOUNT);

@@ -340,6 +340,12 @@ impl Unpacked {
         self.stop_signal.filter(|signal| *signal != signal::TERM && engines.is_none_or(|e| e == signal::TERM))
     }
 
+    /// The image's own StopSignal, whatever a caller said.
+    #[must_use]
+    pub fn images_stop_signal(&self) -> Option<u32> {
+        self.stop_signal
+    }
+
     /// Puts the image's root, program, environment, user and directory in place of the host's. Of the host's environment only the
     /// terminal's name stays: the rest could change what a program does. Where the owner left the process to the host
     /// (`hosts_process`), all of it stays, and the image's variables are those that the host does not set.

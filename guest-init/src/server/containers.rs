@@ -190,15 +190,17 @@ impl Server {
         {
             list.retain(|namespace| namespace["type"] != "pid");
         }
-        let mut stop_signal = None;
+        let (mut stop_signal, mut images_signal) = (None, None);
         let source = create.image.as_ref().filter(|_| unpacked.is_some());
         if let (Some(source), Some(unpacked)) = (source, unpacked) {
             stop_signal = unpacked.stop_signal(spec);
+            images_signal = unpacked.images_stop_signal();
             let hosts_process = self.confidential()?.allows_host_process(id, spec, source);
             unpacked.apply(spec, hosts_process).map_err(|e| image_error(&e))?;
         }
         let confidential = self.confidential()?;
-        confidential.check_container(id, spec, source)?;
+        confidential.check_container(id, spec, source, shared)?;
+        confidential.remember_stop_signal(id, images_signal);
         places?;
         if notify.is_some() {
             confidential.check_notify(id)?;

@@ -213,7 +213,6 @@ fn pod_policy(
     if let Some(layout) = sandbox {
         pod.containers.push(pod::sandbox(&load(layout)?)?);
     }
-    allowed.exec.extend(pod.exec);
     allowed.network = true;
     Ok(generate_pod(&pod.containers, &allowed))
 }

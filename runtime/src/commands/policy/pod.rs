@@ -24,8 +24,6 @@ pub(super) struct Known {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Pod {
     pub(super) containers: Vec<PodContainer>,
-    /// Command lines of its probes and hooks, which the kubelet runs by exec.
-    pub(super) exec: Vec<Vec<String>>,
 }
 
 /// The most that containerd, CRI-O and podman give by themselves.
@@ -154,11 +152,10 @@ pub(super) fn read(
         .map(|volume| volume.required("name"))
         .collect::<Result<Vec<_>, _>>()?;
     let context = Context::of(spec.object("securityContext")?)?;
-    let mut pod = Pod { containers: Vec::new(), exec: Vec::new() };
+    let mut pod = Pod { containers: Vec::new() };
     for list in ["initContainers", "containers"] {
         for mut fields in spec.objects(list)? {
-            let container = Reader { images, volumes: &volumes, context: &context }
-                .container(&mut fields, &mut pod.exec)?;
+            let container = Reader { images, volumes: &volumes, context: &context }.container(&mut fields)?;
             fields.end(&CONTAINER)?;
             let own = PodContainer {
                 namespaces: namespaces.clone(),
@@ -272,11 +269,7 @@ struct Reader<'a> {
 }
 
 impl Reader<'_> {
-    fn container(
-        &self,
-        fields: &mut Fields,
-        exec: &mut Vec<Vec<String>>,
-    ) -> Result<PodContainer, FieldError> {
+    fn container(&self, fields: &mut Fields) -> Result<PodContainer, FieldError> {
         let name = fields.required("name")?;
         let image = fields.required("image")?;
         let known = (self.images)(&image).map_err(|why| fields.error("image", why))?;
@@ -291,7 +284,7 @@ impl Reader<'_> {
             .process(entrypoint, &args, &env)
             .map_err(|e| fields.error("command", e.to_string()))?;
         let user = self.user(fields, &own, &process.user)?;
-        probes(fields, exec)?;
+        let exec = probes(fields)?;
         // Whether it may be written to is --stdin's to say.
         fields.flag("stdin")?;
         let mut sysctl: BTreeMap<String, Vec<String>> = SYSCTL
@@ -316,6 +309,7 @@ impl Reader<'_> {
             seccomp: own.seccomp.or(self.context.seccomp).unwrap_or(false),
             service_links: true,
             service_account: true,
+            exec,
         })
     }
 
@@ -411,7 +405,7 @@ fn variables(fields: &mut Fields) -> Result<Vec<String>, FieldError> {
 }
 
 /// Commands that the kubelet runs in the container; what it asks over the network is none of the runtime's.
-fn probes(fields: &mut Fields, exec: &mut Vec<Vec<String>>) -> Result<(), FieldError> {
+fn probes(fields: &mut Fields) -> Result<Vec<Vec<String>>, FieldError> {
     let mut lifecycle = fields.object("lifecycle")?;
     let mut all = Vec::new();
     for name in ["livenessProbe", "readinessProbe", "startupProbe"] {
@@ -420,13 +414,14 @@ fn probes(fields: &mut Fields, exec: &mut Vec<Vec<String>>) -> Result<(), FieldE
     for name in ["postStart", "preStop"] {
         all.push(lifecycle.object(name)?);
     }
+    let mut exec = Vec::new();
     for mut probe in all {
         let command = plain(&mut probe.object("exec")?, "command")?;
         if !command.is_empty() && !exec.contains(&command) {
             exec.push(command);
         }
     }
-    Ok(())
+    Ok(exec)
 }
 
 /// The pod's sandbox as an image of the owner's: what the image says, and nothing of the pod's.
@@ -453,6 +448,7 @@ pub(super) fn sandbox(known: &Known) -> Result<PodContainer, FieldError> {
         seccomp: false,
         service_links: false,
         service_account: false,
+        exec: Vec::new(),
     })
 }
 

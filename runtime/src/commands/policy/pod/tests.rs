@@ -34,8 +34,7 @@ fn pod(text: &str) -> Result<Pod, FieldError> {
 }
 
 fn policy(pod: &Pod) -> Policy {
-    let allowed = Allowed { exec: pod.exec.clone(), ..Allowed::default() };
-    Policy::parse(&generate_pod(&pod.containers, &allowed)).unwrap()
+    Policy::parse(&generate_pod(&pod.containers, &Allowed::default())).unwrap()
 }
 
 /// The first container of `kubectl.yaml`, as containerd's CRI plugin configures it.
@@ -206,27 +205,125 @@ fn a_pod_of_podmans_is_admitted() {
     ask(&mut policy, &spec, "sha256:00").unwrap_err();
 }
 
+/// A further process of a container that was let in with these, as init asks.
+fn exec(policy: &mut Policy, container: &Value, process: &Value) -> Result<(), String> {
+    let mut input = process_input("any", "e", process);
+    input["container"] = container.clone();
+    policy.check(Rule::ExecProcess, &input).map_err(|denied| denied.reason)
+}
+
 #[test]
 fn a_probe_is_the_containers_own_program_with_its_own_variables() {
     let lines =
         "livenessProbe: {exec: {command: [test, -e, /x]}}\nsecurityContext: {runAsUser: 5, runAsGroup: 6}";
     let mut policy = policy(&small(lines, "").unwrap());
-    let mut run = |field: &str, value: Value| {
-        let mut process = json!({ "args": ["test", "-e", "/x"], "cwd": "/srv", "user": { "uid": 5, "gid": 6 },
-            "env": ["PATH=/bin", "TERM=xterm"], "capabilities": { "bounding": ["CAP_KILL"] } });
-        process[field] = value;
-        policy.check(Rule::ExecProcess, &process_input("any", "e", &process)).map_err(|denied| denied.reason)
-    };
-    run("terminal", json!(false)).unwrap();
+    let own = json!({ "image": "sha256:00", "Args": ["/bin/app", "serve"], "User": { "UID": 5, "GID": 6, "AdditionalGids": [] } });
+    let probe = json!({ "args": ["test", "-e", "/x"], "cwd": "/srv", "user": { "uid": 5, "gid": 6 },
+        "env": ["PATH=/bin", "TERM=xterm"], "capabilities": { "bounding": ["CAP_KILL"] } });
     for (field, value) in [
         ("args", json!(["sh"])),
         ("env", json!(["PATH=/data"])),
         ("env", json!(["LD_PRELOAD=/etc/hosts"])),
         ("cwd", json!("/data")),
         ("user", json!({ "uid": 0, "gid": 6 })),
+        ("user", json!({ "uid": 5, "gid": 6, "additionalGids": [0] })),
+        ("user", Value::Null),
         ("capabilities", json!({ "effective": ["CAP_SYS_ADMIN"] })),
     ] {
-        run(field, value.clone()).expect_err(&format!("{field}: {value}"));
+        let mut changed = probe.clone();
+        changed[field] = value;
+        exec(&mut policy, &own, &changed).expect_err(&changed.to_string());
+    }
+    exec(&mut policy, &own, &probe).unwrap();
+    // In no other container, such as one of the host's files.
+    for (field, value) in [
+        ("image", Value::Null),
+        ("image", json!("sha256:11")),
+        ("Args", json!(["sh"])),
+        ("User", json!({ "UID": 0, "GID": 6, "AdditionalGids": [] })),
+    ] {
+        let mut other = own.clone();
+        other[field] = value;
+        exec(&mut policy, &other, &probe).expect_err(&other.to_string());
+    }
+    exec(&mut policy, &Value::Null, &probe).unwrap_err();
+}
+
+const TWO: &str = "kind: Pod
+spec:
+  containers:
+  - {name: a, image: tools, livenessProbe: {exec: {command: [test, a]}}, securityContext: {runAsUser: 5, runAsGroup: 5}}
+  - {name: b, image: app, livenessProbe: {exec: {command: [test, b]}}, securityContext: {runAsUser: 6, runAsGroup: 6}}
+";
+
+#[test]
+fn each_containers_commands_run_in_it_by_its_user_and_none_in_the_sandbox() {
+    let mut pod = pod(TWO).unwrap();
+    let pause = Known { digest: "sha256:22".into(), ..known(json!({ "Entrypoint": ["/pause"] })) };
+    pod.containers.push(sandbox(&pause).unwrap());
+    let mut policy = policy(&pod);
+    let user = |id: u32| json!({ "UID": id, "GID": id, "AdditionalGids": [id] });
+    let a = json!({ "image": "sha256:11", "Args": ["sh"], "User": user(5) });
+    let b = json!({ "image": "sha256:00", "Args": ["/bin/app", "serve"], "User": user(6) });
+    let none = json!({ "image": "sha256:22", "Args": ["/pause"], "User": user(0) });
+    let containers = [(&a, "a", "/", 5), (&b, "b", "/srv", 6), (&none, "none", "/", 0)];
+    for (of, own, ..) in &containers {
+        for (_, name, cwd, _) in &containers {
+            for id in [0, 5, 6] {
+                let process = json!({ "args": ["test", name], "cwd": cwd, "user": { "uid": id, "gid": id } });
+                let meant = own == name && id == of["User"]["UID"].as_u64().unwrap() && *own != "none";
+                let told = exec(&mut policy, of, &process);
+                assert_eq!(told.is_ok(), meant, "{own} {process} {told:?}");
+            }
+        }
+    }
+    let denied = exec(&mut policy, &a, &json!({ "args": ["sh"] })).unwrap_err();
+    assert!(denied.contains("process.Args is [\"sh\"], allowed: [[\"test\",\"a\"]]"), "{denied}");
+}
+
+#[test]
+fn the_sandboxs_process_is_its_images_and_not_the_hosts() {
+    let mut pod = pod(TWO).unwrap();
+    let pause = Known { digest: "sha256:22".into(), ..known(json!({ "Entrypoint": ["/pause"] })) };
+    pod.containers.push(sandbox(&pause).unwrap());
+    let asked = |digest: &str| {
+        let image = VerifiedImage { digest, name: None };
+        create_input("any", &json!({ "process": { "args": ["/pause"] } }), Some(image))
+    };
+    let mut own = policy(&pod);
+    own.check(Rule::HostProcess, &asked("sha256:22")).unwrap_err();
+    own.check(Rule::HostProcess, &asked("sha256:11")).unwrap();
+    // Whoever brings a container's image as the sandbox's has named its user.
+    let entry = sandbox(&Known { digest: "sha256:11".into(), ..known(json!({ "Cmd": ["sh"] })) }).unwrap();
+    *pod.containers.last_mut().unwrap() = entry;
+    let mut spec = containerd();
+    let env: Vec<String> =
+        pod.containers[0].env.iter().map(|(name, value)| format!("{name}={value}")).collect();
+    spec["process"] = json!({ "args": ["sh"], "env": env, "cwd": "/", "user": { "uid": 0, "gid": 0 } });
+    spec["mounts"].as_array_mut().unwrap().truncate(6);
+    spec["root"]["readonly"] = json!(false);
+    let denied = ask(&mut policy(&pod), &spec, "sha256:11").unwrap_err();
+    assert!(denied.contains("OCI.Process.User is "), "{denied}");
+    spec["process"]["user"] = json!({ "uid": 5, "gid": 5 });
+    ask(&mut policy(&pod), &spec, "sha256:11").unwrap();
+}
+
+#[test]
+fn a_denial_names_variables_and_says_none_of_their_values() {
+    let lines = "livenessProbe: {exec: {command: [test, -e, /x]}}\nenv: [{name: OWN, value: secret}]\n\
+        securityContext: {runAsUser: 5, runAsGroup: 6}";
+    let mut policy = policy(&small(lines, "").unwrap());
+    let mut spec = containerd();
+    spec["process"]["env"].as_array_mut().unwrap().push(json!("TOKEN=hunter2"));
+    let created = ask(&mut policy, &spec, "sha256:00").unwrap_err();
+    let own = json!({ "image": "sha256:00", "Args": ["/bin/app", "serve"], "User": { "UID": 5, "GID": 6, "AdditionalGids": [] } });
+    let process = json!({ "args": ["test", "-e", "/x"], "cwd": "/srv", "user": { "uid": 5, "gid": 6 }, "env": ["TOKEN=hunter2"] });
+    let ran = exec(&mut policy, &own, &process).unwrap_err();
+    for denied in [created, ran] {
+        assert!(
+            denied.contains("TOKEN=…") && !denied.contains("hunter2") && !denied.contains("secret"),
+            "{denied}"
+        );
     }
 }
 
@@ -265,10 +362,9 @@ fn program_and_user_are_the_images_where_the_manifest_says_nothing() {
         "securityContext: {fsGroup: 5}",
     )
     .unwrap();
-    assert_eq!(
-        (pod.exec, &pod.containers[0].user.as_ref().unwrap().groups),
-        (vec![vec!["test".to_owned(), "-e".into(), "/x".into()]], &vec![8, 5])
-    );
+    let only = &pod.containers[0];
+    assert_eq!(only.exec, [["test", "-e", "/x"]]);
+    assert_eq!(only.user.as_ref().unwrap().groups, [8, 5]);
     let template = "kind: Deployment\nspec: {template: {spec: {shareProcessNamespace: true, containers: [{name: a, image: a}]}}}";
     assert_eq!(super::tests::pod(template).unwrap().containers[0].namespaces, ["mount"]);
 }
