@@ -189,6 +189,12 @@ impl Confidential {
         self.policy.check(Rule::ReadStream, &json!({ "container_id": id })).is_ok()
     }
 
+    /// Whether the host may read the command lines of a container's processes, beside their names. A policy that does not say so keeps them:
+    /// they may have secrets in them.
+    pub fn allows_command_lines(&mut self, id: &str) -> bool {
+        self.policy.check(Rule::ListCommandLines, &json!({ "container_id": id })).is_ok()
+    }
+
     /// Asks whether a container's processes may send notifications to the host's service manager: that lets them write to the
     /// host, so the rule is the one for reading their output, with `notify` in its input.
     ///

@@ -64,8 +64,6 @@ StartContainerRequest := true
 
 ExecProcessRequest := false
 
-SignalProcessRequest := true
-
 WriteStreamRequest := false
 
 ReadStreamRequest := true
@@ -75,6 +73,8 @@ PauseContainerRequest := true
 UpdateContainerRequest := true
 
 ListProcessesRequest := true
+
+ListCommandLinesRequest := false
 
 StatsContainerRequest := true
 

@@ -13,7 +13,8 @@ const PACKAGE: &str = "data.agent_policy";
 /// What is allowed when initdata has no policy: everything without a TEE.
 const OPEN: &str = include_str!("open.rego");
 /// And under a TEE: only images that were verified in the guest, no exec, no stdin.
-const CLOSED: &str = include_str!("closed.rego");
+const CLOSED: &str =
+    concat!(include_str!("closed.rego"), include_str!("masked.rego"), include_str!("signals.rego"));
 /// Initdata's own bound on the text. Lines may be long: a sealed secret in an environment is one.
 const LENGTHS: PolicyLengthConfig = PolicyLengthConfig {
     max_col: NonZeroU32::new(1 << 20).unwrap(),
@@ -39,6 +40,7 @@ pub enum Rule {
     PauseContainer,
     UpdateContainer,
     ListProcesses,
+    ListCommandLines,
     StatsContainer,
     RemoveContainer,
     DestroySandbox,
@@ -61,6 +63,7 @@ impl Rule {
             Self::PauseContainer => "PauseContainerRequest",
             Self::UpdateContainer => "UpdateContainerRequest",
             Self::ListProcesses => "ListProcessesRequest",
+            Self::ListCommandLines => "ListCommandLinesRequest",
             Self::StatsContainer => "StatsContainerRequest",
             Self::RemoveContainer => "RemoveContainerRequest",
             Self::DestroySandbox => "DestroySandboxRequest",
@@ -199,7 +202,7 @@ mod tests {
     use proptest::prelude::*;
     use serde_json::json;
 
-    const RULES: [Rule; 14] = [
+    const RULES: [Rule; 15] = [
         Rule::CreateSandbox,
         Rule::UpdateInterface,
         Rule::CreateContainer,
@@ -211,6 +214,7 @@ mod tests {
         Rule::PauseContainer,
         Rule::UpdateContainer,
         Rule::ListProcesses,
+        Rule::ListCommandLines,
         Rule::StatsContainer,
         Rule::RemoveContainer,
         Rule::DestroySandbox,
@@ -231,10 +235,10 @@ mod tests {
 
     #[test]
     fn without_a_tee_everything_is_allowed_and_under_one_what_the_host_could_look_in_with_is_not() {
-        let host = json!({ "host_root": true, "image": null });
+        let host = json!({ "host_root": true, "image": null, "signal": 15 });
         let mut open = Policy::default_for(false);
         let mut closed = Policy::default_for(true);
-        let denied = [Rule::CreateContainer, Rule::ExecProcess, Rule::WriteStream];
+        let denied = [Rule::CreateContainer, Rule::ExecProcess, Rule::WriteStream, Rule::ListCommandLines];
         for rule in RULES {
             assert_eq!(open.check(rule, &host), Ok(()));
             assert_eq!(closed.check(rule, &host).is_err(), denied.contains(&rule), "{rule:?}");
@@ -280,6 +284,26 @@ mod tests {
             let denied = check(spec.clone()).expect_err(&spec.to_string()).to_string();
             assert!(denied.contains(words), "{denied}");
         }
+    }
+
+    #[test]
+    fn without_a_policy_a_program_is_ended_or_stopped_and_told_nothing_else() {
+        let mut closed = Policy::default_for(true);
+        let mut sent = |signal: u32, stop: Value| {
+            let input = json!({ "container_id": "c", "signal": signal, "all": false, "stop_signal": stop });
+            closed.check(Rule::SignalProcess, &input)
+        };
+        for signal in [0, 1, 2, 9, 15, 18, 19, 28] {
+            sent(signal, Value::Null).unwrap();
+        }
+        // A JVM writes its threads for QUIT, node opens its debugger's port for USR1.
+        for signal in [3, 6, 10, 12, 37] {
+            sent(signal, Value::Null).unwrap_err();
+            sent(signal, json!(signal + 1)).unwrap_err();
+            sent(signal, json!(signal)).unwrap();
+        }
+        let denied = sent(3, Value::Null).unwrap_err().reason;
+        assert!(denied.starts_with("signal is 3, allowed: ["), "{denied}");
     }
 
     #[test]

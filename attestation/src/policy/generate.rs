@@ -27,10 +27,9 @@ pub struct Allowed {
 }
 
 /// What the host may do without an owner's loss: it could stop the machine as well.
-const HOSTS: [&str; 10] = [
+const HOSTS: [&str; 9] = [
     "CreateSandboxRequest",
     "StartContainerRequest",
-    "SignalProcessRequest",
     "ReadStreamRequest",
     "PauseContainerRequest",
     "UpdateContainerRequest",
@@ -153,8 +152,11 @@ pub(super) fn preamble(what: &str, allowed: &Allowed) -> String {
     }
     text += if allowed.network { "UpdateInterfaceRequest := true\n\n" } else { NO_NETWORK };
     let _ = writeln!(text, "WriteStreamRequest := {}\n", allowed.stdin);
-    text
+    text + SIGNALS.trim_start() + "\n"
 }
+
+/// What ends a program or stops it, and tells it nothing else.
+const SIGNALS: &str = include_str!("signals.rego");
 
 /// A secret could leave by a network that was not meant to be.
 const NO_NETWORK: &str = r#"default UpdateInterfaceRequest := false
@@ -308,6 +310,32 @@ mod tests {
         other["OCI"]["Process"]["Args"] = json!(["sh"]);
         let denied = policy.check(Rule::CreateContainer, &other).unwrap_err().reason;
         assert_eq!(denied, "OCI.Process.Args is [\"sh\"], allowed: [\"cat\",\"/data/x\"]");
+    }
+
+    #[test]
+    fn a_denial_names_variables_and_says_none_of_their_values() {
+        let mut other = input("a");
+        other["OCI"]["Process"]["Env"].as_array_mut().unwrap().push(json!("TOKEN=hunter2"));
+        let denied = policy(&Allowed::default()).check(Rule::CreateContainer, &other).unwrap_err().reason;
+        assert!(denied.contains("\"A=…\"") && denied.contains("\"TOKEN=…\""), "{denied}");
+        assert!(!denied.contains("hunter2") && !denied.contains("A=1"), "{denied}");
+    }
+
+    #[test]
+    fn signals_end_or_stop_the_program_and_its_command_lines_stay_its_own() {
+        let mut policy = policy(&Allowed::default());
+        let signal =
+            |signal: u32| json!({ "container_id": "a", "signal": signal, "all": false, "stop_signal": 3 });
+        for sent in [3, 9, 15] {
+            policy.check(Rule::SignalProcess, &signal(sent)).unwrap();
+        }
+        let denied = policy.check(Rule::SignalProcess, &signal(10)).unwrap_err().to_string();
+        assert!(
+            denied.starts_with("policy: SignalProcessRequest denied: signal is 10, allowed: ["),
+            "{denied}"
+        );
+        policy.check(Rule::ListProcesses, &json!({ "container_id": "a" })).unwrap();
+        policy.check(Rule::ListCommandLines, &json!({ "container_id": "a" })).unwrap_err();
     }
 
     #[test]

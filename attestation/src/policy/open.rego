@@ -25,6 +25,8 @@ UpdateContainerRequest := true
 
 ListProcessesRequest := true
 
+ListCommandLinesRequest := true
+
 StatsContainerRequest := true
 
 RemoveContainerRequest := true

@@ -10,7 +10,7 @@ use serde_json::json;
 
 use super::generate::{Allowed, preamble};
 
-const RULES: &str = include_str!("pod.rego");
+const RULES: &str = concat!(include_str!("pod.rego"), include_str!("masked.rego"));
 
 /// A container of a pod, as the owner means it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]

@@ -84,21 +84,22 @@ pub(super) fn stats(cgroup: &Path) -> Stats {
     }
 }
 
-/// What is known of these processes; those that have ended meanwhile are left out.
-pub(super) fn processes(pids: &[u32]) -> Vec<ProcessInfo> {
+/// What is known of these processes; those that have ended meanwhile are left out. Without `command_lines` no word of those, which may
+/// be secrets: names alone.
+pub(super) fn processes(pids: &[u32], command_lines: bool) -> Vec<ProcessInfo> {
     let boot = fs::read_to_string("/proc/stat").unwrap_or_default();
     let boot = pairs(&boot).get("btime").copied().unwrap_or(0);
-    pids.iter().take(MOST_PROCESSES).filter_map(|pid| process(*pid, boot)).collect()
+    pids.iter().take(MOST_PROCESSES).filter_map(|pid| process(*pid, boot, command_lines)).collect()
 }
 
-fn process(pid: u32, boot: u64) -> Option<ProcessInfo> {
+fn process(pid: u32, boot: u64, command_lines: bool) -> Option<ProcessInfo> {
     let read = |file: &str| fs::read(format!("/proc/{pid}/{file}")).ok();
     let stat = String::from_utf8_lossy(&read("stat")?).into_owned();
     let status = String::from_utf8_lossy(&read("status")?).into_owned();
     let uid = status.lines().find_map(|l| l.strip_prefix("Uid:")?.split_whitespace().next()?.parse().ok());
     // As long as the process likes, but only the beginning is read.
     let mut command = Vec::new();
-    if let Ok(file) = fs::File::open(format!("/proc/{pid}/cmdline")) {
+    if command_lines && let Ok(file) = fs::File::open(format!("/proc/{pid}/cmdline")) {
         let _ = file.take(LONGEST_COMMAND as u64).read_to_end(&mut command);
     }
     let mut info = parse_stat(pid, &stat, boot)?;
@@ -177,10 +178,22 @@ mod tests {
 
     #[test]
     fn this_process_is_there_with_its_command() {
-        let list = processes(&[std::process::id()]);
+        let list = processes(&[std::process::id()], true);
         assert_eq!((list.len(), list[0].pid), (1, std::process::id()));
         assert!(list[0].command.contains("coffer_init"), "{}", list[0].command);
         assert_eq!(list[0].parent, std::os::unix::process::parent_id());
+    }
+
+    #[test]
+    fn of_a_program_whose_command_line_is_its_own_there_is_the_name() {
+        let mut child = std::process::Command::new("sleep").arg("1000").spawn().unwrap();
+        let list = processes(&[child.id()], false);
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert_eq!(
+            (list.len(), list[0].parent, list[0].command.as_str()),
+            (1, std::process::id(), "[sleep]")
+        );
     }
 
     proptest! {

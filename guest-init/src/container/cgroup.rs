@@ -231,10 +231,10 @@ impl Cgroup {
         super::accounting::stats(&self.0)
     }
 
-    /// What is known of its processes.
+    /// What is known of its processes, with their command lines or without.
     #[must_use]
-    pub fn list(&self) -> Vec<coffer_protocol::ProcessInfo> {
-        super::accounting::processes(&self.processes())
+    pub fn list(&self, command_lines: bool) -> Vec<coffer_protocol::ProcessInfo> {
+        super::accounting::processes(&self.processes(), command_lines)
     }
 
     /// Stops all processes, or lets them go on.

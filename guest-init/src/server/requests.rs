@@ -54,7 +54,8 @@ impl Server {
             Request::TakeMemory => memory::take()?,
             Request::Processors { online } => processors::set_online(online)?,
             Request::Processes { id } => {
-                return Ok(Some(Reply::Processes { list: self.get(&id)?.cgroup.list() }));
+                let command_lines = self.confidential()?.allows_command_lines(&id);
+                return Ok(Some(Reply::Processes { list: self.get(&id)?.cgroup.list(command_lines) }));
             }
             Request::Stats { id } => {
                 return Ok(Some(Reply::Stats(Box::new(self.get(&id)?.cgroup.stats()))));
