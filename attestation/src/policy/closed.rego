@@ -15,7 +15,30 @@ CreateContainerRequest if {
 	count(misplaced) == 0
 	count(parameters) == 0
 	input.OCI.Linux.Devices == []
+	every _, set in input.OCI.Process.Capabilities { is_array(set) }
+	count(foreign_capabilities) == 0
+	has_processes_to_itself
+	"mount" in input.OCI.Linux.Namespaces
+	every path in masked { path in input.OCI.Linux.MaskedPaths }
+	every path in read_only { path in input.OCI.Linux.ReadonlyPaths }
 }
+
+# The most that podman, Docker, containerd and CRI-O give by themselves.
+capabilities := [
+	"CAP_AUDIT_WRITE", "CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FOWNER", "CAP_FSETID", "CAP_KILL", "CAP_MKNOD", "CAP_NET_BIND_SERVICE",
+	"CAP_NET_RAW", "CAP_SETFCAP", "CAP_SETGID", "CAP_SETPCAP", "CAP_SETUID", "CAP_SYS_CHROOT",
+]
+
+foreign_capabilities contains capability if {
+	some _, set in input.OCI.Process.Capabilities
+	some capability in set
+	not capability in capabilities
+}
+
+# Or shares those of another container of the pod. With neither it would be among the guest's own.
+has_processes_to_itself if "pid" in input.OCI.Linux.Namespaces
+
+has_processes_to_itself if "pid" in input.OCI.Linux.Shared
 
 # What an engine mounts into every container, and whose content the host may decide.
 engine_files := ["/etc/hosts", "/etc/hostname", "/etc/resolv.conf", "/run/.containerenv", "/dev/termination-log"]
@@ -91,6 +114,28 @@ reasons contains {"field": "OCI.Mounts", "value": mount, "allowed": kernels_plac
 reasons contains {"field": "OCI.Linux.Sysctl", "value": name, "allowed": safe_parameters} if some name in parameters
 
 reasons contains {"field": "OCI.Linux.Devices", "value": input.OCI.Linux.Devices, "allowed": []} if input.OCI.Linux.Devices != []
+
+reasons contains {"field": "OCI.Process.Capabilities", "value": capability, "allowed": capabilities} if some capability in foreign_capabilities
+
+reasons contains {"field": "OCI.Linux.Namespaces", "value": input.OCI.Linux.Namespaces, "allowed": ["pid", "mount"]} if {
+	not has_processes_to_itself
+	input.OCI.Linux
+}
+
+reasons contains {"field": "OCI.Linux.Namespaces", "value": input.OCI.Linux.Namespaces, "allowed": ["pid", "mount"]} if {
+	input.OCI.Linux
+	not "mount" in input.OCI.Linux.Namespaces
+}
+
+reasons contains {"field": "OCI.Linux.MaskedPaths", "value": input.OCI.Linux.MaskedPaths, "allowed": masked} if {
+	some path in masked
+	not path in input.OCI.Linux.MaskedPaths
+}
+
+reasons contains {"field": "OCI.Linux.ReadonlyPaths", "value": input.OCI.Linux.ReadonlyPaths, "allowed": read_only} if {
+	some path in read_only
+	not path in input.OCI.Linux.ReadonlyPaths
+}
 
 reasons contains {"field": "process.Args", "value": input.process.Args, "allowed": []} if input.process
 

@@ -243,46 +243,97 @@ mod tests {
             assert_eq!(open.check(rule, &host), Ok(()));
             assert_eq!(closed.check(rule, &host).is_err(), denied.contains(&rule), "{rule:?}");
         }
-        let verified = create_input("c", &json!({}), Some(IMAGE));
+        let verified = create_input("c", &ordinary(), Some(IMAGE));
         assert_eq!(closed.check(Rule::CreateContainer, &verified), Ok(()));
     }
 
     const IMAGE: VerifiedImage<'_> = VerifiedImage { digest: "sha256:00", name: None };
 
+    /// What every engine configures.
+    fn ordinary() -> Value {
+        let kernels = |to: &str, kind: &str| json!({ "destination": to, "type": kind, "source": kind });
+        json!({
+            "process": { "capabilities": { "bounding": ["CAP_CHOWN", "CAP_MKNOD"], "effective": ["CAP_NET_RAW"] } },
+            "mounts": [kernels("/proc", "proc"), kernels("/dev", "tmpfs"), kernels("/tmp", "tmpfs"),
+                { "destination": "/etc/hosts", "type": "bind", "source": "/x", "options": ["rbind"] }],
+            "linux": {
+                "sysctl": { "net.ipv4.ping_group_range": "0 0", "net.ipv4.ip_unprivileged_port_start": "0" },
+                "namespaces": [{ "type": "pid" }, { "type": "mount" }],
+                "maskedPaths": ["/proc/kcore", "/proc/keys", "/proc/latency_stats", "/proc/timer_list", "/sys/firmware"],
+                "readonlyPaths": ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"],
+            }
+        })
+    }
+
     #[test]
     fn without_a_policy_the_host_adds_nothing_to_a_verified_image() {
         let mut closed = Policy::default_for(true);
         let mut check =
-            |spec: Value| closed.check(Rule::CreateContainer, &create_input("c", &spec, Some(IMAGE)));
-        let kernels = |to: &str, kind: &str| json!({ "destination": to, "type": kind, "source": kind });
+            |spec: &Value| closed.check(Rule::CreateContainer, &create_input("c", spec, Some(IMAGE)));
+        let kernels = |to: &str, kind: &str| json!([{ "destination": to, "type": kind, "source": kind }]);
         let bind =
-            |to: &str| json!({ "destination": to, "type": "bind", "source": "/x", "options": ["rbind"] });
-        check(json!({ "mounts": [kernels("/proc", "proc"), kernels("/dev", "tmpfs"), kernels("/tmp", "tmpfs"), bind("/etc/hosts")],
-            "linux": { "sysctl": { "net.ipv4.ping_group_range": "0 0", "net.ipv4.ip_unprivileged_port_start": "0" } } }))
-        .unwrap();
-        for (spec, words) in [
+            |to: &str| json!([{ "destination": to, "type": "bind", "source": "/x", "options": ["rbind"] }]);
+        check(&ordinary()).unwrap();
+        for (place, value, words) in [
             // A program of the host's, which the kernel runs when the workload's crashes.
             (
-                json!({ "linux": { "sysctl": { "kernel.core_pattern": "|/run/coffer/share/x" } } }),
+                "/linux/sysctl",
+                json!({ "kernel.core_pattern": "|/run/coffer/share/x" }),
                 "OCI.Linux.Sysctl is \"kernel.core_pattern\"",
             ),
-            (json!({ "linux": { "sysctl": { "/bin/sh": "#!/etc/hosts" } } }), "OCI.Linux.Sysctl"),
+            ("/linux/sysctl", json!({ "/bin/sh": "#!/etc/hosts" }), "OCI.Linux.Sysctl"),
             // What listens on 127.0.0.1 would hear the host.
             (
-                json!({ "linux": { "sysctl": { "net.ipv4.conf.all.route_localnet": "1" } } }),
+                "/linux/sysctl",
+                json!({ "net.ipv4.conf.all.route_localnet": "1" }),
                 "OCI.Linux.Sysctl is \"net.ipv4.conf.all.route_localnet\"",
             ),
-            (json!({ "linux": { "devices": [{ "path": "/x" }] } }), "OCI.Linux.Devices"),
+            ("/linux/devices", json!([{ "path": "/x" }]), "OCI.Linux.Devices"),
             // What the workload shares would lie in the host's files.
-            (json!({ "mounts": [bind("/dev/shm")] }), "OCI.Mounts"),
+            ("/mounts", bind("/dev/shm"), "OCI.Mounts"),
             // A disk of the host's, whose file system the guest's kernel would read.
-            (json!({ "mounts": [kernels("/run/.containerenv", "ext4")] }), "OCI.Mounts"),
+            ("/mounts", kernels("/run/.containerenv", "ext4"), "OCI.Mounts"),
             // Empty directories in place of the image's.
-            (json!({ "mounts": [kernels("/etc", "tmpfs")] }), "OCI.Mounts"),
-            (json!({ "mounts": [kernels("/tmp", "proc")] }), "OCI.Mounts"),
+            ("/mounts", kernels("/etc", "tmpfs"), "OCI.Mounts"),
+            ("/mounts", kernels("/tmp", "proc"), "OCI.Mounts"),
+            // More than any engine gives by itself: the guest's kernel would be the container's.
+            (
+                "/process/capabilities/bounding",
+                json!(["CAP_SYS_ADMIN"]),
+                "OCI.Process.Capabilities is \"CAP_SYS_ADMIN\"",
+            ),
+            (
+                "/process/capabilities/ambient",
+                json!(["CAP_CHOWN", "CAP_SYS_PTRACE"]),
+                "OCI.Process.Capabilities is ",
+            ),
+            ("/process/capabilities/effective", json!(["SYS_ADMIN"]), "OCI.Process.Capabilities is "),
+            ("/process/capabilities/permitted", json!("CAP_SYS_ADMIN"), ""),
+            ("/process/capabilities/inheritable", json!([["CAP_SYS_ADMIN"]]), "OCI.Process.Capabilities is "),
+            // Init's own processes would be among the container's.
+            ("/linux/namespaces", json!([{ "type": "mount" }]), "OCI.Linux.Namespaces is [\"mount\"]"),
+            ("/linux/namespaces", json!([{ "type": "pid" }]), "OCI.Linux.Namespaces is [\"pid\"]"),
+            ("/linux/maskedPaths", json!(["/proc/keys"]), "OCI.Linux.MaskedPaths is [\"/proc/keys\"]"),
+            ("/linux/readonlyPaths", json!([]), "OCI.Linux.ReadonlyPaths is []"),
         ] {
-            let denied = check(spec.clone()).expect_err(&spec.to_string()).to_string();
-            assert!(denied.contains(words), "{denied}");
+            let mut spec = ordinary();
+            let (parent, name) = place.rsplit_once('/').unwrap();
+            spec.pointer_mut(parent).unwrap()[name] = value;
+            let denied = check(&spec).expect_err(&spec.to_string()).to_string();
+            assert!(denied.contains(words), "{place}: {denied}");
+        }
+    }
+
+    #[test]
+    fn without_a_policy_containers_of_a_pod_may_share_their_processes() {
+        let mut closed = Policy::default_for(true);
+        let mut spec = ordinary();
+        spec["linux"]["namespaces"] = json!([{ "type": "mount" }]);
+        let mut input = create_input("c", &spec, Some(IMAGE));
+        for (shared, allowed) in [(json!([]), false), (json!(["ipc"]), false), (json!(["ipc", "pid"]), true)]
+        {
+            input["OCI"]["Linux"]["Shared"] = shared;
+            assert_eq!(closed.check(Rule::CreateContainer, &input).is_ok(), allowed, "{input}");
         }
     }
 
