@@ -29,7 +29,12 @@ use nix::{
 use serde_json::{Value, json};
 
 pub use crate::sealed::Sealed;
-use crate::{boot::complain, container::ContainerError, image::Owner, owner, secrets};
+use crate::{
+    boot::complain,
+    container::{self, ContainerError},
+    image::Owner,
+    owner, secrets,
+};
 
 /// A pod that was set up.
 pub struct Confidential {
@@ -196,12 +201,16 @@ impl Confidential {
     }
 
     /// Asks whether a container's processes may send notifications to the host's service manager: that lets them write to the
-    /// host, so the rule is the one for reading their output, with `notify` in its input.
+    /// host, so the rule is the one for reading their output, with `notify` and the socket's path in its input. An owner's pod has it where
+    /// nobody takes it for something else.
     ///
     /// # Errors
     /// As [`Self::check`].
-    pub fn check_notify(&mut self, id: &str) -> Result<(), ContainerError> {
-        let input = json!({ "container_id": id, "notify": true });
+    pub fn check_notify(&mut self, id: &str, path: &str, spec: &Value) -> Result<(), ContainerError> {
+        if self.has_owner() {
+            container::check_notify(path, spec)?;
+        }
+        let input = json!({ "container_id": id, "notify": true, "path": path });
         self.policy.check(Rule::ReadStream, &input).map_err(refused)
     }
 
@@ -326,7 +335,7 @@ fn questions(request: &Request) -> Vec<(Rule, Value)> {
 mod tests {
     use super::*;
     use coffer_attestation::evidence::Sample;
-    use coffer_protocol::{Exec, Interface, Network, Sandbox, VERSION};
+    use coffer_protocol::{Exec, Interface, NamespaceKind, Network, Sandbox, VERSION};
 
     fn pod(policy: &str) -> Result<Confidential, ContainerError> {
         let text = format!(
@@ -375,8 +384,67 @@ mod tests {
         pod.check(&Request::Start { id: "c".into() }).unwrap();
         assert!(pod.check(&Request::Shutdown).is_err(), "a rule that is not there denies");
         assert!(!pod.allows_stdin("c") && !pod.allows_output("c"));
-        let message = pod.check_notify("c").unwrap_err().message;
+        let message = pod.check_notify("c", USUAL, &notifies()).unwrap_err().message;
         assert!(message.starts_with("policy: ReadStreamRequest denied"), "{message}");
+        let message = pod.check_notify("c", "/dev/log", &notifies()).unwrap_err().message;
+        assert!(message.starts_with("NOTIFY_SOCKET: "), "{message}");
+        Confidential::with(None, Attesters::of(Sample))
+            .unwrap()
+            .check_notify("c", "/dev/log", &Value::Null)
+            .unwrap();
+    }
+
+    const USUAL: &str = "/run/notify/notify.sock";
+
+    fn notifies() -> Value {
+        json!({ "mounts": [{ "destination": "/run/notify", "type": "tmpfs", "source": "notify" }] })
+    }
+
+    #[test]
+    fn a_policy_is_told_what_the_container_is_and_its_images_stop_signal() {
+        let rule = "package agent_policy\nimport rego.v1\nCreateContainerRequest := true\nRemoveContainerRequest := true\n\
+            ExecProcessRequest if { input.container.image == \"sha256:00\"; input.container.Args == [\"app\"] }\n\
+            SignalProcessRequest if input.signal == input.stop_signal\n";
+        let mut pod = pod(rule).unwrap();
+        let image = ImageSource {
+            blobs: String::new(),
+            digest: "sha256:00".into(),
+            name: None,
+            signatures: Vec::new(),
+            simple_signatures: Vec::new(),
+        };
+        let spec = |program: &str| json!({ "process": { "args": [program] } });
+        let quit = |target: SignalTarget| Request::Signal { target, signal: 3 };
+        for (spec, image, allowed) in
+            [(spec("app"), None, false), (spec("sh"), Some(&image), false), (spec("app"), Some(&image), true)]
+        {
+            pod.check_container("c", &spec, image, &[]).unwrap();
+            assert_eq!(pod.check(&exec("ls")).is_ok(), allowed, "{spec}");
+            pod.check(&quit(SignalTarget::Init("c".into()))).unwrap_err();
+        }
+        pod.remember_stop_signal("c", Some(3));
+        pod.check(&quit(SignalTarget::Init("c".into()))).unwrap();
+        pod.check(&quit(SignalTarget::All("c".into()))).unwrap();
+        pod.check(&quit(SignalTarget::Init("d".into()))).unwrap_err();
+        pod.check(&Request::Delete { id: "c".into() }).unwrap();
+        pod.check(&quit(SignalTarget::Init("c".into()))).unwrap_err();
+    }
+
+    #[test]
+    fn a_policy_is_told_whose_processes_a_container_shares() {
+        let rule = "package agent_policy\nimport rego.v1\nCreateContainerRequest if input.OCI.Linux.Shared == [\"pid\"]\n";
+        let mut pod = pod(rule).unwrap();
+        let shared = SharedNamespace { kind: NamespaceKind::Pid, container: "b".into() };
+        pod.check_container("c", &json!({}), None, &[]).unwrap_err();
+        pod.check_container("c", &json!({}), None, &[shared]).unwrap();
+    }
+
+    #[test]
+    fn command_lines_are_the_owners_to_show_apart_from_the_list() {
+        let list = "package agent_policy\nimport rego.v1\nListProcessesRequest := true\n";
+        assert!(!pod(list).unwrap().allows_command_lines("c"));
+        assert!(pod(&format!("{list}ListCommandLinesRequest := true\n")).unwrap().allows_command_lines("c"));
+        assert!(Confidential::with(None, Attesters::of(Sample)).unwrap().allows_command_lines("c"));
     }
 
     #[test]
@@ -424,7 +492,11 @@ mod tests {
             format!("package agent_policy\nimport rego.v1\ndefault ReadStreamRequest := false\n{rule}");
         let mut pod = pod(&quiet).unwrap();
         assert!(pod.allows_output("c"));
-        assert!(pod.check_notify("c").unwrap_err().message.starts_with("policy: ReadStreamRequest denied"));
+        let message = pod.check_notify("c", USUAL, &notifies()).unwrap_err().message;
+        assert!(message.starts_with("policy: ReadStreamRequest denied"), "{message}");
+        let rule = format!("ReadStreamRequest if input.path == \"{USUAL}\"\n");
+        let mut open = self::pod(&format!("package agent_policy\nimport rego.v1\n{rule}")).unwrap();
+        open.check_notify("c", USUAL, &notifies()).unwrap();
     }
 
     #[test]

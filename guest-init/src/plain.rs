@@ -114,7 +114,7 @@ pub mod confidential {
         ///
         /// # Errors
         /// None.
-        pub fn check_notify(&mut self, _: &str) -> Result<(), ContainerError> {
+        pub fn check_notify(&mut self, _: &str, _: &str, _: &Value) -> Result<(), ContainerError> {
             Ok(())
         }
 

@@ -6,7 +6,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 
 use coffer_protocol::{
     Decoder, ErrorKind, Frame, FrameError, Kind, MAX_NOTIFICATION, MAX_PAYLOAD, Outbox, Reply, STDIN_WINDOW,
-    WindowSize,
+    WindowSize, notification,
 };
 use nix::errno::Errno;
 
@@ -338,7 +338,12 @@ impl Session {
         let count = nix::sys::socket::recv(fd.as_raw_fd(), space, nix::sys::socket::MsgFlags::MSG_DONTWAIT);
         let count = count.unwrap_or(0);
         if (1..=MAX_NOTIFICATION).contains(&count) {
-            self.out.filled(Kind::Notification, count);
+            // What the host's side would leave out it need not see.
+            let told = notification::told(&space[..count]);
+            if !told.is_empty() {
+                space[..told.len()].copy_from_slice(told.as_bytes());
+                self.out.filled(Kind::Notification, told.len());
+            }
         }
         count
     }
@@ -419,6 +424,31 @@ mod tests {
             std::thread::sleep(std::time::Duration::from_millis(10));
         }
         panic!("the host is gone, and the session is not");
+    }
+
+    #[test]
+    fn of_what_a_program_writes_to_its_notification_socket_the_host_gets_how_it_is() {
+        let (ours, _host) = UnixStream::pair().unwrap();
+        let (socket, program) = std::os::unix::net::UnixDatagram::pair().unwrap();
+        let mut session = Session::new(ours.into());
+        let stdio = Stdio { notify: Some(socket.into()), ..Stdio::default() };
+        session.attach("c", Process::new(4711, stdio), Streams { stdin: true, output: true });
+        for message in
+            [b"<14>login: password hunter2".as_slice(), b"READY=1\nTOKEN=hunter2", b"MAINPID=1", b"STATUS=up"]
+        {
+            program.send(message).unwrap();
+        }
+        for _ in 0..4 {
+            session.read_output(Part::Notify);
+        }
+        let mut decoder = Decoder::default();
+        decoder.push(session.out.waiting());
+        let mut told = Vec::new();
+        while let Some(frame) = decoder.next_frame().unwrap() {
+            told.push((frame.kind, String::from_utf8(frame.payload).unwrap()));
+        }
+        let both = ["READY=1\n", "STATUS=up\n"].map(|text| (Kind::Notification, text.to_owned()));
+        assert_eq!(told, both);
     }
 
     #[test]

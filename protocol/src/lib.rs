@@ -12,6 +12,7 @@ mod account;
 mod frame;
 pub mod limits;
 mod message;
+pub mod notification;
 pub mod shell;
 pub mod signal;
 pub mod vm;

@@ -56,8 +56,8 @@ pub(super) fn first(id: &str, shared: &[Shared], spec: &Spec, process: &Process,
             fs::write(parameter(key)?, value)
                 .map_err(|e| ContainerError::guest(&format!("set sysctl {key}"), e))?;
         }
-        if let Some(path) = &theirs.notify {
-            let socket = notify::bind(path)?;
+        if let Some(socket) = &theirs.notify {
+            let socket = notify::bind(socket)?;
             say(&theirs.sync, message::NOTIFY, "", Some(socket.as_raw_fd()));
         }
         mounts::protect(spec, late)?;

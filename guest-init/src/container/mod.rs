@@ -30,6 +30,7 @@ mod user;
 
 pub use cgroup::Cgroup;
 pub use making::{Making, Stage};
+pub use notify::{Socket as NotifySocket, check_usual as check_notify};
 #[cfg(feature = "confidential")]
 pub(crate) use places::is_in_share;
 pub use process::{Files, Shared, exec, launch};

@@ -70,8 +70,8 @@ pub struct Files {
     pub window: Option<WindowSize>,
     /// From 3 on.
     pub streams: Vec<Stream>,
-    /// Path of the notification socket.
-    pub notify: Option<String>,
+    /// The notification socket.
+    pub notify: Option<notify::Socket>,
 }
 
 /// A child's ends.
@@ -81,7 +81,7 @@ pub(super) struct Theirs {
     /// From 3 on; a number that is not open is `None`.
     pub(super) further: Vec<Option<OwnedFd>>,
     pub(super) window: Option<WindowSize>,
-    pub(super) notify: Option<String>,
+    pub(super) notify: Option<notify::Socket>,
     pub(super) sync: OwnedFd,
 }
 
@@ -109,7 +109,7 @@ fn files(terminal: bool, wanted: &Files) -> Result<(Stdio, OwnedFd, Theirs), Con
         let message = format!("{count} further streams: at most {MAX_STREAMS} are possible");
         return Err(ContainerError::new(ErrorKind::Invalid, message));
     }
-    wanted.notify.as_deref().map_or(Ok(()), notify::check)?;
+    wanted.notify.as_ref().map_or(Ok(()), |socket| notify::check(&socket.path))?;
     let pipe = || pipe2(OFlag::O_CLOEXEC).map_err(system("make a pipe"));
     // A process that opens /dev/stdout again must be allowed to, whoever it is.
     let open_up = |fd: &OwnedFd| {

@@ -19,7 +19,8 @@ use super::{
 };
 use crate::{
     boot,
-    container::{self, Cgroup, ContainerError, Files, Making},
+    confidential::Confidential,
+    container::{self, Cgroup, ContainerError, Files, Making, NotifySocket},
     image::{self, Unpacked},
     session::Streams,
     stdio::Process,
@@ -122,7 +123,10 @@ impl Server {
         stop_signal: Option<u32>,
     ) -> Result<(), ContainerError> {
         let CreateContainer { id, mut spec, window, binds: _, shared, image: _, notify, streams } = create;
-        self.confidential()?.show_credentials(&mut spec);
+        let confidential = self.confidential()?;
+        confidential.show_credentials(&mut spec);
+        let only_there = confidential.has_owner();
+        let notify = notify.map(|path| NotifySocket { path, only_there });
         container::prepare_shared_memory(&mut spec)?;
         let spec = container::parse_spec(spec)?;
         let shared = shared
@@ -202,8 +206,8 @@ impl Server {
         confidential.check_container(id, spec, source, shared)?;
         confidential.remember_stop_signal(id, images_signal);
         places?;
-        if notify.is_some() {
-            confidential.check_notify(id)?;
+        if let Some(path) = notify {
+            confidential.check_notify(id, path, spec)?;
         }
         if let Some(process) = spec.get_mut("process") {
             confidential.forbid_cores(process);

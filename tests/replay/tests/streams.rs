@@ -69,6 +69,44 @@ def say(*words):
     s.sendto('\\n'.join(words).encode(), os.environ['NOTIFY_SOCKET'])
 ";
 
+/// As podman 4.3.1 configures a container whose socket is for conmon, which is this test.
+fn podmans(bench: &Bench, script: &str) -> (serde_json::Value, UnixDatagram) {
+    let mut config = notifier(script);
+    let path = bench.path("notify/notify.sock");
+    fs::create_dir(bench.path("notify")).unwrap();
+    let socket = UnixDatagram::bind(&path).unwrap();
+    socket.set_read_timeout(Some(PATIENCE)).unwrap();
+    config["process"]["env"].as_array_mut().unwrap().push(json!("NOTIFY_SOCKET=/run/notify/notify.sock"));
+    // As podman 4.3.1 writes it.
+    config["mounts"].as_array_mut().unwrap().push(json!({
+        "destination": "/run/notify", "type": "bind", "source": bench.path("notify"), "options": ["bind", "rprivate"]
+    }));
+    (config, socket)
+}
+
+#[test]
+fn podmans_socket_hears_an_owners_pod_as_well() {
+    let bench = Bench::new();
+    let (mut config, socket) = podmans(&bench, "say('READY=1')\n");
+    let rules = [
+        "CreateSandbox",
+        "UpdateInterface",
+        "CreateContainer",
+        "StartContainer",
+        "ReadStream",
+        "RemoveContainer",
+    ];
+    let rules = rules.map(|rule| format!("{rule}Request := true\n")).concat();
+    let text = format!(
+        "version = \"0.1.0\"\nalgorithm = \"sha256\"\n[data]\n\"policy.rego\" = '''\npackage agent_policy\nimport rego.v1\n{rules}'''\n"
+    );
+    fs::write(bench.path("initdata"), text).unwrap();
+    config["annotations"]["io.coffer.initdata"] = json!(bench.path("initdata"));
+    bench.start("c", &config);
+    assert_eq!(received(&socket), "READY=1\n");
+    bench.wait_stopped("c");
+}
+
 #[test]
 fn podmans_socket_hears_how_the_service_is_and_not_who_it_is() {
     let bench = Bench::new();
@@ -84,16 +122,7 @@ print('past the barrier', flush=True)
 say('x' * 5000)
 say('STOPPING=1')
 ";
-    let mut config = notifier(script);
-    let path = bench.path("notify/notify.sock");
-    fs::create_dir(bench.path("notify")).unwrap();
-    let socket = UnixDatagram::bind(&path).unwrap();
-    socket.set_read_timeout(Some(PATIENCE)).unwrap();
-    config["process"]["env"].as_array_mut().unwrap().push(json!("NOTIFY_SOCKET=/run/notify/notify.sock"));
-    // As podman 4.3.1 writes it.
-    config["mounts"].as_array_mut().unwrap().push(json!({
-        "destination": "/run/notify", "type": "bind", "source": bench.path("notify"), "options": ["bind", "rprivate"]
-    }));
+    let (config, socket) = podmans(&bench, script);
     bench.start("c", &config);
     assert_eq!(received(&socket), "READY=1\nSTATUS=up\n");
     // What is too long, and what is for the guest alone, is not heard.
