@@ -273,6 +273,12 @@ impl Server {
         let (Some(Value::Object(first)), Some(process)) = (first, exec.process.as_object_mut()) else {
             return;
         };
+        if first.get("noNewPrivileges") == Some(&Value::Bool(true))
+            && self.confidential.as_ref().is_some_and(Confidential::has_owner)
+        {
+            // A caller may take that away from a further process, and with it would gain what the container was kept from.
+            process.insert("noNewPrivileges".into(), true.into());
+        }
         for name in ["capabilities", "rlimits", "oomScoreAdj"] {
             let is_said =
                 |value: &Value| !value.is_null() && value.as_array().is_none_or(|list| !list.is_empty());

@@ -256,6 +256,54 @@ fn no_process_of_an_owners_pod_leaves_a_core_whatever_the_host_says() {
     assert!(none(out.clone()), "{out}");
 }
 
+/// With the rights that a caller may take from a process of its own a set-user-ID program would be root.
+#[test]
+fn no_further_process_of_an_owners_pod_may_gain_what_the_container_may_not() {
+    let mut config = config(&["sh", "-c", SCRIPT]);
+    config["process"]["noNewPrivileges"] = json!(true);
+    let bench = owned(&format!("{POLICY}ExecProcessRequest := true\n"), config);
+    let process = json!({ "user": { "uid": 0, "gid": 0 }, "args": ["grep", "NoNewPrivs", "/proc/self/status"], "cwd": "/",
+        "env": ["PATH=/bin"], "noNewPrivileges": false });
+    fs::write(bench.path("p"), process.to_string()).unwrap();
+    let mut exec = bench.command(&["exec", "--process"]);
+    assert_eq!(gave(exec.arg(bench.path("p")).arg("c")).ok(), "NoNewPrivs:\t1\n");
+}
+
+/// Programs send to `/dev/log` what they mean for their own machine, and have secrets in their command lines.
+#[test]
+fn what_the_host_hears_of_an_owners_pod_is_not_the_hosts_to_choose() {
+    let any = POLICY
+        .replace("CreateContainerRequest if input.container_id == \"c\"", "CreateContainerRequest := true");
+    let any = any.replace("default CreateContainerRequest := false\n", "");
+    let bench = owned(&format!("{any}ListProcessesRequest := true\n"), config(&["sh", "-c", SCRIPT]));
+    goes_on(&bench);
+    let tmpfs = json!([{ "destination": "/run/notify", "type": "tmpfs", "source": "notify" }]);
+    for (path, mounts) in [
+        ("/dev/log", tmpfs.clone()),
+        ("/run/notify/other", tmpfs),
+        ("/run/notify/notify.sock", json!([])),
+        (
+            "/run/notify/notify.sock",
+            json!([{ "destination": "/run/notify", "type": "bind", "source": format!("{SHARE_DIR}/c") }]),
+        ),
+    ] {
+        let mut request = create("d", None);
+        let Request::Create(create) = &mut request else { unreachable!() };
+        create.spec["root"]["path"] = json!(format!("{SHARE_DIR}/c"));
+        create.spec["process"]["user"] = json!({ "uid": 0, "gid": 0 });
+        create.notify = Some(path.into());
+        create.spec["mounts"] = mounts;
+        match asked(&bench, &request) {
+            Reply::Failed { message, .. } => assert!(message.starts_with("NOTIFY_SOCKET: "), "{message}"),
+            other => panic!("{path}: {other:?}"),
+        }
+        goes_on(&bench);
+    }
+    let Reply::Processes { list } = asked(&bench, &Request::Processes { id: "c".into() }) else { panic!() };
+    assert!(list.iter().any(|process| process.command == "[sh]"), "{list:?}");
+    assert!(!list.iter().any(|process| process.command.contains("trap")), "{list:?}");
+}
+
 #[test]
 fn a_root_by_a_link_of_the_hosts_is_none() {
     let bench = Bench::new();
