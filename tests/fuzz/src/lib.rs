@@ -8,6 +8,7 @@
 //! corpus of that run.
 
 mod coverage;
+mod found;
 mod mutate;
 
 use std::{
@@ -34,7 +35,7 @@ feeds mutated inputs to fuzz targets
   TARGET|all [--seconds S] [--processor-seconds S] [--executions N] [--seed N] [--keep DIR]
                      10 seconds each, unless told; --keep writes inputs that reached something new
   TARGET FILE...     runs these inputs, for example a finding
-  TARGET merge DIR   copies into the corpus what of DIR/TARGET reaches something that the corpus and smaller inputs do not
+  TARGET merge DIR   adds to the corpus what of DIR/TARGET reaches something that the corpus and smaller inputs do not
   seeds              writes honest inputs to the corpus";
 /// Inputs that a run adds to its corpus.
 const MOST_ADDED: usize = 20_000;
@@ -44,7 +45,7 @@ const PATIENCE: Duration = Duration::from_secs(120);
 /// A crate of fuzz targets.
 #[derive(Clone, Copy)]
 pub struct Fuzz<'a> {
-    /// The crate's folder (`CARGO_MANIFEST_DIR`), in which `corpus/TARGET` holds inputs.
+    /// The crate's folder (`CARGO_MANIFEST_DIR`), in which `corpus/TARGET` holds honest inputs, and `corpus/TARGET.cpio.gz` what runs have found.
     pub folder: &'a str,
     /// What there is to run.
     pub targets: &'a [Target],
@@ -143,6 +144,17 @@ impl<'a> Fuzz<'a> {
         Path::new(self.folder).join("corpus").join(name)
     }
 
+    fn found(&self, name: &str) -> PathBuf {
+        self.corpus(name).with_extension("cpio.gz")
+    }
+
+    /// The whole corpus.
+    fn inputs(&self, name: &str) -> Result<Vec<Vec<u8>>, String> {
+        let (mut inputs, archive) = (read_all(&self.corpus(name))?, self.found(name));
+        inputs.extend(found::read(&archive).map_err(|e| format!("read {}: {e}", archive.display()))?);
+        Ok(inputs)
+    }
+
     fn write_seeds(&self) -> Result<(), String> {
         for (name, file, bytes) in (self.seeds)() {
             let folder = self.corpus(name);
@@ -159,23 +171,25 @@ impl<'a> Fuzz<'a> {
             return Err("merge needs a build with counters: tests/fuzz/build".to_owned());
         }
         let watch = Watch::new(name);
-        for input in read_all(&self.corpus(name))? {
+        for input in self.inputs(name)? {
             watch.execute(function, &input);
             coverage.is_new();
         }
         let (before, mut inputs) = (coverage.seen(), read_all(&from.join(name))?);
         inputs.sort_by_key(Vec::len);
-        let mut kept = 0;
+        let (archive, mut kept) = (self.found(name), 0);
+        let failed = |e| format!("{}: {e}", archive.display());
+        let mut found = found::read(&archive).map_err(failed)?;
         for input in &inputs {
             watch.execute(function, input);
             let seen = coverage.seen();
             // A further edge, not the same ones another number of times.
             if coverage.is_new() && coverage.seen() > seen {
                 kept += 1;
-                let file = self.corpus(name).join(format!("found-{kept:03}"));
-                fs::write(&file, input).map_err(|e| format!("write {}: {e}", file.display()))?;
+                found.push(input.clone());
             }
         }
+        found::write(&archive, &found).map_err(failed)?;
         println!(
             "{name}: {kept} of {} inputs, {before} counters reached before, {} now",
             inputs.len(),
@@ -185,7 +199,7 @@ impl<'a> Fuzz<'a> {
     }
 
     fn fuzz(&self, (name, function): Target, bounds: &Bounds) -> Result<(), String> {
-        let mut inputs = read_all(&self.corpus(name))?;
+        let mut inputs = self.inputs(name)?;
         let kept = inputs.len();
         let mut random = Random::new(bounds.seed);
         let mut coverage = Coverage::new();
@@ -312,6 +326,7 @@ fn keep(path: &Path, input: &[u8], what: &str) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::process::Command;
 
     fn folder(inputs: &[&[u8]]) -> PathBuf {
         let folder =
@@ -343,6 +358,26 @@ mod tests {
                 .is_err()
         );
         fs::remove_file(file).unwrap();
+        fs::remove_dir_all(folder).unwrap();
+    }
+
+    #[test]
+    fn what_runs_have_found_is_a_part_of_the_corpus() {
+        let folder = folder(&[b"honest"]);
+        let archive = folder.join("corpus/it.cpio.gz");
+        assert_eq!(found::read(&archive).unwrap(), Vec::<Vec<u8>>::new());
+        let inputs = [b"".to_vec(), b"found".to_vec(), vec![0xc7; 5000]];
+        found::write(&archive, &inputs).unwrap();
+        let fuzz = Fuzz::new(folder.to_str().unwrap(), &[]);
+        assert_eq!(fuzz.inputs("it").unwrap(), [&[b"honest".to_vec()], &inputs[..]].concat());
+        // As other programs read it.
+        let listed = Command::new("sh")
+            .args(["-c", "zcat it.cpio.gz | busybox cpio -t"])
+            .current_dir(folder.join("corpus"))
+            .output();
+        assert_eq!(String::from_utf8_lossy(&listed.unwrap().stdout), "00000\n00001\n00002\n");
+        fs::write(&archive, "no archive").unwrap();
+        assert!(fuzz.inputs("it").unwrap_err().contains("it.cpio.gz"));
         fs::remove_dir_all(folder).unwrap();
     }
 
