@@ -12,6 +12,7 @@ pub mod launch;
 pub mod log;
 pub mod machine;
 pub mod memory;
+pub mod output;
 pub mod shell;
 pub mod tee;
 pub mod template;

@@ -11,6 +11,8 @@ use std::{
 
 use coffer_layout::mark;
 
+use crate::output;
+
 /// Nanoseconds of CLOCK_MONOTONIC: one clock for every process of the host.
 #[must_use]
 pub fn now_ns() -> u64 {
@@ -28,9 +30,9 @@ impl Trace {
     /// Opens the file; it may be a fifo.
     ///
     /// # Errors
-    /// The system's.
+    /// As [`output::open`].
     pub fn open(path: Option<&Path>) -> io::Result<Self> {
-        let file = path.map(|p| File::options().create(true).append(true).open(p)).transpose()?;
+        let file = path.map(output::open).transpose()?;
         Ok(Self(file.map(Mutex::new)))
     }
 
