@@ -82,9 +82,47 @@ pub fn mount_all() -> Result<(), BootError> {
     // A container may have a lease on a program (F_SETLEASE), and whoever runs that waits for so long, init with it: 45 s otherwise.
     let failed = |source| BootError { stage: "set fs.lease-break-time".into(), source };
     fs::write("/proc/sys/fs/lease-break-time", "1").map_err(failed)?;
+    // As systemd has them on a host: how many files may be open is a matter of each process's limit, and of its cgroup's memory. The
+    // kernel's own of a small guest would be 20,000 for all.
+    for (name, most) in [("nr_open", "1073741816"), ("file-max", "9223372036854775807")] {
+        fs::write(format!("/proc/sys/fs/{name}"), most)
+            .unwrap_or_else(|e| complain(&format!("coffer-init: set fs.{name}: {e}")));
+    }
     // PID 1's root is the initramfs, which pivot_root cannot leave: containers pivot from below this private copy.
     mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>)
         .map_err(at("make / private"))
+}
+
+/// Open files of whoever's configuration says nothing of them.
+const OPEN_FILES: libc::rlim_t = 1 << 20;
+
+/// Has the limits that a service of the host's which calls runc has (containerd.service, docker.service): what a configuration does not limit a
+/// container's process inherits, under runc from that service, and here from PID 1.
+pub fn raise_limits() {
+    for (resource, most) in [(libc::RLIMIT_NOFILE, OPEN_FILES), (libc::RLIMIT_NPROC, libc::RLIM_INFINITY)] {
+        if let Err(error) = set_limit(resource, most, most).or_else(|_| raise_to_hard(resource)) {
+            complain(&format!("coffer-init: set resource limit {resource}: {error}"));
+        }
+    }
+}
+
+/// What may be done without CAP_SYS_RESOURCE, which PID 1 of a machine has.
+fn raise_to_hard(resource: libc::__rlimit_resource_t) -> io::Result<()> {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: the pointer is to an rlimit that outlives the call.
+    if unsafe { libc::getrlimit(resource, &raw mut limit) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    set_limit(resource, limit.rlim_max, limit.rlim_max)
+}
+
+fn set_limit(resource: libc::__rlimit_resource_t, soft: libc::rlim_t, hard: libc::rlim_t) -> io::Result<()> {
+    let limit = libc::rlimit { rlim_cur: soft, rlim_max: hard };
+    // SAFETY: the pointer is to an rlimit that outlives the call.
+    if unsafe { libc::setrlimit(resource, &raw const limit) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
 }
 
 /// Turns every controller on for the children of a cgroup.

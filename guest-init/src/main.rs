@@ -21,6 +21,7 @@ fn main() {
 
 fn run() -> Result<(), Box<dyn std::error::Error>> {
     boot::mount_all()?;
+    boot::raise_limits();
     network::loopback_up()?;
     let mut server = Server::new(boot::listen_to_host()?)?;
     boot::tell(mark::INIT_READY);

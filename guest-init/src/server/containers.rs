@@ -265,8 +265,8 @@ impl Server {
         Ok(())
     }
 
-    /// What a further process does not say of its rights and limits is as the container has it. In place of limits runc has its
-    /// caller's own there, and none of the host's are here.
+    /// What a further process does not say of its rights and limits is as the container has it. Of limits runc has its
+    /// caller's own there, and none of the host's are here: what neither says is PID 1's.
     pub(super) fn complete(&self, exec: &mut Exec) {
         let first = self.containers.get(&exec.id).and_then(|container| container.spec.process().as_ref());
         let first = first.and_then(|process| serde_json::to_value(process).ok());

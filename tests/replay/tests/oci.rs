@@ -2,11 +2,14 @@
 
 use std::{
     fs,
-    os::unix::fs::{PermissionsExt, symlink},
+    os::unix::{
+        fs::{PermissionsExt, symlink},
+        process::CommandExt,
+    },
     path::PathBuf,
 };
 
-use coffer_replay::{Bench, config};
+use coffer_replay::{Bench, config, until};
 use serde_json::{Value, json};
 
 /// Runs a script in a container with this configuration; what it printed.
@@ -62,6 +65,38 @@ fn capabilities_and_limits_are_those_that_were_asked_for() {
         "{out}"
     );
     assert!(out.ends_with("123\n"), "{out}");
+}
+
+/// Docker and containerd's CRI name none: what their services have is what their containers have, under runc.
+#[test]
+fn limits_that_nobody_names_are_an_engines_services() {
+    let bench = Bench::new();
+    let script = "echo $(ulimit -n) $(ulimit -Hn)";
+    let mut config = config(&["sh", "-c", &format!("{script}; sleep 1000")]);
+    config["process"].as_object_mut().unwrap().remove("rlimits");
+    let bundle = bench.bundle("c", &config);
+    let mut command = bench.command(&["create", "-b"]);
+    command.arg(bundle).arg("c").stdout(fs::File::create(bench.path("c.out")).unwrap());
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: the pointer is to an rlimit that outlives the call.
+    assert_eq!(unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) }, 0);
+    let low = libc::rlimit { rlim_cur: 1024, ..limit };
+    let lower = move || {
+        // SAFETY: the pointer is to an rlimit that outlives the call.
+        unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const low) };
+        Ok(())
+    };
+    // SAFETY: one system call, and no memory is taken.
+    unsafe { command.pre_exec(lower) };
+    assert_eq!(command.status().unwrap().code(), Some(0));
+    let _ = bench.call(&["start", "c"]).ok();
+    until(|| bench.read("c.out").ends_with('\n'));
+    // A guest's init has every right; the stand-in's may have the right to raise its own.
+    let hard = limit.rlim_max;
+    let wanted = [1 << 20, hard].map(|most| format!("{most} {most}\n"));
+    assert!(wanted.contains(&bench.read("c.out")), "{} for {wanted:?}", bench.read("c.out"));
+    let further = bench.call(&["exec", "c", "sh", "-c", script]).ok();
+    assert_eq!(further, bench.read("c.out"));
 }
 
 #[test]

@@ -199,6 +199,7 @@ fn guest(listener: OwnedFd, share: &str, group: Option<&Path>) -> Result<(), Box
     fs::create_dir_all("/sys/fs/cgroup/init")?;
     fs::write("/sys/fs/cgroup/init/cgroup.procs", "0")?;
     boot::delegate_controllers("/sys/fs/cgroup");
+    boot::raise_limits();
     keep_the_hosts_clock()?;
     network::loopback_up()?;
     Server::new(listener)?.run()?;
