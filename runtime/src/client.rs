@@ -30,7 +30,7 @@ const ANSWER_LIMIT: Duration = Duration::from_secs(60);
 /// The same, when it has layers to unpack or a KBS to ask meanwhile. A VM that ends is noticed at once all the same.
 const LONG_ANSWER_LIMIT: Duration = Duration::from_secs(20 * 60);
 
-/// The same for SIGKILL, which works without the guest, too.
+/// The same for what works without the guest, too: SIGKILL, and that it forgets a container.
 const KILL_LIMIT: Duration = Duration::from_secs(10);
 /// Bytes of a guest's words that are shown.
 const MOST_WORDS: usize = 4096;
@@ -40,6 +40,7 @@ const MOST_WORDS: usize = 4096;
 fn limit(request: &Request, waits: bool) -> Duration {
     match request {
         Request::Signal { signal, .. } if *signal == libc::SIGKILL as u32 => KILL_LIMIT,
+        Request::Delete { .. } => KILL_LIMIT,
         Request::Create(_) | Request::Exec(_) if waits => LONG_ANSWER_LIMIT,
         _ => ANSWER_LIMIT,
     }
@@ -65,6 +66,28 @@ pub struct Connection {
     pub decoder: Decoder,
 }
 
+/// When something must have come, and how long that is; or that it may take for ever.
+#[derive(Clone, Copy, Debug)]
+struct Deadline(Option<(Duration, Instant)>);
+
+impl Deadline {
+    const NONE: Self = Self(None);
+
+    fn after(limit: Duration) -> Self {
+        // One past the end of all time is none.
+        Self(Instant::now().checked_add(limit).map(|end| (limit, end)))
+    }
+
+    /// Has the next read take no longer.
+    fn bound(self, stream: &UnixStream) -> Result<(), Error> {
+        let left = self.0.map(|(limit, end)| (limit, end.saturating_duration_since(Instant::now())));
+        if let Some((limit, Duration::ZERO)) = left {
+            return Err(no_answer(limit));
+        }
+        stream.set_read_timeout(left.map(|(_, left)| left)).map_err(host("set a time limit"))
+    }
+}
+
 /// The VMM is gone: only it knows why.
 fn gone() -> Error {
     Error::VmGone
@@ -75,7 +98,11 @@ impl Connection {
     ///
     /// # Errors
     /// [`Error::VmGone`] when there is no VM.
-    pub fn open(socket: &Path, mut alive: impl FnMut() -> bool) -> Result<Self, Error> {
+    pub fn open(socket: &Path, alive: impl FnMut() -> bool) -> Result<Self, Error> {
+        Self::open_until(socket, Deadline::after(ANSWER_LIMIT), alive)
+    }
+
+    fn open_until(socket: &Path, deadline: Deadline, mut alive: impl FnMut() -> bool) -> Result<Self, Error> {
         let began = Instant::now();
         let mut stream = loop {
             match UnixStream::connect(socket) {
@@ -86,15 +113,15 @@ impl Connection {
                 Err(_) => return Err(gone()),
             }
         };
-        stream.set_read_timeout(Some(ANSWER_LIMIT)).map_err(host("set a time limit"))?;
         stream.write_all(Line::Connect(CONTROL_PORT).to_string().as_bytes()).map_err(|_| gone())?;
         let mut line = Vec::new();
         let mut byte = [0];
         while line.len() < 32 {
+            deadline.bound(&stream)?;
             match stream.read(&mut byte) {
                 Ok(1) if byte[0] == b'\n' => break,
                 Ok(1) => line.push(byte[0]),
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Err(no_answer(ANSWER_LIMIT)),
+                Err(e) if matches!(e.kind(), io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock) => {}
                 _ => return Err(gone()),
             }
         }
@@ -125,10 +152,14 @@ impl Connection {
     /// # Errors
     /// As [`Self::ask`].
     pub fn ask_within(&mut self, request: &Request, limit: Option<Duration>) -> Result<Reply, Error> {
+        self.ask_until(request, limit.map_or(Deadline::NONE, Deadline::after))
+    }
+
+    fn ask_until(&mut self, request: &Request, deadline: Deadline) -> Result<Reply, Error> {
         let mut bytes = Vec::new();
         encode(Kind::Request, &request.to_payload(), &mut bytes);
         self.stream.write_all(&bytes).map_err(|_| gone())?;
-        let frame = self.frame(limit)?.ok_or_else(gone)?;
+        let frame = self.frame(deadline)?.ok_or_else(gone)?;
         let wrong = |e: coffer_protocol::FrameError| Error::Vm(format!("the guest's answer: {e}"));
         if frame.kind != Kind::Reply {
             return Err(Error::Vm("the guest answered out of order".into()));
@@ -143,9 +174,7 @@ impl Connection {
     }
 
     /// The next frame; `None` at the end. The limit is for all of it: a guest may send a byte now and then.
-    fn frame(&mut self, limit: Option<Duration>) -> Result<Option<Frame>, Error> {
-        // One past the end of all time is none.
-        let deadline = limit.and_then(|limit| Some((limit, Instant::now().checked_add(limit)?)));
+    fn frame(&mut self, deadline: Deadline) -> Result<Option<Frame>, Error> {
         let mut buffer = [0; 16 * 1024];
         loop {
             if let Some(frame) =
@@ -153,11 +182,7 @@ impl Connection {
             {
                 return Ok(Some(frame));
             }
-            let left = deadline.map(|(limit, end)| (limit, end.saturating_duration_since(Instant::now())));
-            if let Some((limit, Duration::ZERO)) = left {
-                return Err(no_answer(limit));
-            }
-            self.stream.set_read_timeout(left.map(|(_, left)| left)).map_err(host("set a time limit"))?;
+            deadline.bound(&self.stream)?;
             match self.stream.read(&mut buffer) {
                 Ok(0) => return Ok(None),
                 Ok(count) => self.decoder.push(&buffer[..count]),
@@ -168,12 +193,13 @@ impl Connection {
     }
 }
 
-/// One request on a connection of its own.
+/// One request on a connection of its own. All of it takes no longer than the request may.
 ///
 /// # Errors
 /// As [`Connection::ask`].
 pub fn ask(socket: &Path, request: &Request) -> Result<Reply, Error> {
-    Connection::open(socket, || false)?.ask(request)
+    let deadline = Deadline::after(limit(request, false));
+    Connection::open_until(socket, deadline, || false)?.ask_until(request, deadline)
 }
 
 /// How large a VM is, after its VMM was told how many MiB more than at boot it shall have.
@@ -239,12 +265,14 @@ mod tests {
         let exec = json!({ "id": "c", "exec_id": "e", "process": {}, "window": null });
         let exec = Request::Exec(serde_json::from_value(exec).unwrap());
         let start = Request::Start { id: "c".into() };
+        let delete = Request::Delete { id: "c".into() };
         let signal =
             |signal: i32| Request::Signal { target: SignalTarget::Init("c".into()), signal: signal as u32 };
         for (request, at_once, waits) in [
             (&create, 60, 1200),
             (&exec, 60, 1200),
             (&start, 60, 60),
+            (&delete, 10, 10),
             (&signal(libc::SIGTERM), 60, 60),
             (&signal(libc::SIGKILL), 10, 10),
         ] {

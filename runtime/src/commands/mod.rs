@@ -264,9 +264,10 @@ fn delete(root: &Path, id: &str, force: bool) -> Result<(), Error> {
     }
     let spec = config(&directory).ok().and_then(|c| plan::read(&c).ok()).map(|(_, spec)| spec);
     if others {
-        forgotten(&directory, &record.id);
-        // A VM that keeps what it has is no reason to keep the container.
-        let _ = resize::give_back(root, &directory, &record);
+        // A VM that keeps what it has is no reason to keep the container, and one that does not answer is not asked again.
+        if forgotten(&directory, &record.id) {
+            let _ = resize::give_back(root, &directory, &record);
+        }
     }
     match (others, &record.share) {
         (false, _) => directory.remove()?,
@@ -284,17 +285,19 @@ fn delete(root: &Path, id: &str, force: bool) -> Result<(), Error> {
     Ok(())
 }
 
-/// Waits until a guest that goes on has done with a container, so that its id can be used again at once.
-fn forgotten(directory: &Directory, id: &str) {
+/// Waits until a guest that goes on has done with a container, so that its id can be used again at once. Whether it answers.
+fn forgotten(directory: &Directory, id: &str) -> bool {
     let began = Instant::now();
     while began.elapsed() < DEATH_LIMIT {
         match client::ask(&directory.socket(), &Request::Delete { id: id.to_owned() }) {
             Err(Error::Guest { kind: ErrorKind::WrongState, .. }) => {
                 std::thread::sleep(Duration::from_millis(2));
             }
-            _ => return,
+            Err(Error::Vm(_) | Error::VmGone) => return false,
+            _ => return true,
         }
     }
+    true
 }
 
 /// Removes what nobody will ask for any more: containers that have stopped and whose bundle is gone, because their caller was

@@ -1,6 +1,9 @@
 //! Several containers in one VM, as podman's pods, CRI-O and containerd ask for them.
 
-use std::fs;
+use std::{
+    fs,
+    time::{Duration, Instant},
+};
 
 use coffer::pid::Pid;
 use coffer_replay::{Bench, config, until};
@@ -54,6 +57,27 @@ fn members_run_in_the_vm_of_their_sandbox_each_with_its_own_files() {
     let _ = bench.call(&["delete", "--force", "one"]).ok();
     assert_eq!((bench.status("infra"), bench.status("two")), ("running".into(), "running".into()));
     assert_eq!(bench.call(&["exec", "two", "echo", "there"]).ok(), "there\n");
+}
+
+/// Engines wait for both, and podman's `rm -f` calls one after the other.
+#[test]
+fn a_vm_that_hangs_holds_up_neither_the_kill_nor_the_removal_of_a_member() {
+    let bench = Bench::new();
+    bench.start("infra", &config(&["sleep", "1000"]));
+    bench.start("c", &member(&bench, &["sleep", "1000"], SHARED));
+    let vm = Pid::of(i32::try_from(vmm(&bench, "infra")).unwrap()).unwrap();
+    let stub = Pid::of(bench.pid("c")).unwrap();
+    vm.signal(libc::SIGSTOP);
+    let began = Instant::now();
+    let _ = bench.call(&["kill", "c", "9"]).ok();
+    assert!(began.elapsed() < Duration::from_secs(15), "{:?}", began.elapsed());
+    until(|| !stub.is_alive());
+    let began = Instant::now();
+    let _ = bench.call(&["delete", "--force", "c"]).ok();
+    assert!(began.elapsed() < Duration::from_secs(25), "{:?}", began.elapsed());
+    vm.signal(libc::SIGCONT);
+    assert_eq!(bench.status("infra"), "running");
+    assert!(bench.state("c").is_err());
 }
 
 /// The slower of two takes nothing of the container that has got the id meanwhile.
