@@ -36,9 +36,25 @@ pub(super) struct Container {
     pub(super) ended: bool,
     /// What its verified image wants in place of `TERM`.
     stop_signal: Option<u32>,
+    /// What ended it before it was started.
+    ended_by: Option<u32>,
 }
 
+/// Signals that can be caught and end what waits to be started, as they end `runc init`. The kernel drops them: it is the first process of its
+/// namespace, and has no handlers.
+const ENDING: [i32; 5] = [libc::SIGHUP, libc::SIGINT, libc::SIGQUIT, libc::SIGABRT, libc::SIGTERM];
+
 impl Container {
+    /// Whether this signal ended it, as it waits to be started.
+    fn ends_waiting(&mut self, sent: u32) -> io::Result<bool> {
+        let ends = self.making.is_some() && ENDING.iter().any(|signal| *signal as u32 == sent);
+        if ends {
+            send_signal(self.pid, libc::SIGKILL as u32)?;
+            self.ended_by = Some(sent);
+        }
+        Ok(ends)
+    }
+
     /// The signal that its first process gets for what the host sends.
     pub(super) fn signal(&self, sent: u32) -> u32 {
         if sent == signal::TERM { self.stop_signal.unwrap_or(sent) } else { sent }
@@ -168,7 +184,8 @@ impl Server {
         let New { spec, cgroup, stop_signal } = new;
         let pid = making.pid().unwrap_or_default();
         self.attach(key, &id, Process::new(pid, making.take_stdio()))?;
-        let container = Container { pid, spec, cgroup, making: Some(making), ended: false, stop_signal };
+        let making = Some(making);
+        let container = Container { pid, spec, cgroup, making, ended: false, stop_signal, ended_by: None };
         self.containers.insert(id, container);
         Ok(())
     }
@@ -320,11 +337,15 @@ impl Server {
         Ok(())
     }
 
-    pub(super) fn signal(&self, target: &SignalTarget, signal: u32) -> Result<(), ContainerError> {
+    pub(super) fn signal(&mut self, target: &SignalTarget, signal: u32) -> Result<(), ContainerError> {
         let (SignalTarget::Init(id) | SignalTarget::All(id)) = target;
-        let container = self.get(id)?;
+        let container = self.containers.get_mut(id).ok_or_else(|| no_container(id))?;
         if container.ended {
             return Err(ContainerError::new(ErrorKind::WrongState, "container not running"));
+        }
+        let failed = |e| ContainerError::guest(&format!("signal {signal}"), e);
+        if container.ends_waiting(signal).map_err(failed)? {
+            return Ok(());
         }
         let sent = match target {
             SignalTarget::Init(_) => send_signal(container.pid, container.signal(signal)),
@@ -334,7 +355,7 @@ impl Server {
             }
             SignalTarget::All(_) => send_to_all(&container.cgroup.processes(), signal),
         };
-        sent.map_err(|e| ContainerError::guest(&format!("signal {signal}"), e))
+        sent.map_err(failed)
     }
 
     /// Signals a process for its stub, whose word is the host's like any other: what the owner's policy denies is dropped.
@@ -345,7 +366,10 @@ impl Server {
         match self.confidential().and_then(|pod| pod.check(&asked)) {
             // It may have ended meanwhile.
             Ok(()) => {
-                let _ = send_signal(pid, signal);
+                let first = self.containers.values_mut().find(|container| container.pid == pid);
+                if !first.is_some_and(|container| container.ends_waiting(sent).unwrap_or(true)) {
+                    let _ = send_signal(pid, signal);
+                }
             }
             Err(error) => boot::complain(&format!("coffer-init: {}", error.message)),
         }
@@ -373,6 +397,9 @@ impl Server {
         let mut ended = Ended::from(exit);
         if let Some(container) = self.containers.values_mut().find(|c| c.pid == pid && !c.ended) {
             container.ended = true;
+            if let Some(signal) = container.ended_by.and_then(|signal| u8::try_from(signal).ok()) {
+                ended.exit = Exit::Signal(signal);
+            }
             ended.out_of_memory = container.cgroup.ran_out_of_memory();
         }
         let owner = self
@@ -461,6 +488,7 @@ mod tests {
                 making: None,
                 ended: false,
                 stop_signal: None,
+                ended_by: None,
             };
             server.containers.insert("c".into(), first);
             let told = |server: &Server, key| server.sessions[&key].process.as_ref().unwrap().ended;

@@ -79,6 +79,56 @@ fn a_created_container_can_be_deleted_and_a_running_one_cannot() {
     let _ = bench.call(&["delete", "--force", "c"]).ok();
 }
 
+/// As under runc, whose `init` ends: podman's `init` and `stop` need not wait for SIGKILL. By the command, and by the process on the host.
+#[test]
+fn a_created_container_ends_with_the_signals_that_end_runcs() {
+    let bench = Bench::new();
+    for (signal, wanted) in [("TERM", 143), ("INT", 130), ("HUP", 129), ("QUIT", 131), ("ABRT", 134)] {
+        for shares_processes in [false, true] {
+            let mut config = config(&["sleep", "1000"]);
+            if shares_processes {
+                config["linux"]["namespaces"].as_array_mut().unwrap().retain(|n| n["type"] != "pid");
+            }
+            let bundle = bench.bundle("c", &config);
+            assert_eq!(
+                ended(&bench, &bundle, |_| {
+                    let _ = bench.call(&["kill", "c", signal]).ok();
+                }),
+                wanted,
+                "{signal} {shares_processes}"
+            );
+        }
+    }
+    let bundle = bench.bundle("c", &config(&["sleep", "1000"]));
+    // SAFETY: signals a process of this test's own.
+    let of_stub = |pid: i32| assert_eq!(unsafe { libc::kill(pid, libc::SIGTERM) }, 0);
+    assert_eq!(ended(&bench, &bundle, of_stub), 143);
+    // Others it outlives.
+    let _ = bench.create("c", &bundle).ok();
+    for signal in ["USR1", "CHLD", "WINCH", "40"] {
+        let _ = bench.call(&["kill", "c", signal]).ok();
+    }
+    let _ = bench.call(&["start", "c"]).ok();
+    assert_eq!(bench.status("c"), "running");
+}
+
+/// Creates a container as this process's descendant, has it signalled, and waits for its end; the exit code of its process on the host.
+fn ended(bench: &Bench, bundle: &Path, signal: impl FnOnce(i32)) -> i32 {
+    // SAFETY: has descendants that lose their parents become this process's children.
+    assert_eq!(unsafe { libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1) }, 0);
+    let _ = bench.create("c", bundle).ok();
+    let (pid, mut status) = (bench.pid("c"), 0);
+    assert_eq!(bench.status("c"), "created");
+    signal(pid);
+    until(|| {
+        // SAFETY: the pointer is to an int that outlives the call.
+        unsafe { libc::waitpid(pid, &raw mut status, libc::WNOHANG) == pid }
+    });
+    let _ = bench.call(&["delete", "c"]).ok();
+    assert!(libc::WIFEXITED(status), "{status}");
+    libc::WEXITSTATUS(status)
+}
+
 /// A process called conmon that makes and starts a container and then waits.
 fn conmon(bench: &Bench, id: &str, bundle: &Path) -> Child {
     let program = bench.path("conmon");
