@@ -254,6 +254,18 @@ impl Directory {
         }
     }
 
+    /// Sets a marker file that nobody has set yet; `None` when somebody has.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn mark_first(&self, name: &str) -> Result<Option<()>, Error> {
+        let path = self.file(name);
+        match File::create_new(&path) {
+            Err(e) if e.kind() == ErrorKind::AlreadyExists => Ok(None),
+            other => other.map(|_| Some(())).map_err(host(format!("mark {}", path.display()))),
+        }
+    }
+
     /// Keeps others from removing it, until what this gives is dropped, and waits for who is at it. `None` when it is gone then, though
     /// another of this name may be there.
     ///

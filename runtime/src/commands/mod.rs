@@ -148,6 +148,7 @@ fn wait_created(root: &Path, id: &str) -> Result<(), Error> {
 }
 
 fn start(root: &Path, id: &str, waits: Ready) -> Result<(), Error> {
+    let already = || Error::State("cannot start an already running container".into());
     wait_created(root, id)?;
     let (directory, record) = find(root, id)?;
     match directory.status(&record) {
@@ -157,14 +158,23 @@ fn start(root: &Path, id: &str, waits: Ready) -> Result<(), Error> {
         }
         Status::Stopped => return Err(Error::State("cannot start a container that has stopped".into())),
         Status::Paused => return Err(Error::State("cannot start a container in the paused state".into())),
-        Status::Running => return Err(Error::State("cannot start an already running container".into())),
+        Status::Running => return Err(already()),
     }
     let (_, spec) = plan::read(&config(&directory)?)?;
     network::renew(&directory, &record)?;
     let inside = spec.hooks().as_ref().and_then(|h| h.start_container().as_deref()).unwrap_or_default();
-    client::Connection::open(&directory.socket(), || false)?
-        .ask_within(&Request::Start { id: id.to_owned() }, client::hooks_limit(inside))?;
-    directory.mark("started", true)?;
+    let mut connection = client::Connection::open(&directory.socket(), || false)?;
+    // Before its program runs, which may have ended, and whose container may be gone, by the time of the answer. Until then nobody is to
+    // take it for one that waits, and end it.
+    directory.mark_first("started")?.ok_or_else(already)?;
+    let request = Request::Start { id: id.to_owned() };
+    if let Err(error) = connection.ask_within(&request, client::hooks_limit(inside)) {
+        // One that does not answer may have let it go.
+        if matches!(error, Error::Guest { .. }) {
+            let _ = directory.mark("started", false);
+        }
+        return Err(error);
+    }
     let poststart = spec.hooks().as_ref().and_then(|h| h.poststart().as_ref());
     hooks::run(poststart, &record, Status::Running).inspect_err(|_| {
         // The container is stopped then (OCI runtime specification, runtime.md, "Lifecycle", step 9).

@@ -310,3 +310,27 @@ fn a_container_that_is_killed_during_its_hook_was_not_started() {
     let _ = bench.call(&["delete", "m"]).ok();
     assert_eq!(bench.call(&["exec", "beside", "echo", "there"]).ok(), "there\n");
 }
+
+/// As under runc, whose fifo is gone before its hooks run.
+#[test]
+fn a_container_that_was_let_go_runs_before_its_start_returns() {
+    let bench = Bench::new();
+    let bundle = with_a_hook(&bench, "echo hook; until test -e /srv/go; do sleep 0.05; done");
+    let mut start = bench.command(&["start", "m"]).spawn().unwrap();
+    until(|| bench.read("m.out") == "hook\n");
+    assert_eq!(bench.status("m"), "running");
+    assert!(bench.call(&["delete", "m"]).failed(1).contains("that is not stopped: running"));
+    assert!(bench.call(&["start", "m"]).failed(1).contains("cannot start an already running container"));
+    let signal = |signal| {
+        // SAFETY: signals a process of this test's own.
+        assert_eq!(unsafe { libc::kill(start.id() as i32, signal) }, 0);
+    };
+    // It ends and is removed before its start has seen the answer.
+    signal(libc::SIGSTOP);
+    fs::write(bundle.join("rootfs/srv/go"), "").unwrap();
+    bench.wait_stopped("m");
+    let _ = bench.call(&["delete", "--force", "m"]).ok();
+    signal(libc::SIGCONT);
+    assert_eq!(coffer_replay::finish(&mut start), 0);
+    assert_eq!(bench.read("m.out"), "hook\nprogram\n");
+}
