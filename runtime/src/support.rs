@@ -26,6 +26,7 @@ pub fn check(spec: &Spec, value: &Value) -> Result<(), Error> {
     hooks(value)?;
     mounts(spec)?;
     vm(value)?;
+    names(spec)?;
     let Some(linux) = spec.linux() else { return Ok(()) };
     namespaces(spec)?;
     sysctls(spec)?;
@@ -64,6 +65,17 @@ pub fn check(spec: &Spec, value: &Value) -> Result<(), Error> {
         }
     }
     linux.resources().as_ref().map_or(Ok(()), |r| resources(r, "config.json: linux.resources"))
+}
+
+/// The pod's other containers, and its VM, have their own.
+fn names(spec: &Spec) -> Result<(), Error> {
+    for (field, name) in [("hostname", spec.hostname()), ("domainname", spec.domainname())] {
+        let is_said = name.as_ref().is_some_and(|name| !name.is_empty());
+        if is_said && plan::namespace(spec, LinuxNamespaceType::Uts).is_none() {
+            return Err(wrong(field, &format!("unable to set {field} without a private UTS namespace")));
+        }
+    }
+    Ok(())
 }
 
 /// What fields of their own set, and what is the VM's and not the container's: runc and crun refuse the same.
@@ -296,6 +308,8 @@ mod tests {
         for (path, entry, name) in [
             ("/ociVersion", json!("1.0"), "ociVersion"),
             ("/ociVersion", json!("2.0.0"), "ociVersion 2.0.0 "),
+            ("/hostname", json!("x"), "hostname: unable to set hostname without a private UTS namespace"),
+            ("/domainname", json!("x"), "domainname: unable to set domainname without a private UTS"),
             ("/linux/intelRdt", json!({ "closID": "x" }), "linux.intelRdt"),
             ("/linux/timeOffsets", json!({ "monotonic": { "secs": 1, "nanosecs": 0 } }), "linux.timeOffsets"),
             (
@@ -383,6 +397,7 @@ mod tests {
     fn what_asks_for_nothing_is_fine() {
         for (path, entry) in [
             ("/ociVersion", json!("1.3.0")),
+            ("/hostname", json!("")),
             ("/linux/timeOffsets", json!({})),
             ("/linux/namespaces", json!([{ "type": "time" }])),
             ("/linux/netDevices", json!({})),

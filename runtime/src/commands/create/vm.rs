@@ -241,6 +241,7 @@ mod tests {
         let of = |name: Option<&str>, annotations: serde_json::Value| {
             let config = json!({
                 "ociVersion": "1.0.2", "root": { "path": "rootfs" }, "hostname": name, "annotations": annotations,
+                "linux": { "namespaces": [{ "type": "uts" }] },
                 "process": { "user": { "uid": 0, "gid": 0 }, "args": ["true"], "cwd": "/" },
             });
             let plan = plan(std::path::Path::new("/bundle"), "c", &serde_json::to_vec(&config).unwrap());
