@@ -43,7 +43,7 @@ use crate::{
 
 /// How long `start` waits for a `create` that is still at it: longer than a guest may take with an image to unpack.
 const CREATE_LIMIT: Duration = Duration::from_secs(25 * 60);
-/// How long `delete` waits for the end of a container that runs: what has just ended in the guest ends here a moment later.
+/// How long `delete` and `kill` wait for the end of a container that runs: what has just ended in the guest ends here a moment later.
 const END_LIMIT: Duration = Duration::from_secs(1);
 /// How long a process may take to go after SIGKILL.
 const DEATH_LIMIT: Duration = Duration::from_secs(10);
@@ -212,6 +212,12 @@ fn kill(call: &Call, root: &Path) -> Result<(), Error> {
         Err(Error::Vm(_) | Error::VmGone) if signal == libc::SIGKILL as u32 => {
             record.stub.unwrap_or(record.vmm).signal(libc::SIGKILL);
             Ok(())
+        }
+        // It has ended meanwhile, and its stub a moment later.
+        Err(Error::VmGone)
+            if record.stub.is_none_or(|stub| stub.wait(END_LIMIT)) || !record.vmm.is_alive() =>
+        {
+            if call.has("all") { Ok(()) } else { Err(Error::NotRunning) }
         }
         Err(error) => Err(error),
     }

@@ -129,6 +129,26 @@ fn ended(bench: &Bench, bundle: &Path, signal: impl FnOnce(i32)) -> i32 {
     libc::WEXITSTATUS(status)
 }
 
+/// Engines know these words, and no others: containerd takes the container for stopped then.
+#[test]
+fn a_signal_that_comes_with_the_end_of_the_vm_finds_nothing_that_runs() {
+    let bench = Bench::new();
+    bench.start("c", &config(&["sleep", "1000"]));
+    let stub = coffer::pid::Pid::of(bench.pid("c")).unwrap();
+    let state: serde_json::Value = serde_json::from_str(&bench.read("state/c/state.json")).unwrap();
+    let vmm = coffer::pid::Pid::of(state["vmm"]["pid"].as_i64().unwrap() as i32).unwrap();
+    // The stub has not seen yet that the VM has ended.
+    stub.signal(libc::SIGSTOP);
+    vmm.signal(libc::SIGKILL);
+    until(|| !vmm.is_alive());
+    assert_eq!(bench.status("c"), "running");
+    let said = bench.call(&["kill", "c", "TERM"]).failed(1);
+    assert!(said.contains("container not running"), "{said}");
+    let _ = bench.call(&["kill", "--all", "c", "TERM"]).ok();
+    stub.signal(libc::SIGCONT);
+    bench.wait_stopped("c");
+}
+
 /// A process called conmon that makes and starts a container and then waits.
 fn conmon(bench: &Bench, id: &str, bundle: &Path) -> Child {
     let program = bench.path("conmon");
