@@ -25,7 +25,7 @@ pub use message::{
 };
 
 /// Version of everything in this crate; sent in [`Sandbox`] and refused by init when it differs.
-pub const VERSION: u32 = 5;
+pub const VERSION: u32 = 6;
 
 /// Guest port on which init listens for the host.
 pub const CONTROL_PORT: u32 = 1024;

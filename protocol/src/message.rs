@@ -324,9 +324,9 @@ pub enum ErrorKind {
 pub struct Ended {
     /// Its own end.
     pub exit: Exit,
-    /// Said of a container's first process: the kernel has killed something in the container for want of memory, not necessarily this
-    /// process.
-    pub out_of_memory: bool,
+    /// Said of a container's first process: how many processes of the container the kernel has killed for want of memory, not necessarily
+    /// this one.
+    pub oom_kills: u64,
 }
 
 /// What a parent is told of a process's end.
@@ -353,7 +353,7 @@ impl Exit {
 impl From<Exit> for Ended {
     /// With memory enough.
     fn from(exit: Exit) -> Self {
-        Self { exit, out_of_memory: false }
+        Self { exit, oom_kills: 0 }
     }
 }
 

@@ -22,7 +22,8 @@ use crate::{
 /// Default of `--root`.
 pub const DEFAULT_ROOT: &str = "/run/coffer";
 
-/// The file in a container's directory, and where engines look, that says at its end that memory ran out.
+/// The file where engines look that says at a container's end that memory ran out. In the container's own directory its name has how many
+/// processes were killed for that behind it, and a point between.
 pub const OUT_OF_MEMORY: &str = "oom";
 
 /// Status of the OCI runtime specification, and paused.

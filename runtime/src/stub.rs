@@ -116,6 +116,8 @@ pub struct Relay {
     pub vmm: Option<OwnedFd>,
     /// Directories where callers look for the file `oom`, for a container's first process; opened before the root changed.
     pub oom: Vec<File>,
+    /// The container's own directory, likewise.
+    pub own: Option<File>,
     /// Who hears what the container's processes notify.
     pub teller: Option<Teller>,
     /// Open files of the caller, the process's from 3 on.
@@ -241,10 +243,14 @@ impl Relay {
     /// The exit code. podman takes a container's end for want of memory from a file, which conmon writes when the host's
     /// cgroup says so; here the guest's does.
     fn ended(&self, ended: Ended) -> i32 {
-        let places = if ended.out_of_memory { self.oom.as_slice() } else { &[] };
-        for directory in places {
-            let flags = OFlag::O_CREAT | OFlag::O_WRONLY | OFlag::O_CLOEXEC | OFlag::O_NOFOLLOW;
-            let _ = openat(directory, OUT_OF_MEMORY, flags, Mode::S_IRUSR | Mode::S_IWUSR);
+        if ended.oom_kills > 0 {
+            let mark = |directory: &File, name: &str| {
+                let flags = OFlag::O_CREAT | OFlag::O_WRONLY | OFlag::O_CLOEXEC | OFlag::O_NOFOLLOW;
+                let _ = openat(directory, name, flags, Mode::S_IRUSR | Mode::S_IWUSR);
+            };
+            self.oom.iter().for_each(|directory| mark(directory, OUT_OF_MEMORY));
+            let name = format!("{OUT_OF_MEMORY}.{}", ended.oom_kills);
+            self.own.iter().for_each(|directory| mark(directory, &name));
         }
         i32::from(ended.exit.code())
     }

@@ -267,9 +267,9 @@ impl Cgroup {
 
     /// True when the kernel killed something here for want of memory.
     #[must_use]
-    pub fn ran_out_of_memory(&self) -> bool {
+    pub fn oom_kills(&self) -> u64 {
         let text = fs::read_to_string(self.0.join("memory.events")).unwrap_or_default();
-        text.lines().any(|l| l.strip_prefix("oom_kill ").is_some_and(|n| n.trim() != "0"))
+        text.lines().find_map(|l| l.strip_prefix("oom_kill ")?.trim().parse().ok()).unwrap_or(0)
     }
 
     /// Kills everything in it and in those below it.

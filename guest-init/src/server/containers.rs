@@ -400,7 +400,7 @@ impl Server {
             if let Some(signal) = container.ended_by.and_then(|signal| u8::try_from(signal).ok()) {
                 ended.exit = Exit::Signal(signal);
             }
-            ended.out_of_memory = container.cgroup.ran_out_of_memory();
+            ended.oom_kills = container.cgroup.oom_kills();
         }
         let owner = self
             .sessions
@@ -466,11 +466,11 @@ mod tests {
     /// `--init` reports its child's end as its own, and a shell that of its last command; a killed worker may be nobody's last.
     #[test]
     fn a_container_whose_memory_ran_out_says_so_whichever_process_was_killed() {
-        for (events, exit, out_of_memory) in [
-            ("oom 1\noom_kill 1\n", Exit::Signal(9), true),
-            ("oom 1\noom_kill 1\n", Exit::Code(137), true),
-            ("oom 4\noom_kill 2\n", Exit::Code(0), true),
-            ("oom 3\noom_kill 0\n", Exit::Signal(9), false),
+        for (events, exit, oom_kills) in [
+            ("oom 1\noom_kill 1\n", Exit::Signal(9), 1),
+            ("oom 1\noom_kill 1\n", Exit::Code(137), 1),
+            ("oom 4\noom_kill 2\n", Exit::Code(0), 2),
+            ("oom 3\noom_kill 0\n", Exit::Signal(9), 0),
         ] {
             let directory = tempfile::tempdir().unwrap();
             fs::write(directory.path().join("memory.events"), events).unwrap();
@@ -496,7 +496,7 @@ mod tests {
             server.end(4712, exit);
             assert_eq!(told(&server, 1), Some(exit.into()), "{events} {exit:?}");
             server.end(4711, exit);
-            assert_eq!(told(&server, 0), Some(Ended { exit, out_of_memory }), "{events} {exit:?}");
+            assert_eq!(told(&server, 0), Some(Ended { exit, oom_kills }), "{events} {exit:?}");
         }
     }
 

@@ -2,10 +2,16 @@
 //!
 //! Owns: the JSON. Does not own: the counting, which the guest's kernel does.
 
-use std::{io::Write, path::Path, thread, time::Duration};
+use std::{
+    ffi::OsStr,
+    io::Write,
+    path::{Path, PathBuf},
+    thread,
+    time::Duration,
+};
 
 use coffer_protocol::{Reply, Request, Stats};
-use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify, InotifyEvent};
+use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use serde_json::{Value, json};
 
 use super::find;
@@ -25,7 +31,7 @@ const END_LIMIT: Duration = Duration::from_secs(10);
 pub(super) fn events(call: &Call, root: &Path) -> Result<i32, Error> {
     let interval = interval(call.value("interval").unwrap_or("5s"))?;
     let (directory, record) = find(root, call.id()?)?;
-    let mark = Mark::watch(&directory)?;
+    let mark = Mark::watch(&directory);
     let mut seen: Option<u64> = None;
     let mut waited = Duration::ZERO;
     loop {
@@ -56,11 +62,11 @@ pub(super) fn events(call: &Call, root: &Path) -> Result<i32, Error> {
 }
 
 /// The end of a stream that knows of so many processes killed for want of memory. What memory runs out for is mostly the container, and it has
-/// ended before anybody looks again: its stub has a mark.
+/// ended before anybody looks again: its stub leaves a mark, which says of how many.
 fn ended(mark: &Mark, record: &Record, known: u64) -> Result<i32, Error> {
     // One that does not end has no mark.
     let _ = record.stub.is_none_or(|stub| stub.wait(END_LIMIT));
-    if known == 0 && mark.was_made() {
+    if mark.kills() > known {
         line(&json!({ "type": "oom", "id": record.id }))?;
     }
     Ok(0)
@@ -68,22 +74,30 @@ fn ended(mark: &Mark, record: &Record, known: u64) -> Result<i32, Error> {
 
 /// Whether a container's stub makes the mark that memory ran out. An engine deletes a container as soon as it has ended, and the mark with it;
 /// the kernel keeps that it was there.
-struct Mark(Inotify);
+struct Mark {
+    /// None where there are as many as a user may have: what is still there is seen all the same.
+    watch: Option<Inotify>,
+    directory: PathBuf,
+}
 
 impl Mark {
-    fn watch(directory: &Directory) -> Result<Self, Error> {
+    fn watch(directory: &Directory) -> Self {
+        let directory = directory.file("");
         let inotify = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK);
-        let watched = inotify.and_then(|inotify| {
-            inotify.add_watch(&directory.file(""), AddWatchFlags::IN_CREATE).map(|_| Self(inotify))
+        let watch = inotify.and_then(|inotify| {
+            inotify.add_watch(&directory, AddWatchFlags::IN_CREATE)?;
+            Ok(inotify)
         });
-        watched.map_err(host("watch the container's directory"))
+        Self { watch: watch.ok(), directory }
     }
 
-    fn was_made(&self) -> bool {
-        let made = |events: Vec<_>| {
-            events.iter().any(|e: &InotifyEvent| e.name.as_deref() == Some(OUT_OF_MEMORY.as_ref()))
-        };
-        std::iter::from_fn(|| self.0.read_events().ok()).any(made)
+    /// Of how many processes it says that they were killed; none without it.
+    fn kills(&self) -> u64 {
+        let of = |name: &OsStr| name.to_str()?.strip_prefix(OUT_OF_MEMORY)?.strip_prefix('.')?.parse().ok();
+        let events = std::iter::from_fn(|| self.watch.as_ref()?.read_events().ok()).flatten();
+        let made = events.filter_map(|event| of(event.name.as_deref()?));
+        let entries = std::fs::read_dir(&self.directory).into_iter().flatten().flatten();
+        made.chain(entries.filter_map(|entry| of(&entry.file_name()))).max().unwrap_or(0)
     }
 }
 
@@ -179,6 +193,25 @@ fn data(stats: &Stats) -> Value {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Other than the first of a container's kills may be its last, and one that was told of already.
+    #[test]
+    fn a_mark_says_of_how_many_kills_though_the_container_is_gone() {
+        let root = tempfile::tempdir().unwrap();
+        let directory = Directory::of(root.path(), "c").unwrap();
+        directory.create().unwrap();
+        let mark = Mark::watch(&directory);
+        assert_eq!(mark.kills(), 0);
+        for other in ["oom", "oom.", "oom.x", "started"] {
+            std::fs::write(directory.file(other), "").unwrap();
+        }
+        assert_eq!(mark.kills(), 0);
+        std::fs::write(directory.file("oom.3"), "").unwrap();
+        let unwatched = Mark { watch: None, directory: directory.file("") };
+        assert_eq!(unwatched.kills(), 3);
+        directory.remove().unwrap();
+        assert_eq!((mark.kills(), unwatched.kills()), (3, 0));
+    }
 
     #[test]
     fn intervals_are_gos() {

@@ -145,6 +145,7 @@ pub(super) fn exec(call: &Call, root: &Path) -> Result<i32, Error> {
                 reports,
                 vmm,
                 oom: Vec::new(),
+                own: None,
                 teller: None,
                 further: carried.into_iter().map(Into::into).collect(),
             }

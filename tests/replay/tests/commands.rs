@@ -149,7 +149,7 @@ fn events_end_with_a_line_when_the_container_ended_for_want_of_memory() {
             bench.command(&["events", "--interval", "1h0m0.5s", "c"]).stdout(out).spawn().unwrap();
         until(|| bench.read("events").lines().count() == 1);
         if marked {
-            fs::write(bench.path("state/c/oom"), "").unwrap();
+            fs::write(bench.path("state/c/oom.1"), "").unwrap();
         }
         // As an engine does: the mark is gone before the stream looks again.
         let _ = bench.call(&["delete", "--force", "c"]).ok();

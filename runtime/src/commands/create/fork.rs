@@ -77,11 +77,11 @@ impl Making<'_> {
         }
         let reports = File::open(self.vm_directory().file("")).ok();
         // podman 4 looks in the bundle, podman 5 in a directory of conmon's, `events` in the container's own.
-        let oom: Vec<File> = [self.bundle.clone(), self.directory.file("")]
-            .into_iter()
+        let oom: Vec<File> = std::iter::once(self.bundle.clone())
             .chain(persist_dir())
             .filter_map(|d| File::open(d).ok())
             .collect();
+        let of_container = File::open(self.directory.file("")).ok();
         let vmm = record.vmm.open().ok();
         let destinations: Vec<PathBuf> = self
             .plan
@@ -145,7 +145,7 @@ impl Making<'_> {
                     let others = slave
                         .iter()
                         .map(AsRawFd::as_raw_fd)
-                        .chain(reports.iter().chain(&oom).map(AsRawFd::as_raw_fd))
+                        .chain(reports.iter().chain(&oom).chain(&of_container).map(AsRawFd::as_raw_fd))
                         .chain(vmm.iter().map(AsRawFd::as_raw_fd))
                         .chain(teller.iter().map(Teller::fd))
                         .chain(carried.iter().filter_map(Carried::number))
@@ -187,6 +187,7 @@ impl Making<'_> {
                     reports,
                     vmm,
                     oom,
+                    own: of_container,
                     teller,
                     further: carried.into_iter().map(Into::into).collect(),
                 })
