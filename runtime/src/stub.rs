@@ -84,6 +84,36 @@ pub fn drop_rights() {
     unsafe { libc::syscall(libc::SYS_capset, &raw const header, none.as_ptr()) };
 }
 
+/// As whom [`mark`] makes its file, too: podman gives a bundle to the root of a container's user namespace. Under runc that user's
+/// processes are in this one's place. Call it before [`drop_rights`]: nobody can be chosen later.
+pub fn save_user(user: u32) {
+    // SAFETY: changes one number of this process, which has one thread. The others stay as they are.
+    unsafe { libc::setresuid(u32::MAX, u32::MAX, user) };
+}
+
+/// Makes a file, whoever may.
+fn mark(directory: &File, name: &str) {
+    let flags = OFlag::O_CREAT | OFlag::O_WRONLY | OFlag::O_CLOEXEC | OFlag::O_NOFOLLOW;
+    let make = || openat(directory, name, flags, Mode::S_IRUSR | Mode::S_IWUSR).is_ok();
+    if !make() {
+        as_saved_user(make);
+    }
+}
+
+/// Does something as the user that was saved, without any right.
+fn as_saved_user(act: impl FnOnce() -> bool) {
+    let (mut real, mut effective, mut saved) = (0, 0, 0);
+    // SAFETY: the pointers are to numbers that outlive the call.
+    unsafe { libc::getresuid(&raw mut real, &raw mut effective, &raw mut saved) };
+    // SAFETY: changes one number of this process, to one that it has.
+    if saved == effective || unsafe { libc::setresuid(u32::MAX, saved, u32::MAX) } < 0 {
+        return;
+    }
+    act();
+    // SAFETY: as above.
+    unsafe { libc::setresuid(u32::MAX, effective, u32::MAX) };
+}
+
 /// The host's side of a process's terminal.
 pub enum Terminal {
     /// The slave of one that was made for the process; whoever has the master reads what it prints.
@@ -244,10 +274,6 @@ impl Relay {
     /// cgroup says so; here the guest's does.
     fn ended(&self, ended: Ended) -> i32 {
         if ended.oom_kills > 0 {
-            let mark = |directory: &File, name: &str| {
-                let flags = OFlag::O_CREAT | OFlag::O_WRONLY | OFlag::O_CLOEXEC | OFlag::O_NOFOLLOW;
-                let _ = openat(directory, name, flags, Mode::S_IRUSR | Mode::S_IWUSR);
-            };
             self.oom.iter().for_each(|directory| mark(directory, OUT_OF_MEMORY));
             let name = format!("{OUT_OF_MEMORY}.{}", ended.oom_kills);
             self.own.iter().for_each(|directory| mark(directory, &name));
@@ -429,4 +455,39 @@ fn read(fd: RawFd, buffer: &mut [u8]) -> Option<usize> {
         io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock => None,
         _ => Some(0),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::{PermissionsExt, chown};
+
+    use super::*;
+
+    /// podman looks for the file in a directory that is the container's root's alone, where it has a user namespace.
+    #[test]
+    fn a_mark_is_made_in_the_directory_of_a_containers_root_and_in_that_of_the_hosts() {
+        // SAFETY: reads a number.
+        if unsafe { libc::geteuid() } != 0 {
+            return;
+        }
+        let (mapped, own) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        std::fs::set_permissions(mapped.path(), PermissionsExt::from_mode(0o700)).unwrap();
+        chown(mapped.path(), Some(100_000), Some(100_000)).unwrap();
+        let open = [mapped.path(), own.path()].map(|path| File::open(path).unwrap());
+        // SAFETY: the child makes system calls alone, and ends by one.
+        let pid = unsafe { libc::fork() };
+        if pid == 0 {
+            save_user(100_000);
+            drop_rights();
+            open.iter().for_each(|directory| mark(directory, "mark"));
+            // SAFETY: reads a number, and ends this process.
+            unsafe { libc::_exit(i32::from(libc::geteuid() != 0)) }
+        }
+        let mut status = 0;
+        // SAFETY: the pointer is to an int that outlives the call.
+        assert_eq!(unsafe { libc::waitpid(pid, &raw mut status, 0) }, pid);
+        assert_eq!(status, 0);
+        assert!(own.path().join("mark").exists());
+        assert!(mapped.path().join("mark").exists());
+    }
 }

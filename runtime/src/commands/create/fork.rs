@@ -174,6 +174,9 @@ impl Making<'_> {
                     if let Some(slave) = &slave {
                         stub::take_terminal(slave);
                     }
+                    if let Some(root) = root_of(spec) {
+                        stub::save_user(root);
+                    }
                     stub::drop_rights();
                     Ok(signals)
                 };
@@ -194,6 +197,12 @@ impl Making<'_> {
             }
         }
     }
+}
+
+/// Whom of the host the root of a container's user namespace is.
+fn root_of(spec: &Spec) -> Option<u32> {
+    let maps = spec.linux().as_ref()?.uid_mappings().as_ref()?;
+    maps.iter().find(|map| map.container_id() == 0).map(oci_spec::runtime::LinuxIdMapping::host_id)
 }
 
 /// Where conmon keeps what podman is to know of a container when it has ended, if it is conmon that called.
