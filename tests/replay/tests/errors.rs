@@ -1,9 +1,38 @@
 //! What fails says so in the words and with the codes that callers look for.
 
-use std::{fs, process::Command};
+use std::{
+    fs,
+    os::unix::process::CommandExt,
+    process::{Command, Stdio},
+};
 
 use coffer_replay::{Bench, config, gave};
 use serde_json::{Value, json};
+
+/// A full file system, for one: a limit of what a file may have stands for it.
+#[test]
+fn a_create_that_cannot_write_its_state_leaves_nothing() {
+    let bench = Bench::new();
+    let mut long = config(&["sleep", "1000"]);
+    long["annotations"]["long"] = json!("x".repeat(100_000));
+    let bundle = bench.bundle("c", &long);
+    let mut create = bench.command(&["create", "-b"]);
+    create.arg(bundle).arg("c").stdout(Stdio::null());
+    let small = || {
+        let most = libc::rlimit { rlim_cur: 50_000, rlim_max: 50_000 };
+        // SAFETY: the pointer is to an rlimit that outlives the call, and the other call changes what a signal does.
+        unsafe {
+            libc::setrlimit(libc::RLIMIT_FSIZE, &raw const most);
+            libc::signal(libc::SIGXFSZ, libc::SIG_IGN);
+        }
+        Ok(())
+    };
+    // SAFETY: two system calls, and no memory is taken.
+    unsafe { create.pre_exec(small) };
+    let said = gave(&mut create).failed(1);
+    assert!(said.contains("config.json"), "{said}");
+    assert_eq!(fs::read_dir(bench.root()).unwrap().count(), 0);
+}
 
 #[test]
 fn a_command_that_is_not_there_fails_create_with_podmans_words_for_127() {

@@ -90,11 +90,17 @@ pub(super) fn create(call: &Call, root: &Path) -> Result<(), Error> {
     let directory = Directory::of(root, &id)?;
     interrupt::remember().map_err(host("take signals"))?;
     directory.create()?;
-    directory.making()?;
-    state::write_whole(&directory.file("config.json"), &text)?;
-    if plan.notify.as_ref().is_some_and(|notify| notify.whom == Whom::Starter) {
-        directory.mark("notifies", true)?;
-    }
+    let begun = || {
+        directory.making()?;
+        state::write_whole(&directory.file("config.json"), &text)?;
+        match plan.notify.as_ref().is_some_and(|notify| notify.whom == Whom::Starter) {
+            true => directory.mark("notifies", true),
+            false => Ok(()),
+        }
+    };
+    begun().inspect_err(|_| {
+        let _ = delete(root, &id, true);
+    })?;
     let share = vm.as_ref().zip(share).map(|(vm, name)| vm.directory.file("share").join(name));
     let config = call.value("config").map(|_| path);
     let streams = carried.iter().map(|c| c.stream).collect();
