@@ -1,5 +1,6 @@
 //! The process that `exec` adds: from a file, or the container's own with what the command line changes.
 
+use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::config;
@@ -56,9 +57,8 @@ fn changed(call: &Call, mut process: Value) -> Result<Value, Error> {
         .flat_map(|v| v.split(','))
         .map(|text| number("additional-gids", text))
         .collect::<Result<_, _>>()?;
-    if !groups.is_empty() {
-        process["user"]["additionalGids"] = json!(groups);
-    }
+    // Beside the container's own, as under runc.
+    extend(&mut process["user"]["additionalGids"], &groups);
     extend(&mut process["env"], call.values("env"));
     for capability in call.values("cap") {
         let name = capability.to_ascii_uppercase();
@@ -74,7 +74,7 @@ fn changed(call: &Call, mut process: Value) -> Result<Value, Error> {
 }
 
 /// Adds to a list that need not be there.
-fn extend(list: &mut Value, more: &[String]) {
+fn extend<T: Serialize>(list: &mut Value, more: &[T]) {
     if more.is_empty() {
         return;
     }
@@ -114,6 +114,17 @@ mod tests {
         assert_eq!(process["capabilities"]["effective"], json!(["CAP_NET_RAW", "CAP_KILL"]));
         assert_eq!((&process["cwd"], &process["noNewPrivileges"]), (&json!("/srv"), &json!(true)));
         assert_eq!(of("exec -t c ls").unwrap()["terminal"], json!(true));
+    }
+
+    #[test]
+    fn more_groups_come_beside_the_containers() {
+        let groups = |line: &str| {
+            let call = cli::parse(line.split_whitespace().map(str::to_owned)).unwrap();
+            let own = json!({ "args": ["sh"], "user": { "uid": 0, "gid": 0, "additionalGids": [5, 6] } });
+            changed(&call, own).unwrap()["user"]["additionalGids"].clone()
+        };
+        assert_eq!(groups("exec -g 7 -g 8 c id"), json!([5, 6, 7, 8]));
+        assert_eq!(groups("exec -u 1:2 c id"), json!([5, 6]));
     }
 
     #[test]
