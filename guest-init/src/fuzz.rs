@@ -120,6 +120,6 @@ impl Pod {
         spec: &Value,
         image: Option<&ImageSource>,
     ) -> Result<(), ContainerError> {
-        self.0.check_container(id, spec, image)
+        self.0.check_container(id, spec, image, &[])
     }
 }

@@ -123,7 +123,7 @@ pub fn all() -> Vec<Seed> {
         ("sealed", "vault", sealed(&vault)),
         ("sealed", "envelope", sealed(&envelope)),
         ("policy", "spec", SPEC.into()),
-        ("policy", "rego", include_bytes!("../../src/policy/closed.rego").to_vec()),
+        ("policy", "rego", coffer_attestation::policy::CLOSED.into()),
         ("report", "milan", include_bytes!("../../testdata/snp/test-report.bin").to_vec()),
         ("certificates", "vcek", table()),
         ("yaml", "kubectl", include_bytes!("../../testdata/yaml/kubectl.yaml").to_vec()),

@@ -6,15 +6,12 @@ use regorus::{Engine, PolicyLengthConfig, Value as Rego};
 use serde_json::Value;
 use thiserror::Error;
 
-use super::nesting;
+use super::{CLOSED, nesting};
 
 /// The package that holds the rules.
 const PACKAGE: &str = "data.agent_policy";
 /// What is allowed when initdata has no policy: everything without a TEE.
 const OPEN: &str = include_str!("open.rego");
-/// And under a TEE: only images that were verified in the guest, no exec, no stdin.
-const CLOSED: &str =
-    concat!(include_str!("closed.rego"), include_str!("masked.rego"), include_str!("signals.rego"));
 /// Initdata's own bound on the text. Lines may be long: a sealed secret in an environment is one.
 const LENGTHS: PolicyLengthConfig = PolicyLengthConfig {
     max_col: NonZeroU32::new(1 << 20).unwrap(),

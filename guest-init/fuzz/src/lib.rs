@@ -7,6 +7,7 @@ mod spec;
 
 use std::cell::RefCell;
 
+use coffer_attestation::policy::CLOSED;
 use coffer_fuzz::Target;
 use coffer_init::{
     container::fuzz as container,
@@ -100,8 +101,6 @@ pub fn conversation(data: &[u8]) {
     assert!(credit <= said.len() && credit_further <= further.len());
     assert!(done.stdin.len().saturating_sub(credit) <= STDIN_WINDOW);
 }
-
-const CLOSED: &str = include_str!("../../../attestation/src/policy/closed.rego");
 
 /// What the closed policy lets a host mount; the kernel's parameters that it may set begin with these.
 const FILES: [&str; 5] =

@@ -1,4 +1,4 @@
-//! `coffer policy generate`: the owner's policy for one container, or for a pod.
+//! `coffer policy`: the owner's policy for one container, or for a pod; and the one that holds without.
 //!
 //! Owns: getting the configuration that an engine would give to the runtime, and putting it into the form in which the guest
 //! will ask. The policy's text is coffer-attestation's. Does not own: the rest of initdata.
@@ -15,7 +15,7 @@ use std::{
 };
 
 use coffer_attestation::{
-    policy::{Allowed, Unseen, VerifiedImage, create_input, generate, generate_pod, unseen},
+    policy::{Allowed, CLOSED, Unseen, VerifiedImage, create_input, generate, generate_pod, unseen},
     yaml::{self, YamlError},
 };
 use coffer_layers::{
@@ -43,6 +43,7 @@ coffer policy: what the host may do with an attested pod
                               policy.rego for the containers of a Kubernetes pod, or of what has a pod's template;
                               - is stdin. NAME is an image as the manifest has it, its default the annotation
                               io.coffer.image; --sandbox is the engine's own container, which is not admitted without
+  coffer policy default       policy.rego that holds under a TEE where initdata has none, to begin another with
 
 The image is the one of the annotation io.coffer.image, which must be readable here. --exec allows a command line, to the
 word; --stdin allows the host to write to the container. A network is allowed where there is one: not with podman's --network none, nor
@@ -107,7 +108,14 @@ pub fn run(words: &[String]) -> Result<(), Error> {
         Some((command, words)) if command == "generate" && !words.first().is_some_and(asked) => {
             generate_policy(words)
         }
-        Some((other, _)) if other != "generate" && !asked(other) => {
+        Some((command, [])) if command == "default" => {
+            cli::show(CLOSED.trim_end());
+            Ok(())
+        }
+        Some((command, [word, ..])) if command == "default" && !asked(word) => {
+            Err(Error::Usage(format!("default takes no words: {word:?}")))
+        }
+        Some((other, _)) if !["default", "generate"].contains(&other.as_str()) && !asked(other) => {
             Err(Error::Usage(format!("unknown command {other:?}")))
         }
         _ => {
@@ -369,6 +377,7 @@ mod tests {
         let words = |line: &str| line.split_whitespace().map(str::to_owned).collect::<Vec<_>>();
         let message = |line: &str| run(&words(line)).unwrap_err().to_string();
         assert!(message("generate").contains("--config or --pod is missing"));
+        assert!(message("default x").contains("default takes no words"));
         assert!(message("generate podman ps").contains("only `podman … run`"));
         let dir = tempfile::tempdir().unwrap();
         let config = dir.path().join("config.json");
