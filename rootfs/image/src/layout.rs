@@ -1,6 +1,9 @@
 //! Where blobs lie: an OCI image layout (image-spec, image-layout.md) or whatever else serves them by digest.
 //!
-//! Owns: finding a blob and reading a small one whole, checked. Does not own: what is in it.
+//! Owns: finding a blob and reading a small one whole, checked; who may change a layout beside whom. Does not own: what is in it.
+//!
+//! Two locks (flock(2)), on directories, since other tools ask what an unknown file in a layout is. The layout's own is shared by
+//! all who fill it, and alone with who removes: blobs come before the index names them. That of `blobs` is held while the index changes.
 
 use std::{
     fs::{File, OpenOptions},
@@ -9,12 +12,16 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use rustix::{
+    fs::{FlockOperation, flock},
+    io::retry_on_intr,
+};
 use serde_json::json;
 use thiserror::Error;
 
 use crate::{
     digest::{Digest, Hasher},
-    manifest::{Descriptor, Document, Index, ManifestError},
+    manifest::{Descriptor, Document, Index, MOST_MANIFESTS, ManifestError},
 };
 
 /// Largest manifest, index or configuration in bytes: registries take no more either.
@@ -122,11 +129,53 @@ impl Layout {
         }
         let bad = |e: io::Error| BlobError::Layout(path.clone(), e.to_string());
         std::fs::create_dir_all(path.join("blobs/sha256")).map_err(bad)?;
-        std::fs::write(path.join("oci-layout"), json!({"imageLayoutVersion": "1.0.0"}).to_string())
-            .map_err(bad)?;
-        std::fs::write(path.join("index.json"), json!({"schemaVersion": 2, "manifests": []}).to_string())
-            .map_err(bad)?;
-        Ok(Self { path })
+        let made = Self { path: path.clone() };
+        let _held = made.lock("blobs", FlockOperation::LockExclusive)?;
+        // Another may have made it meanwhile, and have named an image in it. `oci-layout` comes last: with it the index is there.
+        if !path.join("oci-layout").exists() {
+            if !path.join("index.json").exists() {
+                made.replace(
+                    "index.json",
+                    json!({"schemaVersion": 2, "manifests": []}).to_string().as_bytes(),
+                )?;
+            }
+            made.replace("oci-layout", json!({"imageLayoutVersion": "1.0.0"}).to_string().as_bytes())?;
+        }
+        Self::open(path)
+    }
+
+    /// Holds the layout as one of those that fill it, or that read it twice: nobody removes blobs meanwhile.
+    ///
+    /// # Errors
+    /// [`BlobError::Layout`].
+    pub fn hold(&self) -> Result<Held, BlobError> {
+        self.lock("", FlockOperation::LockShared)
+    }
+
+    /// Holds the layout alone, as who removes blobs does. `waits` is called where others hold it.
+    ///
+    /// # Errors
+    /// [`BlobError::Layout`].
+    pub fn hold_alone(&self, waits: impl FnOnce()) -> Result<Held, BlobError> {
+        self.lock("", FlockOperation::NonBlockingLockExclusive).or_else(|_| {
+            waits();
+            self.lock("", FlockOperation::LockExclusive)
+        })
+    }
+
+    fn lock(&self, folder: &str, how: FlockOperation) -> Result<Held, BlobError> {
+        let bad = |e: io::Error| BlobError::Layout(self.path.clone(), format!("lock: {e}"));
+        let directory = File::open(self.path.join(folder)).map_err(bad)?;
+        retry_on_intr(|| flock(&directory, how)).map_err(|e| bad(e.into()))?;
+        Ok(Held(directory))
+    }
+
+    /// Writes a file of the layout in one step. Under the lock of `blobs`, which keeps the temporary name one's own.
+    fn replace(&self, name: &str, bytes: &[u8]) -> Result<(), BlobError> {
+        let bad = |e: io::Error| BlobError::Layout(self.path.clone(), e.to_string());
+        let temporary = self.path.join(format!(".{name}.partial"));
+        std::fs::write(&temporary, bytes).map_err(bad)?;
+        std::fs::rename(temporary, self.path.join(name)).map_err(bad)
     }
 
     /// Where it is.
@@ -174,7 +223,9 @@ impl Layout {
         })
     }
 
-    fn blob(&self, digest: &Digest) -> PathBuf {
+    /// Where a blob's file is, or would be.
+    #[must_use]
+    pub fn blob(&self, digest: &Digest) -> PathBuf {
         self.path.join("blobs").join(digest.algorithm()).join(digest.hex())
     }
 
@@ -228,17 +279,37 @@ impl Layout {
     /// # Errors
     /// [`BlobError`].
     pub fn tag(&self, mut descriptor: Descriptor, tag: &str) -> Result<(), BlobError> {
+        self.edit(|manifests| {
+            manifests.retain(|d| d.annotations.get(REF_NAME).map(String::as_str) != Some(tag));
+            descriptor.annotations.insert(REF_NAME.into(), tag.into());
+            manifests.push(descriptor);
+        })
+    }
+
+    /// Changes what the index names, in one step, and nobody else's change is lost.
+    ///
+    /// # Errors
+    /// [`BlobError`]; then the index is as it was.
+    pub fn edit(&self, change: impl FnOnce(&mut Vec<Descriptor>)) -> Result<(), BlobError> {
+        let _held = self.lock("blobs", FlockOperation::LockExclusive)?;
         let mut index = self.index()?;
-        index.manifests.retain(|d| d.annotations.get(REF_NAME).map(String::as_str) != Some(tag));
-        descriptor.annotations.insert(REF_NAME.into(), tag.into());
-        index.manifests.push(descriptor);
-        let bad = |e: io::Error| BlobError::Layout(self.path.clone(), e.to_string());
-        let temporary = self.path.join(".index.json.partial");
-        let text = serde_json::to_vec(&index).map_err(|e| bad(e.into()))?;
-        std::fs::write(&temporary, text).map_err(bad)?;
-        std::fs::rename(temporary, self.path.join("index.json")).map_err(bad)
+        change(&mut index.manifests);
+        let bad = |why: String| BlobError::Layout(self.path.clone(), why);
+        // It could not be read any more.
+        if index.manifests.len() > MOST_MANIFESTS {
+            return Err(bad(format!("its index would name more than {MOST_MANIFESTS} images")));
+        }
+        let text = serde_json::to_vec(&index).map_err(|e| bad(e.to_string()))?;
+        if text.len() as u64 > MOST_DOCUMENT {
+            return Err(bad(format!("index.json would have more than {MOST_DOCUMENT} bytes")));
+        }
+        self.replace("index.json", &text)
     }
 }
+
+/// A lock on a layout, until it is dropped.
+#[derive(Debug)]
+pub struct Held(#[expect(dead_code, reason = "the lock goes with it")] File);
 
 impl Blobs for Layout {
     fn open(&self, digest: &Digest) -> io::Result<Box<dyn Read + Send>> {
@@ -358,5 +429,49 @@ mod tests {
         assert_eq!(layout.tagged(Some("latest")).unwrap().digest, Digest::sha256(b"2"));
         let message = layout.tagged(Some("v1")).unwrap_err().to_string();
         assert!(message.ends_with("no tag \"v1\": it has latest"), "{message}");
+    }
+
+    #[test]
+    fn tags_of_many_at_once_are_all_there() {
+        let dir = tempfile::tempdir().unwrap();
+        let tags: Vec<_> = (0..16).map(|number| format!("t{number}")).collect();
+        std::thread::scope(|scope| {
+            for tag in &tags {
+                let dir = &dir;
+                // Each makes the layout, too.
+                scope.spawn(move || {
+                    let layout = Layout::create(dir.path()).unwrap();
+                    let _held = layout.hold().unwrap();
+                    let described = Descriptor {
+                        media_type: "x".into(),
+                        digest: Digest::sha256(tag.as_bytes()),
+                        size: 1,
+                        urls: Vec::new(),
+                        annotations: Default::default(),
+                        platform: None,
+                        artifact_type: None,
+                    };
+                    layout.tag(described, tag).unwrap();
+                });
+            }
+        });
+        let layout = Layout::open(dir.path()).unwrap();
+        for tag in &tags {
+            layout.tagged(Some(tag)).unwrap();
+        }
+        let names = std::fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().file_name());
+        assert!(names.into_iter().all(|name| !name.to_string_lossy().starts_with('.')));
+    }
+
+    #[test]
+    fn an_index_does_not_grow_beyond_what_can_be_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let layout = Layout::create(dir.path()).unwrap();
+        let one = layout.put("x", b"1").unwrap();
+        let many = |count: usize| layout.edit(|manifests| *manifests = vec![one.clone(); count]);
+        many(MOST_MANIFESTS).unwrap();
+        let said = many(MOST_MANIFESTS + 1).unwrap_err().to_string();
+        assert!(said.contains("more than 1024 images"), "{said}");
+        assert_eq!(layout.index().unwrap().manifests.len(), MOST_MANIFESTS);
     }
 }

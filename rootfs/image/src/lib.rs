@@ -18,6 +18,7 @@ pub mod openpgp;
 pub mod pipeline;
 pub mod policy;
 pub mod reference;
+pub mod removal;
 pub mod tar;
 pub mod unpack;
 

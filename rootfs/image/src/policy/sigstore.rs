@@ -23,7 +23,7 @@ use thiserror::Error;
 use crate::{
     digest::Digest,
     layout::{BlobError, Blobs, Layout, REF_NAME, document},
-    manifest::{Descriptor, Document, MANIFEST, ManifestError},
+    manifest::{Descriptor, Document, MANIFEST, Manifest, ManifestError},
     openpgp::OpenPgpError,
 };
 
@@ -238,6 +238,28 @@ pub(super) fn named(
 #[must_use]
 pub fn tag(digest: &Digest) -> String {
     format!("{}-{}.sig", digest.algorithm(), digest.hex())
+}
+
+/// The image that a tag of cosign's belongs to: `sha256-<hex>.sig`, and what it keeps beside (`.att`, `.sbom`).
+#[must_use]
+pub fn signed(tag: &str) -> Option<Digest> {
+    let (name, _) = tag.split_once('.')?;
+    let (algorithm, hex) = name.split_once('-')?;
+    format!("{algorithm}:{hex}").parse().ok()
+}
+
+/// The images that a manifest of signatures says it signs, as nobody has checked; none where it is no such manifest or one of its
+/// payloads cannot be read.
+#[must_use]
+pub fn said(blobs: &dyn Blobs, manifest: &Manifest) -> Vec<Digest> {
+    let of = |layer: &Descriptor| -> Option<Digest> {
+        if layer.media_type != PAYLOAD || layer.size > MOST_PAYLOAD {
+            return None;
+        }
+        let payload = document(blobs, &layer.digest, Some(layer.size)).ok()?;
+        Some(serde_json::from_slice::<Payload>(&payload).ok()?.critical.image.digest)
+    };
+    manifest.layers.iter().map(of).collect::<Option<_>>().unwrap_or_default()
 }
 
 /// The signatures that a manifest of signatures lists.
