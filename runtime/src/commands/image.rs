@@ -3,6 +3,7 @@
 //! Owns: the words of these commands and what they print. The work is coffer-layers'.
 
 mod arguments;
+mod kept;
 mod progress;
 
 use std::{
@@ -29,6 +30,7 @@ use coffer_layers::{
         simple,
     },
     reference::{Reference, ReferenceError},
+    removal::RemovalError,
     unpack::Options,
 };
 use thiserror::Error;
@@ -55,6 +57,9 @@ coffer image: images that only an attested pod can read
                                               Without LAYOUT into the one that all pods share
   coffer image pull containers-storage:IMAGE [LAYOUT[:TAG]]
                                               what podman has already, by skopeo, as another manifest
+  coffer image list [LAYOUT]                  a line each: digest, bytes, bytes that removing it frees, names
+  coffer image remove IMAGE...                and the blobs that no other needs, and its signatures. IMAGE is
+                                              as pull or list prints it, or sha256:…
   coffer image sign --key PRIVATE.pem --name NAME IMAGE
                                               sign as cosign does (P-256), beside the image
   coffer image inspect IMAGE                  layers, keys that they need, what the image runs
@@ -63,7 +68,8 @@ coffer image: images that only an attested pod can read
                                               check, decrypt and unpack, as a pod does
   coffer image keyprovider [--key FILE]       answer skopeo's key provider protocol on stdin
 
-FROM, TO and IMAGE are [oci:]LAYOUT[:TAG][@DIGEST]. An encrypted image is only unpacked by its
+FROM, TO and IMAGE are [oci:]LAYOUT[:TAG][@DIGEST]; for remove, docker://NAME[@DIGEST] and DIGEST are
+of the layout that all pods share, and without a tag all names of the digest go. An encrypted image is only unpacked by its
 digest or under a policy (containers-policy.json) that asks for a signature. NAME is what it is
 called in a registry, REGISTRY/REPOSITORY[:TAG]; without, the policy's rules for oci: apply.
 Passwords are podman login's. Only this machine's registries, and those of --plain-http, are
@@ -105,6 +111,12 @@ pub enum Error {
     /// podman's storage.
     #[error(transparent)]
     Storage(#[from] StorageError),
+    /// Images could not be listed or removed.
+    #[error(transparent)]
+    Removal(#[from] RemovalError),
+    /// No such image.
+    #[error("image: {0}: it is not in {path}: see coffer image list {path}", path = .1.display())]
+    Unknown(String, PathBuf),
     /// A key provider's request.
     #[error(transparent)]
     Provider(#[from] ProviderError),
@@ -131,6 +143,8 @@ pub fn run(words: &[String]) -> Result<(), Error> {
         "key" => key(&arguments(&[], 1)?),
         "encrypt" => encrypt_image(&arguments(&["--key", "--jwe"], 2)?),
         "pull" => pull(&arguments(&["--plain-http", "--authfile", "--authority"], 2)?),
+        "list" => kept::list(&arguments(&[], 1)?),
+        "remove" => kept::remove(&arguments(&[], usize::MAX)?),
         "inspect" => inspect(&arguments(&[], 1)?),
         "sign" => sign(&arguments(&["--key", "--name"], 1)?),
         "unpack" => unpack(&arguments(&["--key", "--jwe", "--most", "--policy", "--name"], 2)?),
@@ -191,6 +205,7 @@ fn encrypt_image(arguments: &Arguments) -> Result<(), Error> {
     let source = Layout::open(&from.path)?;
     let image = descriptor(&source, &from)?;
     let target = Layout::create(&to.path)?;
+    let _held = target.hold()?;
     let tag = to.tag.as_deref().or(from.tag.as_deref()).unwrap_or("latest");
     let bytes = AtomicU64::new(0);
     let progress = Progress::start("encrypted", &bytes, 0);
@@ -215,12 +230,17 @@ fn pull(arguments: &Arguments) -> Result<(), Error> {
         authorities: arguments.values("--authority").iter().map(PathBuf::from).collect(),
     };
     let layout = Layout::create(&to.path)?;
+    // What has come is in no index yet.
+    let _held = layout.hold()?;
     let bytes = AtomicU64::new(0);
     let progress = Progress::start("pulled", &bytes, 0);
     let image = progress.during(|| registry::pull(&name, &layout, &options, &bytes))?;
     if shared {
         let tag = name.tag().map(|tag| format!(":{tag}")).unwrap_or_default();
-        println!("docker://{}{tag}@{}", name.repository(), image.digest);
+        // With its digest, by which pods name it: a newer image of the tag does not take its place.
+        let name = format!("{}{tag}@{}", name.repository(), image.digest);
+        layout.tag(image, &name)?;
+        println!("docker://{name}");
         return Ok(());
     }
     let tag = to.tag.as_deref().or(name.tag()).unwrap_or("latest");
@@ -231,10 +251,13 @@ fn pull(arguments: &Arguments) -> Result<(), Error> {
 
 fn pull_stored(image: &str, to: &Reference, shared: bool) -> Result<(), Error> {
     let layout = Layout::create(&to.path)?;
+    let _held = layout.hold()?;
     let made = storage::pull(image, &layout)?;
     let digest = made.digest.clone();
     let mut tag = String::new();
-    if !shared {
+    if shared {
+        layout.tag(made, &format!("{}{image}@{digest}", storage::PREFIX))?;
+    } else {
         let name = to.tag.as_deref().unwrap_or("latest");
         layout.tag(made, name)?;
         tag = format!(":{name}");
@@ -246,6 +269,7 @@ fn pull_stored(image: &str, to: &Reference, shared: bool) -> Result<(), Error> {
 fn sign(arguments: &Arguments) -> Result<(), Error> {
     let reference: Reference = arguments.word(0, "IMAGE")?.parse()?;
     let layout = Layout::open(&reference.path)?;
+    let _held = layout.hold()?;
     let image = descriptor(&layout, &reference)?;
     let key = arguments.values("--key").last();
     let key = key.ok_or_else(|| Error::Usage("sign: --key PRIVATE.pem is missing".into()))?;
@@ -304,6 +328,11 @@ fn inspect(arguments: &Arguments) -> Result<(), Error> {
         Err(ConfigError::NoCommand) => text += "runs      nothing by itself\n",
         Err(e) => return Err(e.into()),
     }
+    print(&text)
+}
+
+/// To standard output.
+fn print(text: &str) -> Result<(), Error> {
     match io::stdout().write_all(text.as_bytes()).and_then(|()| io::stdout().flush()) {
         // Its reader has seen enough.
         Err(e) if e.kind() == io::ErrorKind::BrokenPipe => Ok(()),

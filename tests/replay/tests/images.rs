@@ -394,3 +394,33 @@ fn tools_of_the_host_find_an_empty_root_that_takes_nothing() {
     let _ = bench.call(&["exec", "c", "touch", "/srv/seen"]).ok();
     assert!(bench.path("volume/seen").exists());
 }
+
+#[test]
+fn an_image_is_listed_and_removed() {
+    let bench = Bench::new();
+    let (layout, manifest) = image(&bench);
+    let path = layout.path().display().to_string();
+    layout.tag(manifest.clone(), "other").unwrap();
+    let key = include_str!("../../../rootfs/image/testdata/sign/p256.pem");
+    let signature = Signature::sign(key, "r.io/team/app:1", &manifest.digest).unwrap();
+    sigstore::store(&layout, &manifest.digest, &signature).unwrap();
+    let blobs = || fs::read_dir(layout.path().join("blobs/sha256")).unwrap().count();
+
+    let said = bench.call(&["image", "list", &path]).ok();
+    let words: Vec<_> = said.split_whitespace().collect();
+    assert_eq!(said.lines().count(), 1, "{said}");
+    assert_eq!(words[0], manifest.digest.to_string());
+    assert_eq!(words[3..], [format!("{path}:app"), format!("{path}:other")]);
+    // The signature is its own too.
+    assert!(words[1].parse::<u64>().unwrap() < words[2].parse::<u64>().unwrap(), "{said}");
+
+    let said = bench.call(&["image", "remove", &format!("{path}:none")]).failed(1);
+    assert!(said.contains(&format!("{path}:none: it is not in {path}: see coffer image list")), "{said}");
+    let said = bench.call(&["image", "remove", &format!("{path}:app")]).ok();
+    assert_eq!(said, format!("untagged  {path}:app\nfreed     0 bytes, 0 blobs\n"));
+    assert_eq!(blobs(), 6);
+    let said = bench.call(&["image", "remove", &format!("{path}@{}", manifest.digest)]).ok();
+    assert!(said.contains(&format!("deleted   {}\n", manifest.digest)), "{said}");
+    assert!(said.ends_with(&format!("freed     {} bytes, 6 blobs\n", words[2])), "{said}");
+    assert_eq!((blobs(), bench.call(&["image", "list", &path]).ok()), (0, String::new()));
+}

@@ -46,6 +46,10 @@ impl Arguments {
         word.ok_or_else(|| Error::Usage(format!("{}: {what} is missing", self.command)))
     }
 
+    pub(super) fn words(&self) -> &[String] {
+        &self.words
+    }
+
     pub(super) fn values(&self, flag: &str) -> &[String] {
         self.values.iter().find(|(name, _)| *name == flag).map_or(&[], |(_, values)| values)
     }
