@@ -1,4 +1,4 @@
-//! `coffer image`: what an image's owner does with it at home: encrypt, sign, inspect, unpack.
+//! `coffer image`: what an image's owner does with it at home: encrypt, sign, inspect, unpack, pull, list, remove.
 //!
 //! Owns: the words of these commands and what they print. The work is coffer-layers'.
 
@@ -68,12 +68,12 @@ coffer image: images that only an attested pod can read
                                               check, decrypt and unpack, as a pod does
   coffer image keyprovider [--key FILE]       answer skopeo's key provider protocol on stdin
 
-FROM, TO and IMAGE are [oci:]LAYOUT[:TAG][@DIGEST]; for remove, docker://NAME[@DIGEST] and DIGEST are
-of the layout that all pods share, and without a tag all names of the digest go. An encrypted image is only unpacked by its
-digest or under a policy (containers-policy.json) that asks for a signature. NAME is what it is
-called in a registry, REGISTRY/REPOSITORY[:TAG]; without, the policy's rules for oci: apply.
-Passwords are podman login's. Only this machine's registries, and those of --plain-http, are
-spoken with without TLS.";
+FROM, TO and IMAGE are [oci:]LAYOUT[:TAG][@DIGEST]. For remove, docker://NAME[@DIGEST] and a bare
+DIGEST are of the layout that all pods share, and a digest without a name means all of its names.
+An encrypted image is only unpacked by its digest or under a policy (containers-policy.json) that
+asks for a signature. NAME is what it is called in a registry, REGISTRY/REPOSITORY[:TAG]; without,
+the policy's rules for oci: apply. Passwords are podman login's. Only this machine's registries,
+and those of --plain-http, are spoken with without TLS.";
 
 /// A command failed. One line.
 #[derive(Debug, Error)]
