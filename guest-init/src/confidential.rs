@@ -129,9 +129,6 @@ impl Confidential {
             }
             self.policy.check(rule, &input).map_err(refused)?;
         }
-        if let Request::Delete { id } = request {
-            self.containers.remove(id);
-        }
         Ok(())
     }
 
@@ -254,8 +251,9 @@ impl Confidential {
         }
     }
 
-    /// Forgets what was opened for a container.
-    pub fn close_files(&self, id: &str) {
+    /// Forgets a container that is not, or no longer, and what was opened for it.
+    pub fn forget(&mut self, id: &str) {
+        self.containers.remove(id);
         secrets::remove(id);
     }
 

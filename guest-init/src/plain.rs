@@ -163,7 +163,7 @@ pub mod confidential {
         pub fn ask_for_names(&mut self, _: &[String]) {}
 
         /// None were opened.
-        pub fn close_files(&self, _: &str) {}
+        pub fn forget(&mut self, _: &str) {}
 
         /// Nothing to serve.
         ///

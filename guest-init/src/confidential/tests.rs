@@ -10,6 +10,16 @@ fn pod(policy: &str) -> Result<Confidential, ContainerError> {
     Confidential::with(Some(&text), Attesters::of(Sample))
 }
 
+fn image() -> ImageSource {
+    ImageSource {
+        blobs: String::new(),
+        digest: "sha256:00".into(),
+        name: None,
+        signatures: Vec::new(),
+        simple_signatures: Vec::new(),
+    }
+}
+
 fn exec(program: &str) -> Request {
     Request::Exec(Box::new(Exec {
         cgroup: None,
@@ -23,7 +33,7 @@ fn exec(program: &str) -> Request {
 
 #[test]
 fn a_policy_is_told_who_the_container_runs_as() {
-    let rule = "package agent_policy\nimport rego.v1\nCreateContainerRequest := true\nRemoveContainerRequest := true\n\
+    let rule = "package agent_policy\nimport rego.v1\nCreateContainerRequest := true\n\
         ExecProcessRequest if input.process.User.UID == input.container.User.UID\n";
     let mut pod = pod(rule);
     let as_root = exec("ls");
@@ -34,7 +44,7 @@ fn a_policy_is_told_who_the_container_runs_as() {
     pod.check(&as_root).unwrap_err();
     pod.check_container("c", &spec(0), None, &[]).unwrap();
     pod.check(&as_root).unwrap();
-    pod.check(&Request::Delete { id: "c".into() }).unwrap();
+    pod.forget("c");
     pod.check(&as_root).unwrap_err();
 }
 
@@ -68,17 +78,11 @@ fn notifies() -> Value {
 
 #[test]
 fn a_policy_is_told_what_the_container_is_and_its_images_stop_signal() {
-    let rule = "package agent_policy\nimport rego.v1\nCreateContainerRequest := true\nRemoveContainerRequest := true\n\
+    let rule = "package agent_policy\nimport rego.v1\nCreateContainerRequest := true\n\
         ExecProcessRequest if { input.container.image == \"sha256:00\"; input.container.Args == [\"app\"] }\n\
         SignalProcessRequest if input.signal == input.stop_signal\n";
     let mut pod = pod(rule).unwrap();
-    let image = ImageSource {
-        blobs: String::new(),
-        digest: "sha256:00".into(),
-        name: None,
-        signatures: Vec::new(),
-        simple_signatures: Vec::new(),
-    };
+    let image = image();
     let spec = |program: &str| json!({ "process": { "args": [program] } });
     let quit = |target: SignalTarget| Request::Signal { target, signal: 3 };
     for (spec, image, allowed) in
@@ -92,7 +96,7 @@ fn a_policy_is_told_what_the_container_is_and_its_images_stop_signal() {
     pod.check(&quit(SignalTarget::Init("c".into()))).unwrap();
     pod.check(&quit(SignalTarget::All("c".into()))).unwrap();
     pod.check(&quit(SignalTarget::Init("d".into()))).unwrap_err();
-    pod.check(&Request::Delete { id: "c".into() }).unwrap();
+    pod.forget("c");
     pod.check(&quit(SignalTarget::Init("c".into()))).unwrap_err();
 }
 
@@ -214,13 +218,7 @@ fn a_host_root_is_refused_by_a_policy_that_wants_an_image() {
         "package agent_policy\nimport rego.v1\ndefault CreateContainerRequest := false\nCreateContainerRequest if input.image == \"sha256:00\"\nreasons contains {\"field\": \"image\", \"value\": input.image, \"allowed\": \"sha256:00\"}\n",
     )
     .unwrap();
-    let image = ImageSource {
-        blobs: String::new(),
-        digest: "sha256:00".into(),
-        name: None,
-        signatures: Vec::new(),
-        simple_signatures: Vec::new(),
-    };
+    let image = image();
     pod.check_container("c", &json!({}), Some(&image), &[]).unwrap();
     let message = pod.check_container("c", &json!({}), None, &[]).unwrap_err().message;
     assert_eq!(message, "policy: CreateContainerRequest denied: image is null, allowed: \"sha256:00\"");
@@ -238,13 +236,7 @@ fn a_hook_is_the_hosts_program_and_runs_only_where_nobody_but_the_host_has_a_say
 
 #[test]
 fn only_a_policy_that_says_so_leaves_the_process_to_the_host() {
-    let image = ImageSource {
-        blobs: String::new(),
-        digest: "sha256:00".into(),
-        name: None,
-        signatures: Vec::new(),
-        simple_signatures: Vec::new(),
-    };
+    let image = image();
     let spec = json!({ "process": { "args": ["sh"] } });
     assert!(
         !Confidential::with(None, Attesters::of(Sample)).unwrap().allows_host_process("c", &spec, &image)

@@ -191,7 +191,7 @@ impl Server {
     }
 
     /// Forgets a container that does not come to be.
-    pub(super) fn undo(&self, id: &str, new: &New) {
+    pub(super) fn undo(&mut self, id: &str, new: &New) {
         new.cgroup.remove();
         self.clear(id);
     }
@@ -233,10 +233,10 @@ impl Server {
     }
 
     /// Forgets the image and the secrets of a container that is not, or no longer.
-    pub(super) fn clear(&self, id: &str) {
+    pub(super) fn clear(&mut self, id: &str) {
         self.images.remove(id);
-        if let Some(confidential) = &self.confidential {
-            confidential.close_files(id);
+        if let Some(confidential) = &mut self.confidential {
+            confidential.forget(id);
         }
     }
 

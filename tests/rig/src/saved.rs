@@ -280,7 +280,7 @@ mod tests {
             turn.go_on().unwrap();
             let mut line = String::new();
             hears.read_line(&mut line).unwrap();
-            assert!(line.starts_with("go ") && line.ends_with(" end\n"), "{line}");
+            assert!(line.starts_with("go ") && line.ends_with(" copy end\n"), "{line}");
         }
         says.write_all(b"go 1 2 end\r\ngoing\r\n").unwrap();
         turn.go_on().unwrap();
